@@ -1,0 +1,45 @@
+"""The errors a user can meet. Each message says what was found, what was expected and what to do."""
+
+
+class LieqError(Exception):
+    """Base of all expected errors: the command line prints the message in one line and exits with 1."""
+
+
+class SourceError(LieqError):
+    """The model to read is missing, incomplete or damaged."""
+
+
+class ArchitectureError(LieqError):
+    """The model's architecture, or a variant of it, is not supported."""
+
+
+class TokenizerError(LieqError):
+    """The tokenizer cannot be carried over faithfully."""
+
+
+class CalibrationError(LieqError):
+    """The calibration text, or an importance matrix made from one, cannot be used."""
+
+
+class ScoringError(LieqError):
+    """A layer score cannot be computed."""
+
+
+class BudgetError(LieqError):
+    """The bit budget cannot be met with the types that fit the model."""
+
+
+class QuantizationError(LieqError):
+    """A tensor cannot be stored in the requested type."""
+
+
+class OutputError(LieqError):
+    """The result cannot be written where it was asked for."""
+
+
+class FormatError(LieqError):
+    """A file that lieq-gguf was asked to read is not what it should be."""
+
+
+class VerificationError(LieqError):
+    """A written file is not what was planned, or llama.cpp does not take it."""

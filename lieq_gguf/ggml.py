@@ -1,0 +1,187 @@
+"""ggml's own encoders and decoders, out of the library that llama-cpp-python ships.
+
+The only module with ctypes. The library is the very code of llama-quantize, so a tensor encoded here is byte for byte
+what llama.cpp would have written. Rows are independent and a call through ctypes releases the interpreter lock, so a
+few threads over rows use all cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lieq_gguf.errors import QuantizationError
+from lieq_gguf.quant_types import QuantType
+
+FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
+
+_CHUNK_WEIGHTS = 1 << 17  # weights a thread takes at a time: long enough to amortise the call, short enough to balance
+_init_lock = threading.Lock()
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _TypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits`` of ggml.h, up to the members used here."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block_size", ctypes.c_int64),
+        ("block_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", _TO_FLOAT),
+    )
+
+
+def _library_file() -> Path:
+    # find_spec, because importing llama_cpp takes half a second and loads every backend.
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise QuantizationError("llama-cpp-python is not installed; install it with: pip install llama-cpp-python")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
+    name = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
+    if not (folder / name).is_file():
+        raise QuantizationError(
+            f"{folder / name} is missing; expected the library llama-cpp-python ships: reinstall llama-cpp-python"
+        )
+    return folder / name
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    path = _library_file()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise QuantizationError(f"cannot load {path}: {error}; reinstall llama-cpp-python") from error
+    library.ggml_quantize_init.argtypes = [ctypes.c_int]
+    library.ggml_quantize_init.restype = None
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    return library
+
+
+def type_traits(quant_type: QuantType) -> tuple[str, int, int]:
+    """The library's own name (lower case), block size and block bytes of a type, to hold our table against."""
+    traits = _library().ggml_get_type_traits(quant_type.ggml_id).contents
+    return traits.type_name.decode(), int(traits.block_size), int(traits.type_size)
+
+
+def quantize(
+    weights: FloatArray, quant_type: QuantType, importance: FloatArray | None = None, n_threads: int = 1
+) -> ByteArray:
+    """Encode rows of weights.
+
+    Args:
+        weights: ``[n_rows, n_per_row]``, finite.
+        quant_type: Target type; ``n_per_row`` must be a whole number of its blocks.
+        importance: ``[n_per_row]``, non-negative weight of each column's squared error (mean squared input of the
+            matrix); required by the types that say so.
+        n_threads: Threads over rows. The bytes do not depend on it.
+
+    Returns:
+        ``[n_rows, row_bytes]``, the bytes of the file.
+
+    Raises:
+        QuantizationError: if the rows do not fit, are not finite, or the type needs importance and has none.
+            ggml itself would end the process.
+    """
+    n_rows, n_per_row = weights.shape
+    if not quant_type.fits(n_per_row):
+        raise QuantizationError(
+            f"a row of {n_per_row} weights is no whole number of {quant_type.name}'s blocks of {quant_type.block_size}"
+        )
+    if not np.isfinite(weights).all():
+        raise QuantizationError("the weights hold NaN or infinite values; the source model is damaged")
+    if quant_type.needs_imatrix and importance is None:
+        raise QuantizationError(f"{quant_type.name} needs an importance matrix; choose another type or give --imatrix")
+    if importance is not None:
+        if importance.shape != (n_per_row,) or not np.isfinite(importance).all() or (importance < 0).any():
+            raise QuantizationError(f"the importance of {n_per_row} columns must be as many finite, positive numbers")
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
+    library = _library()
+    with _init_lock:
+        library.ggml_quantize_init(quant_type.ggml_id)
+    source = np.ascontiguousarray(weights, dtype=np.float32)
+    result = np.empty((n_rows, quant_type.row_bytes(n_per_row)), dtype=np.uint8)
+    importance_address = None if importance is None else importance.ctypes.data
+
+    def encode(rows: tuple[int, int]) -> None:
+        start, stop = rows
+        written = library.ggml_quantize_chunk(
+            quant_type.ggml_id,
+            source.ctypes.data,
+            result.ctypes.data,
+            start * n_per_row,
+            stop - start,
+            n_per_row,
+            importance_address,
+        )
+        if written != (stop - start) * result.shape[1]:
+            raise QuantizationError(f"ggml wrote {written} bytes of {quant_type.name}, not {result[start:stop].nbytes}")
+
+    _over_rows(encode, n_rows, n_per_row, n_threads)
+    return result
+
+
+def dequantize(data: ByteArray, quant_type: QuantType, n_threads: int = 1) -> FloatArray:
+    """Decode rows of bytes ``[n_rows, row_bytes]`` into float32 ``[n_rows, n_per_row]``.
+
+    Raises:
+        QuantizationError: if the bytes are no whole number of blocks.
+    """
+    n_rows, row_bytes = data.shape
+    if row_bytes % quant_type.block_bytes:
+        raise QuantizationError(
+            f"a row of {row_bytes} bytes is no whole number of {quant_type.name}'s blocks of {quant_type.block_bytes}"
+        )
+    n_per_row = row_bytes // quant_type.block_bytes * quant_type.block_size
+    source = np.ascontiguousarray(data)
+    if quant_type.name == "F32":  # ggml has no decoder for what needs none
+        return source.view(np.float32)
+    result = np.empty((n_rows, n_per_row), dtype=np.float32)
+    to_float = _library().ggml_get_type_traits(quant_type.ggml_id).contents.to_float
+
+    def decode(rows: tuple[int, int]) -> None:
+        start, stop = rows
+        to_float(source[start:].ctypes.data, result[start:].ctypes.data, (stop - start) * n_per_row)
+
+    _over_rows(decode, n_rows, n_per_row, n_threads)
+    return result
+
+
+def _over_rows(work: Callable[[tuple[int, int]], None], n_rows: int, n_per_row: int, n_threads: int) -> None:
+    chunks = list(_row_chunks(n_rows, n_per_row))
+    if n_threads <= 1 or len(chunks) == 1:
+        for chunk in chunks:
+            work(chunk)
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in pool.map(work, chunks):  # the loop re-raises what a thread raised
+            pass
+
+
+def _row_chunks(n_rows: int, n_per_row: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK_WEIGHTS // n_per_row)
+    for start in range(0, n_rows, step):
+        yield start, min(start + step, n_rows)
