@@ -1,0 +1,129 @@
+"""``ImportanceMatrix``: how strongly each column of each matrix is used, in the file format of llama-imatrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from lieq_gguf.errors import CalibrationError, FormatError
+from lieq_gguf.records.files import replaced_when_complete
+from lieq_gguf.records.spec import ModelSpec
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """Sums of squared inputs of every matrix.
+
+    Attributes:
+        in_sum2: Tensor name to ``[n_in]``, the sum over tokens of the squared input of each column.
+        n_tokens: Tokens summed over.
+        chunk_size: Tokens in a calibration sequence.
+        dataset: Name of the calibration text.
+    """
+
+    in_sum2: Mapping[str, FloatArray]
+    n_tokens: int
+    chunk_size: int
+    dataset: str
+
+    @property
+    def n_chunks(self) -> int:
+        """Calibration sequences."""
+        return self.n_tokens // self.chunk_size
+
+    def mean(self, name: str) -> FloatArray | None:
+        """Mean squared input of each column ``[n_in]``, what ggml's encoders take; None for a tensor without entry."""
+        sums = self.in_sum2.get(name)
+        return None if sums is None else sums / np.float32(self.n_tokens)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Require an entry of the right width for every matrix of the layers.
+
+        Raises:
+            CalibrationError: naming what is missing or of another width.
+        """
+        matrices = [t for layer in spec.layer_matrices for t in layer]
+        missing = [t.name for t in matrices if t.name not in self.in_sum2]
+        if missing:
+            raise CalibrationError(
+                f"the importance matrix lacks {len(missing)} of {len(matrices)} matrices of the model, "
+                f"for example {missing[0]}; expected one made from this model"
+            )
+        for tensor in matrices:
+            width = self.in_sum2[tensor.name].shape[0]
+            if width != tensor.shape[1]:
+                raise CalibrationError(
+                    f"the importance matrix has {width} columns for {tensor.name}, the model {tensor.shape[1]}; "
+                    "expected one made from this model"
+                )
+
+    def save(self, target: Path) -> None:
+        """Write the GGUF that llama-imatrix writes and llama-quantize reads."""
+        with replaced_when_complete(target) as temporary:
+            writer = gguf.GGUFWriter(None, "")
+            writer.kv_data[0].clear()  # the format has no general.architecture
+            writer.add_type("imatrix")
+            writer.add_array("imatrix.datasets", [self.dataset])
+            writer.add_uint32("imatrix.chunk_count", self.n_chunks)
+            writer.add_uint32("imatrix.chunk_size", self.chunk_size)
+            for name in sorted(self.in_sum2):
+                writer.add_tensor(f"{name}.in_sum2", self.in_sum2[name][None, :].astype(np.float32))
+                writer.add_tensor(f"{name}.counts", np.array([[self.n_tokens]], dtype=np.float32))
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+
+    @classmethod
+    def load(cls, file: Path) -> ImportanceMatrix:
+        """Read what llama-imatrix or ``save`` has written.
+
+        Raises:
+            FormatError: if the file is no importance matrix in GGUF form, or an entry saw no token.
+        """
+        try:
+            reader = gguf.GGUFReader(file)
+        except FileNotFoundError:
+            raise FormatError(f"{file} does not exist; expected an importance matrix") from None
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise FormatError(f"{file} is not an importance matrix in GGUF form ({error})") from None
+        kind = reader.get_field("general.type")
+        if kind is None or kind.contents() != "imatrix":
+            raise FormatError(f"{file} is a GGUF, but not an importance matrix; expected what llama-imatrix writes")
+        arrays = {t.name: np.array(t.data, dtype=np.float32).reshape(-1) for t in reader.tensors}
+        counts = {n.removesuffix(".counts"): a for n, a in arrays.items() if n.endswith(".counts")}
+        sums = {n.removesuffix(".in_sum2"): a for n, a in arrays.items() if n.endswith(".in_sum2")}
+        if not sums or sums.keys() != counts.keys():
+            raise FormatError(f"{file} is incomplete; expected a pair in_sum2 and counts for every matrix")
+        per_tensor = {name: float(c[0]) for name, c in counts.items()}
+        for name, count in per_tensor.items():
+            if counts[name].size != 1 or count < 1:
+                raise FormatError(f"{file} has no usable count for {name}; make it again on more text")
+        # llama-imatrix sees every token in every dense matrix; scale the odd entry so that one count serves all.
+        n_tokens = max(per_tensor.values())
+        return cls(
+            in_sum2={
+                n: s if per_tensor[n] == n_tokens else s * np.float32(n_tokens / per_tensor[n]) for n, s in sums.items()
+            },
+            n_tokens=int(n_tokens),
+            chunk_size=_value(reader, "imatrix.chunk_size", 512),
+            dataset=_dataset(reader),
+        )
+
+
+def _value(reader: gguf.GGUFReader, key: str, default: int) -> int:
+    field = reader.get_field(key)
+    return default if field is None else int(field.contents())
+
+
+def _dataset(reader: gguf.GGUFReader) -> str:
+    field = reader.get_field("imatrix.datasets")
+    names = [] if field is None else list(field.contents())
+    return str(names[0]) if names else "unknown"

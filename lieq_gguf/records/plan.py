@@ -1,0 +1,112 @@
+"""``QuantPlan``: one type for every tensor of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lieq_gguf.errors import FormatError
+from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
+from lieq_gguf.records.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """What to write.
+
+    Attributes:
+        model: Name of the model.
+        method: Name of the allocation method.
+        scorer: Name of the layer score it used.
+        budget: The target.
+        reachable_bpw: Least and largest ``layer_bpw`` that the types offered can reach.
+        types: Tensor name to type name, for every tensor.
+        layer_scores: The score of each layer.
+    """
+
+    model: str
+    method: str
+    scorer: str
+    budget: BitBudget
+    reachable_bpw: tuple[float, float]
+    types: Mapping[str, str]
+    layer_scores: tuple[float, ...]
+
+    def check(self, spec: ModelSpec) -> None:
+        """Require a type that fits for every tensor of the model.
+
+        Raises:
+            FormatError: naming the tensor that has none, or does not fit.
+        """
+        names = {t.name for t in spec.tensors}
+        for name in sorted(names ^ set(self.types)):
+            where = f"{spec.name} has no such tensor" if name in self.types else "the plan has no type for it"
+            raise FormatError(f"the plan for {self.model} does not belong to {spec.name}: {name}: {where}")
+        for tensor in spec.tensors:
+            quant_type = QUANT_TYPES[self.types[tensor.name]]
+            if not quant_type.fits(tensor.shape[-1]) or (quant_type.is_quantized and not tensor.is_matrix):
+                raise FormatError(
+                    f"the plan gives {tensor.name} of shape {tensor.shape} the type {quant_type.name}, no fit; "
+                    "choose a type whose blocks divide the row, and F32 for vectors"
+                )
+
+    def needs_imatrix(self) -> bool:
+        """Whether any tensor has a type that is of use only with an importance matrix."""
+        return any(QUANT_TYPES[name].needs_imatrix for name in self.types.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of a plan file."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "plan",
+            "model": self.model,
+            "method": self.method,
+            "scorer": self.scorer,
+            "target": {"kind": self.budget.kind, "value": self.budget.value},
+            "reachable": {"min_layer_bpw": self.reachable_bpw[0], "max_layer_bpw": self.reachable_bpw[1]},
+            "layer_scores": list(self.layer_scores),
+            "types": dict(self.types),
+        }
+
+    def save(self, target: Path, figures: Mapping[str, Any]) -> None:
+        """Write the plan and, for people, the bit meter's ``figures``."""
+        write_json(target, self.to_json() | dict(figures))
+
+    @classmethod
+    def load(cls, file: Path) -> QuantPlan:
+        """Read what ``save`` has written; edits of the types by hand are welcome.
+
+        Raises:
+            FormatError: if the file is not a complete plan or names an unknown type.
+        """
+        document = read_json(file, "plan")
+        try:
+            kind = document["target"]["kind"]
+            if kind not in ("bits", "nominal"):
+                raise FormatError(f"{file} has a target of kind '{kind}'; expected bits or nominal")
+            plan = cls(
+                model=str(document["model"]),
+                method=str(document["method"]),
+                scorer=str(document["scorer"]),
+                budget=BitBudget(kind, float(document["target"]["value"])),
+                reachable_bpw=(
+                    float(document["reachable"]["min_layer_bpw"]),
+                    float(document["reachable"]["max_layer_bpw"]),
+                ),
+                types={str(name): str(t).upper() for name, t in document["types"].items()},
+                layer_scores=tuple(float(s) for s in document["layer_scores"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(
+                f"{file} is not a complete plan ({type(error).__name__}: {error}); make it again"
+            ) from None
+        for name, quant_type in plan.types.items():
+            if quant_type not in QUANT_TYPES:
+                raise FormatError(
+                    f"{file} gives {name} the unknown type {quant_type}; the types are {', '.join(QUANT_TYPES)}"
+                )
+        return plan

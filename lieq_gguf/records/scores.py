@@ -1,0 +1,105 @@
+"""``LayerScores``: how much each layer matters by every scorer, and how much error each type would make in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lieq_gguf.errors import FormatError
+from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
+from lieq_gguf.records.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Scores and errors of a model, kept so that a new budget needs no forward pass.
+
+    Attributes:
+        model: Name of the model.
+        n_tokens: Calibration tokens of the pass.
+        dataset: Name of the calibration text.
+        seed: Seed of the untrained twin.
+        by_scorer: Scorer to one score a layer; higher means protect.
+        type_errors: Tensor name to type name to ``Σ im·(W − Ŵ)² / Σ im·W²``, estimated on a sample of rows.
+    """
+
+    model: str
+    n_tokens: int
+    dataset: str
+    seed: int
+    by_scorer: Mapping[str, tuple[float, ...]]
+    type_errors: Mapping[str, Mapping[str, float]]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers scored."""
+        return len(next(iter(self.by_scorer.values())))
+
+    def check(self, spec: ModelSpec) -> None:
+        """Require scores of this very model's shape.
+
+        Raises:
+            FormatError: if layers or matrices differ.
+        """
+        if self.n_layers != spec.n_layers:
+            raise FormatError(
+                f"the scores are of {self.model} with {self.n_layers} layers; {spec.name} has {spec.n_layers}: "
+                "score it anew"
+            )
+        names = {t.name for layer in spec.layer_matrices for t in layer}
+        if names != set(self.type_errors):
+            raise FormatError(
+                f"the scores are of {self.model}, whose matrices are not those of {spec.name}: score it anew"
+            )
+
+    def to_json(self, scorer: str) -> dict[str, Any]:
+        """The document that ``score --json`` prints, with ``scorer`` as the one called score."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "scores",
+            "model": self.model,
+            "scorer": scorer,
+            "n_tokens": self.n_tokens,
+            "dataset": self.dataset,
+            "seed": self.seed,
+            "layers": [
+                {"layer": layer, "score": self.by_scorer[scorer][layer]}
+                | {name: values[layer] for name, values in self.by_scorer.items()}
+                for layer in range(self.n_layers)
+            ],
+            "scorers": list(self.by_scorer),
+            "type_errors": {name: dict(errors) for name, errors in self.type_errors.items()},
+        }
+
+    def save(self, target: Path, scorer: str) -> None:
+        """Write ``to_json`` to a file."""
+        write_json(target, self.to_json(scorer))
+
+    @classmethod
+    def load(cls, file: Path) -> LayerScores:
+        """Read what ``save`` has written.
+
+        Raises:
+            FormatError: if the file is not a complete scores file.
+        """
+        document = read_json(file, "scores")
+        try:
+            return cls(
+                model=str(document["model"]),
+                n_tokens=int(document["n_tokens"]),
+                dataset=str(document["dataset"]),
+                seed=int(document["seed"]),
+                by_scorer={
+                    str(name): tuple(float(layer[name]) for layer in document["layers"]) for name in document["scorers"]
+                },
+                type_errors={
+                    str(name): {str(t): float(e) for t, e in errors.items()}
+                    for name, errors in document["type_errors"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(
+                f"{file} is not a complete scores file ({type(error).__name__}: {error}); make it again"
+            ) from None

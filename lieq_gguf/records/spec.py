@@ -1,0 +1,89 @@
+"""``ModelSpec``: what a model is made of, known from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the file to write.
+
+    Attributes:
+        name: GGUF name, for example ``blk.0.attn_q.weight``.
+        source_name: Name in the source model, or None for a tensor computed from the configuration.
+        shape: ``(n_out, n_in)`` for a matrix, ``(n,)`` for a vector; rows last, as in numpy.
+        layer: Index of the decoder layer, or None outside of them.
+        rotary_heads: Heads whose rows the rotary layout of llama.cpp reorders; 0 for all other tensors.
+    """
+
+    name: str
+    source_name: str | None
+    shape: tuple[int, ...]
+    layer: int | None = None
+    rotary_heads: int = 0
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a plan gives this tensor its type; vectors stay in F32."""
+        return len(self.shape) == 2
+
+    @property
+    def role(self) -> str:
+        """Name without layer and suffix: ``attn_q``, ``ffn_down``, ``token_embd``, …."""
+        name = self.name.rpartition(".")[0]
+        return name.split(".", 2)[2] if self.layer is not None else name
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only model, without its weights.
+
+    Attributes:
+        name: Name of the model, for people.
+        architecture: llama.cpp's name of the architecture.
+        config: The source's ``config.json``.
+        n_layers: Number of decoder layers.
+        tensors: All tensors of the file, in file order.
+        has_tied_embeddings: Whether the embedding is the output matrix as well.
+    """
+
+    name: str
+    architecture: str
+    config: Mapping[str, Any]
+    n_layers: int
+    tensors: tuple[TensorSpec, ...]
+    has_tied_embeddings: bool
+
+    @cached_property
+    def layer_matrices(self) -> tuple[tuple[TensorSpec, ...], ...]:
+        """The quantised matrices of every decoder layer."""
+        layers: list[list[TensorSpec]] = [[] for _ in range(self.n_layers)]
+        for tensor in self.tensors:
+            if tensor.layer is not None and tensor.is_matrix:
+                layers[tensor.layer].append(tensor)
+        return tuple(tuple(layer) for layer in layers)
+
+    @cached_property
+    def other_matrices(self) -> tuple[TensorSpec, ...]:
+        """Embedding and output: the matrices outside of the layers."""
+        return tuple(t for t in self.tensors if t.layer is None and t.is_matrix)
+
+    @property
+    def n_layer_weights(self) -> int:
+        """Weights in the decoder layers' quantised matrices, the denominator of ``layer_bpw``."""
+        return sum(t.n_weights for layer in self.layer_matrices for t in layer)
+
+    @property
+    def n_weights(self) -> int:
+        """All weights of the source model, the denominator of ``file_bpw``."""
+        return sum(t.n_weights for t in self.tensors if t.source_name is not None)
