@@ -1,0 +1,151 @@
+"""llama.cpp itself, as llama-cpp-python ships it: the engine the user will run.
+
+The low-level interface, because the high-level one prints to stderr, copies logits it does not need, and answers a file
+it cannot load with no reason. Everything llama.cpp logs is kept, so that an error can quote it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lieq_gguf.errors import VerificationError
+
+_log_lines: list[str] = []
+
+
+@lru_cache(maxsize=1)
+def llama_cpp() -> Any:
+    """The llama_cpp module with its log going to memory; imported late, since it loads every backend."""
+    import llama_cpp as module
+
+    def keep(_level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+        _log_lines.append(text.decode("utf-8", errors="replace").strip())
+        del _log_lines[:-200]
+
+    callback = module.llama_log_callback(keep)
+    module.llama_log_set(callback, ctypes.c_void_p(0))
+    module._lieq_gguf_log_callback = callback  # a callback must outlive its registration
+    module.llama_backend_init()
+    return module
+
+
+class LoadedModel:
+    """A model in llama.cpp, and a context to run it in unless only its vocabulary was loaded."""
+
+    def __init__(self, model: Any, context: Any, n_batch: int) -> None:
+        self._api = llama_cpp()
+        self._model = model
+        self._context = context
+        self._n_batch = n_batch
+        self._vocabulary = self._api.llama_model_get_vocab(model)
+        self.n_vocab: int = self._api.llama_vocab_n_tokens(self._vocabulary)
+
+    def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; special tokens written in it are recognised."""
+        content = text.encode()
+        n_max = len(content) + 8  # no token is shorter than a byte; a blank and markers may be added
+        ids = (self._api.llama_token * n_max)()
+        n = self._api.llama_tokenize(self._vocabulary, content, len(content), ids, n_max, add_special_tokens, True)
+        if n < 0:
+            raise VerificationError(
+                f"llama.cpp makes {-n} tokens of a text of {len(content)} bytes; please report this"
+            )
+        return [int(i) for i in ids[:n]]
+
+    def clear(self) -> None:
+        """Forget all tokens decoded so far."""
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+
+    def decode(self, ids: Sequence[int]) -> None:
+        """Run the next tokens, keeping only the last one's logits, and wait until it is done.
+
+        Raises:
+            VerificationError: if llama.cpp fails.
+        """
+        for start in range(0, len(ids), self._n_batch):
+            part = ids[start : start + self._n_batch]
+            tokens = (self._api.llama_token * len(part))(*part)  # the batch only points to it
+            self._run(self._api.llama_batch_get_one(tokens, len(part)))
+        self._api.llama_synchronize(self._context)
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits of every position of a sequence run from an empty context, ``[n_tokens, n_vocab]``.
+
+        Raises:
+            VerificationError: if llama.cpp fails.
+        """
+        self.clear()
+        result = np.empty((len(ids), self.n_vocab), dtype=np.float32)
+        for start in range(0, len(ids), self._n_batch):
+            part = ids[start : start + self._n_batch]
+            batch = self._api.llama_batch_init(len(part), 0, 1)
+            try:
+                batch.n_tokens = len(part)
+                for i, token in enumerate(part):
+                    batch.token[i], batch.pos[i] = token, start + i
+                    batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, True
+                self._run(batch)
+                for i in range(len(part)):
+                    row = self._api.llama_get_logits_ith(self._context, i)
+                    result[start + i] = np.ctypeslib.as_array(row, shape=(self.n_vocab,))
+            finally:
+                self._api.llama_batch_free(batch)
+        return result
+
+    def _run(self, batch: Any) -> None:
+        status = self._api.llama_decode(self._context, batch)
+        if status != 0:
+            raise VerificationError(f"llama.cpp fails to run the model (status {status}): {_last_error()}")
+
+
+@contextmanager
+def open_model(file: Path, *, vocab_only: bool = False, n_ctx: int = 512, n_threads: int = 1) -> Iterator[LoadedModel]:
+    """Load a GGUF file into llama.cpp for the length of a ``with``.
+
+    Args:
+        file: The file.
+        vocab_only: Whether to load the tokenizer alone.
+        n_ctx: Tokens the context holds, and runs at a time.
+        n_threads: Threads to run with.
+
+    Raises:
+        VerificationError: if llama.cpp refuses the file, in its own words.
+    """
+    api = llama_cpp()
+    _log_lines.clear()
+    parameters = api.llama_model_default_params()
+    parameters.vocab_only = vocab_only
+    parameters.n_gpu_layers = 0
+    model = api.llama_model_load_from_file(str(file).encode(), parameters)
+    if not model:
+        raise VerificationError(f"llama.cpp does not load {file}: {_last_error()}")
+    context = None
+    try:
+        if not vocab_only:
+            settings = api.llama_context_default_params()
+            settings.n_ctx = settings.n_batch = settings.n_ubatch = n_ctx
+            settings.n_threads = settings.n_threads_batch = n_threads
+            context = api.llama_init_from_model(model, settings)
+            if not context:
+                raise VerificationError(f"llama.cpp makes no context for {file}: {_last_error()}")
+        yield LoadedModel(model, context, n_ctx)
+    finally:
+        if context:
+            api.llama_free(context)
+        api.llama_model_free(model)
+
+
+def _last_error() -> str:
+    """The most telling line of llama.cpp's log: why it does not load, or else what it said last."""
+    marker = "error loading model:"
+    reasons = [line.split(marker, 1)[1].strip() for line in _log_lines if marker in line]
+    said = [line for line in _log_lines if line]
+    return (reasons or said or ["no reason given"])[-1]

@@ -1,0 +1,18 @@
+"""From a Hugging Face model's tokenizer files to llama.cpp's vocabulary, with a proof that both agree."""
+
+from lieq_gguf.tokenizers.check import TokenizerDifference, known_deviation, tokenizer_differences
+from lieq_gguf.tokenizers.pre_tokenizers import pre_tokenizer_caveat
+from lieq_gguf.tokenizers.reading import read_vocabulary
+from lieq_gguf.tokenizers.source_tokenizer import SourceTokenizer, load_source_tokenizer
+from lieq_gguf.tokenizers.vocabulary import Vocabulary
+
+__all__ = [
+    "SourceTokenizer",
+    "TokenizerDifference",
+    "Vocabulary",
+    "known_deviation",
+    "load_source_tokenizer",
+    "pre_tokenizer_caveat",
+    "read_vocabulary",
+    "tokenizer_differences",
+]

@@ -1,0 +1,67 @@
+"""Where a model keeps its chat templates: in the tokenizer's configuration or in files of their own."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lieq_gguf.errors import SourceError
+from lieq_gguf.tokenizers.model_files import TokenizerFiles
+from lieq_gguf.tokenizers.vocabulary import ChatTemplates
+
+
+def read_chat_templates(files: TokenizerFiles) -> ChatTemplates:
+    """Find the chat templates, the first of the places that has one.
+
+    In the order of llama.cpp's converter: ``chat_template`` of tokenizer_config.json, ``chat_template.jinja`` with
+    ``additional_chat_templates/*.jinja``, ``chat_template.json``.
+
+    Raises:
+        SourceError: if a template's file cannot be read.
+    """
+    found = files.config.get("chat_template")
+    if found is None:
+        found = _from_jinja_files(files.directory)
+    if found is None:
+        found = _from_json_file(files.directory / "chat_template.json")
+    if isinstance(found, str):
+        return ChatTemplates(default=found)
+    if not isinstance(found, list):
+        return ChatTemplates()
+    named: dict[str, str] = {}
+    for entry in found:
+        name, template = (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
+        if isinstance(name, str) and name and isinstance(template, str):
+            named[_key_name(name)] = template
+    default = named.pop("default", None)
+    return ChatTemplates(default, tuple(sorted(named.items())))
+
+
+def _from_jinja_files(directory: Path) -> object:
+    main = directory / "chat_template.jinja"
+    if not main.is_file():
+        return None
+    others = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    named = [("default", main), *((path.stem, path) for path in others)]
+    return [{"name": name, "template": _read(path)} for name, path in named]
+
+
+def _from_json_file(path: Path) -> object:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise SourceError(f"{path}: not readable as JSON ({error}); download the file again") from error
+    return content.get("chat_template") if isinstance(content, Mapping) else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: not readable as UTF-8 text ({error}); download the file again") from error
+
+
+def _key_name(name: str) -> str:
+    # the name becomes part of a GGUF key, where only letters, digits and _ are safe
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)

@@ -1,0 +1,118 @@
+"""Proof that llama.cpp splits text into the same tokens as the model's own tokenizer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lieq_gguf.engine import LoadedModel, open_model
+from lieq_gguf.tokenizers.check_texts import CHECK_TEXTS
+from lieq_gguf.tokenizers.pre_tokenizers import pre_tokenizer_caveat
+from lieq_gguf.tokenizers.source_tokenizer import SourceTokenizer, load_source_tokenizer
+from lieq_gguf.tokenizers.vocabulary import Vocabulary
+
+_AROUND = 2
+_MAX_SPECIAL_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class TokenizerDifference:
+    """The first place where the tokens of one test text differ.
+
+    Attributes:
+        segment: name of the text, such as ``digits``.
+        text: the text.
+        position: index of the first token that differs.
+        expected_id: the model's own token there; None if it has none any more.
+        found_id: llama.cpp's; None if it has none any more.
+        expected_pieces: the model's own tokens around the position.
+        found_pieces: llama.cpp's.
+    """
+
+    segment: str
+    text: str
+    position: int
+    expected_id: int | None
+    found_id: int | None
+    expected_pieces: tuple[str, ...]
+    found_pieces: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.segment}: token {self.position} of {self.text!r}: the model's tokenizer gives {self.expected_id} "
+            f"in {list(self.expected_pieces)}, llama.cpp {self.found_id} in {list(self.found_pieces)}"
+        )
+
+
+def tokenizer_differences(model_dir: Path, gguf_file: Path) -> list[TokenizerDifference]:
+    """Tokenise test texts with the model's own tokenizer and with llama.cpp.
+
+    The texts are ordinary and awkward ones in several languages, and one made of the model's own special tokens. They
+    are compared without automatic tokens, then a short one with them.
+
+    Args:
+        model_dir: the Hugging Face model directory.
+        gguf_file: the file made from it; only its vocabulary is read.
+
+    Returns:
+        One difference per text that is tokenised differently; an empty list if all are the same.
+
+    Raises:
+        SourceError, TokenizerError: if the model's own tokenizer cannot be loaded.
+        VerificationError: if llama.cpp refuses the file.
+    """
+    source = load_source_tokenizer(model_dir)
+    with open_model(gguf_file, vocab_only=True) as written:
+        return list(_differences(source, written))
+
+
+def known_deviation(vocabulary: Vocabulary, differences: Sequence[TokenizerDifference]) -> str:
+    """Why llama.cpp tokenises otherwise although the file is right, or an empty string if it should not.
+
+    Args:
+        vocabulary: what the file says.
+        differences: what :func:`tokenizer_differences` has found with it.
+    """
+    if vocabulary.model == "gpt2":
+        return pre_tokenizer_caveat(vocabulary.pre_tokenizer)
+    if {d.segment for d in differences} <= {"special tokens", "blanks"}:
+        return "llama.cpp puts a blank behind special tokens and before leading blanks, where this tokenizer does not"
+    return ""
+
+
+def _differences(source: SourceTokenizer, written: LoadedModel) -> Iterator[TokenizerDifference]:
+    texts = [*CHECK_TEXTS, *(("special tokens", text) for text in _special_token_texts(source))]
+    cases = [(segment, text, False) for segment, text in texts]
+    cases += [("automatic tokens", text, True) for text in ("", "Hello world")]
+    for segment, text, is_automatic in cases:
+        expected = source.encode(text, add_special_tokens=is_automatic)
+        found = written.tokenize(text, add_special_tokens=is_automatic)
+        if expected != found:
+            yield _difference(segment, text, expected, found, source)
+
+
+def _difference(
+    segment: str, text: str, expected: Sequence[int], found: Sequence[int], source: SourceTokenizer
+) -> TokenizerDifference:
+    shorter = min(len(expected), len(found))
+    position = next((i for i in range(shorter) if expected[i] != found[i]), shorter)
+    around = slice(max(0, position - _AROUND), position + _AROUND + 1)
+    return TokenizerDifference(
+        segment=segment,
+        text=text,
+        position=position,
+        expected_id=expected[position] if position < len(expected) else None,
+        found_id=found[position] if position < len(found) else None,
+        expected_pieces=tuple(source.piece(token_id) for token_id in expected[around]),
+        found_pieces=tuple(source.piece(token_id) for token_id in found[around]),
+    )
+
+
+def _special_token_texts(source: SourceTokenizer) -> list[str]:
+    """Texts with the model's added tokens alone, between words, and beside blanks."""
+    tokens = [text for text, _ in sorted(source.added_tokens.items(), key=lambda item: item[1])]
+    # of hundreds of reserved tokens the first and the last stand for all
+    half = _MAX_SPECIAL_TOKENS // 2
+    tokens = tokens if len(tokens) <= _MAX_SPECIAL_TOKENS else tokens[:half] + tokens[-half:]
+    return [text for token in tokens for text in (token, f"one{token}two", f"{token}user\nHi there{token}\n")] + (
+        ["".join(tokens)] if tokens else []
+    )

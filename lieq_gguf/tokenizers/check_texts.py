@@ -1,0 +1,57 @@
+"""Texts on which tokenizers are compared: each line is something that has told two pre-tokenizers apart."""
+
+# ruff: noqa: RUF001 - letters that look like others are the point
+
+#: ``(segment, text)``
+CHECK_TEXTS: tuple[tuple[str, str], ...] = (
+    ("english", "The quick brown fox jumps over the lazy dog."),
+    ("english", "I've told him we're late; she'll say they'd better go, it's John's, don't you think I'm right?"),
+    ("english", "I'VE SAID IT'S FINE, WE'RE OK, YOU'LL SEE, HE'D KNOW. 'tis the dogs' bowl, rock 'n' roll"),
+    (
+        "english",
+        "He 'told' her 'to' 'see' the 'demo' and 'move' it, the 'model' 'did' 'so', 'really' 'very' 'mild' 'll'",
+    ),
+    ("english", "camelCaseWords HTTPServer iPhone McDonald snake_case_word kebab-case-word e.g. U.S.A. naïveté"),
+    (
+        "code",
+        "def area(r: float) -> float:\n    if r < 0:\n\t\traise ValueError(f'{r!r} < 0')\n\n\n    return 3.14 * r**2\n",
+    ),
+    (
+        "code",
+        '#include <stdio.h>\r\nint main(void) {\r\n\tfor (int i = 0; i < 10; ++i)\r\n\t\tprintf("%d\\n", i);\r\n}\r\n',
+    ),
+    ("code", "SELECT name, count(*) FROM users WHERE id >= 100 GROUP BY name; -- comment /* block */"),
+    ("code", '{"key": [1, 2.5, null, true], "nested": {"a": "\\u00e9"}}'),
+    ("code", '<div class="a b">&nbsp;x &lt; y</div>\n```rust\nlet x: &\'static str = "a";\n```'),
+    ("code", "$x += 1; @array = map { $_ ** 2 } 1..10; !!a === !b && c || ~d ^ e >>> 2 == f != g /= h"),
+    ("code", "/* one */\n/* two */\n//\n// three\n/path\n*/\n"),
+    ("digits", "1 12 123 1234 12345 123456 1234567 12345678 123456789"),
+    ("digits", "3.14159 1,000,000 -42 +7 1e-9 0x1F 2024-01-31 23:59:59 50% $9.99 No.5 v1.2.3"),
+    ("digits", "a1b22c333d4444 x2 H2O 3rd  7  88   999"),
+    ("digits", "½ ² ³ Ⅷ ٣٤٥ १२३ ① 𝟙𝟚"),
+    ("accents, composed", "Café déjà vu, Ångström, über, señor, Łódź, İstanbul, Việt Nam, ÉCOLE"),
+    ("accents, decomposed", "Cafe\u0301 de\u0301ja\u0300 vu, A\u030angstro\u0308m, u\u0308ber, sen\u0303or"),
+    ("emoji", "🚀 🦙🦙 😶\u200d🌫️ 👩\u200d👩\u200d👧\u200d👦 👍🏽 🇩🇪🇫🇷 ❤️ ✅!"),
+    ("chinese", "我想在苹果公司工作，因为它很好。二〇二四年１月３１日"),
+    ("japanese", "吾輩は猫である。名前はまだ無い。カタカナ、ひらがな「漢字」"),
+    ("korean", "안녕하세요? 저는 한국어를 공부합니다. ㅋㅋㅋ"),
+    ("arabic", "مرحبا بالعالم، كيف حالك؟ السَّلَامُ عَلَيْكُمْ"),
+    ("hebrew", "שלום עולם, מה שלומך? בְּרֵאשִׁית"),
+    ("devanagari", "नमस्ते दुनिया, आप कैसे हैं? हिन्दी में लिखा हुआ।"),
+    ("thai", "สวัสดีชาวโลก สบายดีไหม ภาษาไทยไม่มีช่องว่าง"),
+    ("russian", "Привет, мир! Съешь же ещё этих мягких французских булок. ВВЕРХ"),
+    ("greek", "Γειά σου Κόσμε, τί κάνεις; ΑΘΗΝΑ"),
+    ("khmer", "កាន់តែពិសេសអាច"),
+    ("blanks", " "),
+    ("blanks", "  two leading, two trailing  "),
+    ("blanks", "a  b   c    d     e      f       g        h"),
+    ("blanks", "\ttab\t\ttwo tabs \t mixed \t\t"),
+    ("blanks", "\n"),
+    ("blanks", "one\n\ntwo\n\n\nthree \n four\n \nfive\n\t\n six \r\n\r\n seven\n\n"),
+    ("blanks", "no\u00a0break, ideographic\u3000space, thin\u2009space, zero\u200bwidth"),
+    ("blanks", "          ten before"),
+    ("urls", "https://example.com/a/b?q=1&r=%20x#frag mailto:jane.doe+tag@mail.example.org /usr/local/bin C:\\Temp\\x"),
+    ("punctuation", "!!!??? ... …… --- ––– ——— «quoted» “quoted” ‘q’ (a)[b]{c}<d> ''''''```` \"\"\"\" ======>"),
+    ("punctuation", "¿Qué? ¡Hola! § ¶ † ‡ • · € £ ¥ ₹ © ® ™ ° ± × ÷ ≠ ≤ ∞ ∑ √ → ⇒"),
+    ("markdown", "# Title\n\n* item **bold** _it_\n1. one\n   - two\n\n| a | b |\n|---|---|\n> quote\n"),
+)

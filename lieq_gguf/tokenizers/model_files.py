@@ -1,0 +1,195 @@
+"""The tokenizer's files of a model directory, read once and checked for their outer form."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import tokenizers
+
+from lieq_gguf.errors import SourceError, TokenizerError
+
+JsonObject = Mapping[str, Any]
+
+#: roles that tokenizer_config.json may give a token, as ``<role>_token``
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in a text before anything else is done to it."""
+
+    content: str
+    is_special: bool
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The parsed files; what is missing is empty or None.
+
+    Attributes:
+        directory: of the model, for messages and for the files that are read later.
+        tokenizer_json: the whole of ``tokenizer.json``.
+        config: ``tokenizer_config.json``.
+        model_config: ``config.json``, for the ids it names.
+        legacy_added_tokens: ``added_tokens.json``, text to id.
+        sentencepiece_model: path of ``tokenizer.model``.
+    """
+
+    directory: Path
+    tokenizer_json: JsonObject | None = None
+    config: JsonObject = field(default_factory=dict)
+    model_config: JsonObject = field(default_factory=dict)
+    legacy_added_tokens: JsonObject = field(default_factory=dict)
+    sentencepiece_model: Path | None = None
+
+    def role_text(self, role: str) -> str | None:
+        """Text of the token that tokenizer_config.json gives a role, in its string or its object form."""
+        return _token_text(self.config.get(f"{role}_token"))
+
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts of all tokens that tokenizer_config.json calls special, by role or in a list."""
+        texts = [self.role_text(role) for role in ROLES]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            entries = self.config.get(key)
+            # transformers has written both a list of tokens and an object of name to token
+            if isinstance(entries, Mapping):
+                entries = list(entries.values())
+            if isinstance(entries, list):
+                texts.extend(_token_text(entry) for entry in entries)
+        return tuple(dict.fromkeys(text for text in texts if text))
+
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """Added tokens by id; where files disagree, tokenizer_config.json wins, as in llama.cpp's converter.
+
+        The converter does not look into tokenizer.json when there is a tokenizer.model; but transformers 5 saves
+        added tokens nowhere else.
+
+        Raises:
+            TokenizerError: if an entry has no readable id or text.
+        """
+        added: dict[int, AddedToken] = {}
+        if self.tokenizer_json is not None:
+            for entry in self.tokenizer_json.get("added_tokens", ()):
+                added[entry["id"]] = AddedToken(entry["content"], bool(entry.get("special")))
+        for text, token_id in self.legacy_added_tokens.items():
+            if not isinstance(token_id, int) or token_id < 0:
+                raise TokenizerError(
+                    f"{self.directory / 'added_tokens.json'}: id of {text!r} is {token_id!r}; expected a whole number; "
+                    "download the file again"
+                )
+            added.setdefault(token_id, AddedToken(text, is_special=False))
+        decoder = self.config.get("added_tokens_decoder") or {}
+        for key, entry in decoder.items() if isinstance(decoder, Mapping) else ():
+            content = _token_text(entry)
+            if content is None or not key.isdecimal():
+                raise TokenizerError(
+                    f"{self.directory / 'tokenizer_config.json'}: entry {key!r} of added_tokens_decoder is unreadable; "
+                    "expected an id with an object that has 'content'; download the file again"
+                )
+            is_special = isinstance(entry, Mapping) and bool(entry.get("special"))
+            added[int(key)] = AddedToken(content, is_special)
+        return dict(sorted(added.items()))
+
+
+def read_tokenizer_files(model_dir: Path) -> TokenizerFiles:
+    """Read the tokenizer's JSON files.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+
+    Raises:
+        SourceError: if a file cannot be read or is not a JSON object.
+        TokenizerError: if neither ``tokenizer.model`` nor ``tokenizer.json`` is there.
+    """
+    sentencepiece_model = model_dir / "tokenizer.model"
+    files = TokenizerFiles(
+        directory=model_dir,
+        tokenizer_json=_read_json_object(model_dir / "tokenizer.json"),
+        config=_read_json_object(model_dir / "tokenizer_config.json") or {},
+        model_config=_read_json_object(model_dir / "config.json") or {},
+        legacy_added_tokens=_read_json_object(model_dir / "added_tokens.json") or {},
+        sentencepiece_model=sentencepiece_model if sentencepiece_model.is_file() else None,
+    )
+    if files.tokenizer_json is None and files.sentencepiece_model is None:
+        others = [name for name in ("tekken.json", "vocab.json") if (model_dir / name).is_file()]
+        found = f"only {' and '.join(others)}, which cannot be read alone" if others else "neither"
+        raise TokenizerError(
+            f"{model_dir}: looked for tokenizer.model (SentencePiece) and tokenizer.json (tokenizers library), found "
+            f"{found}; download the tokenizer files of the model into this directory"
+        )
+    return files
+
+
+def open_tokenizer(files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """Load ``tokenizer.json`` with the library it was written for.
+
+    Tokens that tokenizer_config.json gives a role are marked special, as transformers does; tokens it names that
+    tokenizer.json does not hold are left out, for they have no id that could be relied on.
+
+    Raises:
+        TokenizerError: if the library refuses the file.
+    """
+    path = files.directory / "tokenizer.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise than Exception
+        raise TokenizerError(
+            f"{path}: the tokenizers library {tokenizers.__version__} cannot read it ({_one_line(error)}); "
+            "download the file again or update the library"
+        ) from error
+    # both are settings of whoever saved the file; a calibration text must neither be cut nor padded
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    known = [text for text in files.special_texts() if tokenizer.token_to_id(text) is not None]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in known])
+    return tokenizer
+
+
+def component(part: Any) -> JsonObject | None:
+    """JSON form of a tokenizer's component, with defaults filled in whatever version wrote the file.
+
+    Args:
+        part: normalizer, pre-tokenizer, post-processor or decoder of a ``tokenizers.Tokenizer``.
+    """
+    if part is None:
+        return None
+    # the library documents no other way from a component to its JSON than the state that pickle uses
+    return cast(JsonObject, json.loads(part.__getstate__()))
+
+
+def steps(part: Any) -> list[JsonObject]:
+    """The components of a component: several for a sequence, one for any other, none for None."""
+    return _flatten(component(part))
+
+
+def _flatten(state: JsonObject | None) -> list[JsonObject]:
+    if state is None:
+        return []
+    if state["type"] != "Sequence":
+        return [state]
+    inner = next(value for value in state.values() if isinstance(value, list))
+    return [step for part in inner for step in _flatten(part)]
+
+
+def _token_text(entry: object) -> str | None:
+    if isinstance(entry, Mapping):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) and entry else None
+
+
+def _read_json_object(path: Path) -> JsonObject | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: not readable as JSON ({_one_line(error)}); download the file again") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: found a JSON {type(content).__name__}, expected an object; download the file again")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,173 @@
+"""Which of llama.cpp's pre-tokenizers splits a text as a tokenizer.json does.
+
+llama.cpp knows the rules by name only and has them built in. The name is found from the structure of tokenizer.json,
+that is from its rules, not from the ids that a vocabulary gives to a text: fine-tunes with added tokens and unheard-of
+vocabularies with a well-known rule are recognised alike. A new rule is one more row in the table.
+
+Source: the regular expressions are those in the models' own tokenizer.json; names and the defaults that come with
+them (adding BOS, ignoring merges) as in llama.cpp build 0.3.36 of llama-cpp-python.
+"""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+
+import tokenizers
+
+from lieq_gguf.errors import TokenizerError
+from lieq_gguf.tokenizers.model_files import JsonObject, steps
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_QWEN_2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_START = r"[^\r\n\p{L}\p{N}]?"
+_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+_TEKKEN = rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|\p{{N}}|{_PUNCTUATION}|{_SPACES}"
+_GPT_4O = (
+    rf"{_START}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_START}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}|{_PUNCTUATION}|{_SPACES}"
+)
+
+_BYTES = "ByteLevel"
+_GPT_2_WORDS = "ByteLevel(words)"
+_EACH_DIGIT = "Digits(each)"
+_CASE_CAVEAT = "llama.cpp knows capitals only in ASCII here and takes combining marks for punctuation"
+_NFC_CAVEAT = "llama.cpp does not normalise to NFC, so decomposed accents give other tokens"
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """One of llama.cpp's pre-tokenizers and the structure of tokenizer.json it stands for.
+
+    Attributes:
+        name: the value of ``tokenizer.ggml.pre``.
+        steps: what tokenizer.json does, in the notation of :func:`describe_steps`.
+        ignore_merges: whether words of the vocabulary are taken whole; None where it makes no difference.
+        normalizer: what is done before, in the same notation.
+        adds_bos: llama.cpp's default where a file does not say whether BOS is automatic.
+        caveat: where llama.cpp is known to deviate from the rule; empty if nowhere.
+    """
+
+    name: str
+    steps: tuple[str, ...]
+    ignore_merges: bool | None = False
+    normalizer: tuple[str, ...] = ()
+    adds_bos: bool = False
+    caveat: str = ""
+
+
+TABLE = (
+    PreTokenizer("gpt-2", (_GPT_2_WORDS,)),
+    # starcoder, refact, codeshell and others have the same structure; SmolLM2's name stands for all
+    PreTokenizer("smollm", (_EACH_DIGIT, _GPT_2_WORDS)),
+    PreTokenizer("llama-bpe", (f"Split({_LLAMA_3})", _BYTES), ignore_merges=True, adds_bos=True),
+    # Llama 3's rule in a file that does not ignore merges
+    PreTokenizer("smaug-bpe", (f"Split({_LLAMA_3})", _BYTES)),
+    # llama.cpp always ignores merges here; where a file does not, the check tells whether that matters
+    PreTokenizer("tekken", (f"Split({_TEKKEN})", _BYTES), ignore_merges=None, adds_bos=True, caveat=_CASE_CAVEAT),
+    PreTokenizer("qwen2", (f"Split({_QWEN_2})", _BYTES)),
+    PreTokenizer("qwen2", (f"Split({_QWEN_2})", _BYTES), normalizer=("NFC",), caveat=_NFC_CAVEAT),
+    PreTokenizer("gpt-4o", (f"Split({_GPT_4O})", _BYTES), caveat=_CASE_CAVEAT),
+)
+
+#: further names that llama.cpp takes for byte-level BPE, which a user may ask for
+OTHER_NAMES = (
+    "a.x-4.0", "afmoe", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell", "cohere2moe",
+    "command-r", "dbrx", "deepseek-coder", "deepseek-llm", "deepseek-r1-qwen", "deepseek-v3", "default", "exaone",
+    "exaone-moe", "exaone4", "f2llmv2", "falcon", "falcon-h1", "falcon3", "gigachat", "glm4", "gpt3-finnish",
+    "granite-docling", "granite-embed-multi-97m", "grok-2", "hunyuan", "hunyuan-dense", "hy_v4", "jais", "jais-2",
+    "joyai-llm", "kanana2", "kormo", "laguna", "lfm2", "llada-moe", "llama-v3", "llama3", "llama4", "megrez",
+    "mellum", "mellum2", "midm-2.0", "minerva-7b", "minicpm5", "minimax-m2", "modern-bert", "mpt", "olmo", "phi-2",
+    "pixtral", "poro-chat", "qwen35", "refact", "seed-coder", "solar-open", "spark2_5", "stablelm2", "starcoder",
+    "superbpe", "talkie", "tiny_aya", "trillion", "ufakzeka", "viking", "youtu",
+)  # fmt: skip
+
+# the names outside the table that add BOS by default
+_ADD_BOS = frozenset({"chameleon", "falcon-h1", "falcon3", "lfm2", "llama-v3", "llama3", "midm-2.0", "pixtral"})
+
+
+def recognise(tokenizer: tokenizers.Tokenizer, source: str) -> str:
+    """Name of the pre-tokenizer that does what tokenizer.json says.
+
+    Args:
+        tokenizer: a byte-level BPE.
+        source: the file's name, for the message.
+
+    Raises:
+        TokenizerError: if no row of the table fits.
+    """
+    found = describe_steps(tokenizer)
+    normalizer = tuple(_describe(step) for step in steps(tokenizer.normalizer))
+    ignore_merges = bool(getattr(tokenizer.model, "ignore_merges", False))
+    for row in TABLE:
+        if row.steps == found and row.normalizer == normalizer and row.ignore_merges in (ignore_merges, None):
+            return row.name
+    text = " then ".join((*normalizer, *found)) or "nothing"
+    nearest = _nearest(text, {row.name: " then ".join((*row.normalizer, *row.steps)) for row in TABLE})
+    raise TokenizerError(
+        f"{source}: the pre-tokenizer (ignore_merges={ignore_merges}) is {_shorten(text)!r}, which none of the known "
+        f"ones does; nearest are {', '.join(nearest)}; pass --pre-tokenizer NAME if you know llama.cpp's name for it"
+    )
+
+
+def checked_name(name: str) -> str:
+    """Give back a name that llama.cpp knows.
+
+    Raises:
+        TokenizerError: if llama.cpp would refuse a file with that name.
+    """
+    known = sorted({row.name for row in TABLE} | set(OTHER_NAMES))
+    if name in known:
+        return name
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    raise TokenizerError(
+        f"pre-tokenizer {name!r} is not known to llama.cpp; nearest are {', '.join(nearest)}; "
+        "pass --pre-tokenizer NAME with one of these, or leave it out to have it recognised"
+    )
+
+
+def adds_bos_by_default(name: str) -> bool:
+    """Whether llama.cpp puts BOS before a text when a file with this pre-tokenizer does not say."""
+    return name in _ADD_BOS or any(row.adds_bos for row in TABLE if row.name == name)
+
+
+def pre_tokenizer_caveat(name: str) -> str:
+    """Where llama.cpp is known to deviate from the rule of that name; empty if nowhere."""
+    return next((row.caveat for row in TABLE if row.name == name and row.caveat), "")
+
+
+def describe_steps(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """The pre-tokenizer's steps in a short notation that leaves out what does not change the words."""
+    return tuple(_describe(step) for step in steps(tokenizer.pre_tokenizer))
+
+
+def _describe(step: JsonObject) -> str:
+    options = {key: value for key, value in step.items() if key not in ("type", "trim_offsets")}
+    kind = str(step["type"])
+    if kind == "ByteLevel" and not options["add_prefix_space"]:
+        return _GPT_2_WORDS if options["use_regex"] else _BYTES
+    if kind == "Digits" and options["individual_digits"]:
+        return _EACH_DIGIT
+    if kind == "Split" and "Regex" in options["pattern"]:
+        # to keep the matches and to remove what is between them is the same when the matches cover the text
+        way = (options["behavior"], options["invert"])
+        if way in (("Isolated", False), ("Removed", True)):
+            return f"Split({options['pattern']['Regex']})"
+    return kind + (json.dumps(options, sort_keys=True) if options else "")
+
+
+def _nearest(text: str, choices: dict[str, str]) -> list[str]:
+    # by the pieces between the alternatives: characters would make any two long expressions look alike
+    def likeness(name: str) -> float:
+        wanted, other = (re.split(r"[|()]|(?= then )", t) for t in (text, choices[name]))
+        return difflib.SequenceMatcher(None, wanted, other).ratio()
+
+    return sorted(choices, key=lambda name: (-likeness(name), name))[:3]
+
+
+def _shorten(text: str, limit: int = 120) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,122 @@
+"""The model's own tokenizer, as the reference for calibration and for the check."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from lieq_gguf.errors import TokenizerError
+from lieq_gguf.tokenizers.model_files import TokenizerFiles, open_tokenizer, read_tokenizer_files
+from lieq_gguf.tokenizers.sentencepiece_style import open_sentencepiece
+from lieq_gguf.tokenizers.special_tokens import automatic_tokens
+
+
+@dataclass(frozen=True)
+class SourceTokenizer:
+    """A model's tokenizer as its files define it.
+
+    Attributes:
+        vocab_size: one more than the largest id it can give.
+        added_tokens: text to id of the tokens that are found in a text as they stand, such as ``<|im_start|>``.
+    """
+
+    vocab_size: int
+    added_tokens: Mapping[str, int]
+    _encode: Callable[[str, bool], list[int]]
+    _piece: Callable[[int], str | None]
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; added tokens written in the text are recognised.
+
+        Args:
+            text: any text.
+            add_special_tokens: whether BOS and the like are added as the files ask.
+        """
+        return self._encode(text, add_special_tokens)
+
+    def piece(self, token_id: int) -> str:
+        """How the vocabulary spells a token; ``?`` for an id it does not have."""
+        piece = self._piece(token_id) if 0 <= token_id < self.vocab_size else None
+        return "?" if piece is None else piece
+
+
+def load_source_tokenizer(model_dir: Path) -> SourceTokenizer:
+    """Load a model's own tokenizer: tokenizer.json if there is one, otherwise tokenizer.model.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+
+    Raises:
+        SourceError: if a file cannot be read.
+        TokenizerError: if there are no tokenizer files or a library refuses them.
+    """
+    files = read_tokenizer_files(model_dir)
+    return _from_sentencepiece(files) if files.tokenizer_json is None else _from_tokenizer_json(files)
+
+
+def _from_tokenizer_json(files: TokenizerFiles) -> SourceTokenizer:
+    tokenizer = open_tokenizer(files)
+    automatic = automatic_tokens(files, tokenizer)
+    if not tokenizer.encode("", add_special_tokens=True).ids and (automatic.get("bos") or automatic.get("eos")):
+        # transformers adds what tokenizer_config.json asks for when tokenizer.json adds nothing
+        _add_template(files, tokenizer, automatic)
+
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    added = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    return SourceTokenizer(largest + 1, added, encode, tokenizer.id_to_token)
+
+
+def _add_template(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer, automatic: Mapping[str, bool]) -> None:
+    ids: dict[str, int] = {}
+    for role in ("bos", "eos"):
+        text = files.role_text(role)
+        token_id = None if text is None else tokenizer.token_to_id(text)
+        if automatic.get(role) and text is not None and token_id is not None:
+            ids[role] = token_id
+    pieces = [*(["bos"] if "bos" in ids else []), "$A", *(["eos"] if "eos" in ids else [])]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=pieces, special_tokens=list(ids.items()))
+
+
+def _from_sentencepiece(files: TokenizerFiles) -> SourceTokenizer:
+    path = files.directory / "tokenizer.model"
+    processor = open_sentencepiece(path)
+    n_pieces = processor.vocab_size()
+    added = {processor.IdToPiece(i): i for i in range(n_pieces) if processor.IsControl(i) or processor.IsUnknown(i)}
+    added |= {token.content: token_id for token_id, token in files.added_tokens().items()}
+    before = _automatic_id(files, processor, "bos", default=True)
+    after = _automatic_id(files, processor, "eos", default=False)
+    # the longest first, as <s> may begin another
+    pattern = re.compile("(" + "|".join(re.escape(text) for text in sorted(added, key=len, reverse=True)) + ")")
+    text_of = {token_id: text for text, token_id in added.items()}
+
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = []
+        for part in pattern.split(text):
+            ids += [added[part]] if part in added else processor.EncodeAsIds(part)
+        return [*before, *ids, *after] if add_special_tokens else ids
+
+    def piece(token_id: int) -> str | None:
+        known = text_of.get(token_id)
+        return processor.IdToPiece(token_id) if known is None and token_id < n_pieces else known
+
+    return SourceTokenizer(max(n_pieces, *(i + 1 for i in added.values())), added, encode, piece)
+
+
+def _automatic_id(
+    files: TokenizerFiles, processor: sentencepiece.SentencePieceProcessor, role: str, default: bool
+) -> tuple[int, ...]:
+    if not automatic_tokens(files, None).get(role, default):
+        return ()
+    token_id = processor.bos_id() if role == "bos" else processor.eos_id()
+    if token_id < 0:
+        raise TokenizerError(
+            f"{files.directory / 'tokenizer.model'}: has no {role.upper()} token, which is to be added to every text; "
+            f"set add_{role}_token to false in tokenizer_config.json"
+        )
+    return (int(token_id),)

@@ -1,0 +1,119 @@
+"""Tokens with a role (BOS, EOS...) and which of them are put around a text automatically.
+
+The rules are those of llama.cpp's converter, so that the same keys come out; they are kept here because the gguf
+package on PyPI is older than the converter and leaves some of them out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+
+from lieq_gguf.tokenizers.model_files import ROLES, JsonObject, TokenizerFiles, component
+from lieq_gguf.tokenizers.vocabulary import SpecialTokens
+
+# Llama-family models are told apart by this number alone, in llama.cpp's converter too
+_CODE_LLAMA_VOCAB_SIZE = 32016
+_CODE_LLAMA_EOT = 32010
+_GRANITE_VOCAB_SIZE = 49152
+
+
+def read_special_tokens(
+    files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None, vocab_size: int, adds_bos_by_default: bool
+) -> SpecialTokens:
+    """Ids with a role, and the automatic ones, for a model of the Llama family.
+
+    Args:
+        files: of the model.
+        tokenizer: tokenizer.json, if there is one.
+        vocab_size: rows of the embedding; an id beyond it is left out.
+        adds_bos_by_default: what llama.cpp does where the file does not say.
+    """
+    texts, automatic = _texts_and_automatic(files, tokenizer)
+    added = {token.content: token_id for token_id, token in reversed(files.added_tokens().items())}
+    ids: dict[str, int] = {}
+    for role, text in texts.items():
+        token_id = added.get(text or "")
+        if token_id is None:
+            token_id = files.model_config.get(f"{role}_token_id")
+        # config.json may hold a list, or -1 for "none"
+        if isinstance(token_id, int) and 0 <= token_id < vocab_size and role != "cls":
+            ids[role] = token_id
+
+    if vocab_size == _CODE_LLAMA_VOCAB_SIZE:
+        ids.setdefault("eot", _CODE_LLAMA_EOT)
+    if vocab_size == _GRANITE_VOCAB_SIZE:
+        automatic["bos"] = False
+    elif tokenizer is not None and "bos" not in automatic and adds_bos_by_default != _starts_with(tokenizer, ids):
+        # no file says it, yet the tokenizer does otherwise than llama.cpp would by default
+        automatic["bos"] = not adds_bos_by_default
+    return SpecialTokens(tuple(ids.items()), tuple(automatic.items()))
+
+
+def automatic_tokens(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None) -> dict[str, bool]:
+    """Which of ``bos``, ``eos``, ``sep`` the files say are added automatically; a role they do not name is missing."""
+    return _texts_and_automatic(files, tokenizer)[1]
+
+
+def _texts_and_automatic(
+    files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None
+) -> tuple[dict[str, str | None], dict[str, bool]]:
+    texts = {role: files.role_text(role) for role in ROLES}
+    texts["bos"] = texts["bos"] or texts["cls"]
+    texts["eos"] = texts["eos"] or texts["sep"]
+    automatic = _automatic_by_post_processor(tokenizer, texts)
+    for role in ("bos", "eos", "sep"):
+        is_added = files.config.get(f"add_{role}_token")
+        # transformers lets the flag win in some of its classes only; tokenizer.json is the same for all of them
+        if isinstance(is_added, bool):
+            automatic.setdefault(role, is_added)
+    return texts, automatic
+
+
+def _automatic_by_post_processor(
+    tokenizer: tokenizers.Tokenizer | None, texts: dict[str, str | None]
+) -> dict[str, bool]:
+    state = component(tokenizer.post_processor) if tokenizer is not None else None
+    automatic: dict[str, bool] = {}
+    for processor in (state or {}).get("processors", [state] if state else []):
+        if processor["type"] == "ByteLevel":
+            automatic.setdefault("bos", False)
+            automatic.setdefault("eos", False)
+        elif processor["type"] == "TemplateProcessing":
+            automatic.update(_automatic_by_template(processor, texts))
+    return automatic
+
+
+def _automatic_by_template(template: JsonObject, texts: dict[str, str | None]) -> dict[str, bool]:
+    """Read a template such as ``<s> $A </s>``; ``texts`` learns the roles that only the template tells."""
+    single, pair = template["single"], template["pair"]
+    first = _special_id(single[0]) if len(single) > 1 else None
+    last = _special_id(single[-1]) if len(single) > 1 else None
+    automatic: dict[str, bool] = {}
+    if first:
+        texts["bos"] = texts["bos"] or first
+        automatic["bos"] = first == texts["bos"]
+    if last:
+        if texts["eos"] not in (None, last):
+            # what ends a text wins over what ends a turn
+            texts["eot"] = texts["eos"]
+        texts["eos"] = last
+        automatic["eos"] = True
+    inner = pair[1 if first and _special_id(pair[0]) == first else 0 :]
+    inner = inner[: -1 if last and _special_id(inner[-1]) == last else None]
+    between = inner[1:-1]
+    if between and "Sequence" in inner[0] and "Sequence" in inner[-1]:
+        separators = {texts["sep"], texts["eos"]} - {None}
+        is_sep = not last and _special_id(between[0]) in separators
+        automatic["sep"] = is_sep or (len(between) == 2 and _special_id(between[1]) in separators)
+    return automatic
+
+
+def _special_id(piece: dict[str, Any]) -> str | None:
+    special = piece.get("SpecialToken")
+    return special["id"] if special else None
+
+
+def _starts_with(tokenizer: tokenizers.Tokenizer, ids: dict[str, int]) -> bool:
+    around: Sequence[int] = tokenizer.encode("", add_special_tokens=True).ids
+    return bool(around) and around[0] == ids.get("bos")
