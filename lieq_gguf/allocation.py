@@ -1,0 +1,298 @@
+"""One type for every tensor, so that the average meets the budget and never exceeds it.
+
+The full ladder is an exact problem (a multiple-choice knapsack, solved by HiGHS): choose one type per group so that the
+sum of sensitivity × error is least and the sum of bits stays within the budget. The paper's rule, two widths in the
+order of the layer score, is kept beside it as its own method. Bits are integers throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from lieq_gguf.errors import BudgetError, FormatError
+from lieq_gguf.quant_types import DEFAULT_LADDER, F16, F32, QUANT_TYPES, QuantType
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.records.scores import LayerScores
+from lieq_gguf.records.spec import ModelSpec, TensorSpec
+
+_SOLVER_GAP = 1e-5
+_SOLVER_SECONDS = 60.0
+_WIDTH_PAIRS = ((1, 2), (2, 4), (4, 8), (8, 16))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How to divide the bits.
+
+    Attributes:
+        method: A key of ``METHODS``.
+        scorer: Layer score that ranks or weighs the layers.
+        granularity: ``layer``: one type in a layer; ``tensor``: one type a matrix.
+        types: Types on offer; those that do not fit a row are never given to it.
+        embedding_type: Type of the token embedding, or None for the rule.
+        output_type: Type of the output matrix, or None for the rule.
+    """
+
+    method: str = "best"
+    scorer: str = "lieq"
+    granularity: str = "layer"
+    types: tuple[QuantType, ...] = DEFAULT_LADDER
+    embedding_type: QuantType | None = None
+    output_type: QuantType | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that get one type together.
+
+    Attributes:
+        layer: Their layer.
+        tensors: The matrices.
+        choices: Types that fit all of them.
+    """
+
+    layer: int
+    tensors: tuple[TensorSpec, ...]
+    choices: tuple[QuantType, ...]
+
+    def cost(self, budget: BitBudget, quant_type: QuantType) -> int:
+        """Bits of the budget that the group takes in a type."""
+        return sum(budget.cost(quant_type, t) for t in self.tensors)
+
+    def error(self, scores: LayerScores, quant_type: QuantType) -> float:
+        """Relative error of the group in a type, weighted by number of weights."""
+        return sum(t.n_weights * scores.type_errors[t.name][quant_type.name] for t in self.tensors)
+
+
+def offered_types(types: Sequence[QuantType], has_imatrix: bool) -> tuple[QuantType, ...]:
+    """The types that can be made: those that need an importance matrix only if there is one.
+
+    Raises:
+        BudgetError: if none is left.
+    """
+    left = tuple(t for t in types if has_imatrix or not t.needs_imatrix)
+    if not left:
+        names = ", ".join(t.name for t in types)
+        raise BudgetError(f"all types asked for ({names}) need an importance matrix; drop --no-imatrix or add a K type")
+    return left
+
+
+def make_groups(spec: ModelSpec, allocation: Allocation) -> tuple[Group, ...]:
+    """The groups of the problem, each with the types that fit it.
+
+    Raises:
+        BudgetError: if no type fits one of them.
+    """
+    groups = []
+    for layer, matrices in enumerate(spec.layer_matrices):
+        parts = [matrices] if allocation.granularity == "layer" else [(t,) for t in matrices]
+        for tensors in parts:
+            choices = tuple(q for q in allocation.types if all(q.fits(t.shape[1]) for t in tensors))
+            if not choices:
+                widths = ", ".join(str(n) for n in sorted({t.shape[1] for t in tensors}))
+                names = ", ".join(q.name for q in allocation.types)
+                raise BudgetError(
+                    f"none of the types {names} fits rows of {widths} weights in layer {layer}; "
+                    "allow types with blocks of 32, for example --types Q4_0,IQ4_NL,Q5_0,Q8_0"
+                )
+            groups.append(Group(layer, tensors, choices))
+    return tuple(groups)
+
+
+def check_reachable(spec: ModelSpec, budget: BitBudget, allocation: Allocation) -> tuple[float, float]:
+    """The least and largest average the types can reach; headers are enough to know.
+
+    Raises:
+        BudgetError: if the target is outside, with the range and what would widen it.
+    """
+    groups = make_groups(spec, allocation)
+    least = sum(min(g.cost(budget, q) for q in g.choices) for g in groups)
+    most = sum(max(g.cost(budget, q) for q in g.choices) for g in groups)
+    low, high = least / spec.n_layer_weights, most / spec.n_layer_weights
+    # A target above the largest type is a mistake, not a wish for a smaller file; allow for rounding of the decimal.
+    if least <= budget.limit(spec) and budget.value <= high * 1.0001:
+        return low, high
+    advice = "choose a target inside this range"
+    if budget.value < low:
+        widths = sorted({t.shape[1] for g in groups for t in g.tensors if t.shape[1] % 256})
+        smaller = [q.name for q in QUANT_TYPES.values() if q.bits_per_weight < low and q not in allocation.types]
+        if widths:
+            rows = " and ".join(str(w) for w in widths)
+            advice = f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types"
+            advice += "; --granularity tensor uses those where they fit" if allocation.granularity == "layer" else ""
+        elif smaller:
+            advice = f"smaller types can be allowed with --types, for example {smaller[0]}"
+    raise BudgetError(
+        f"{budget} is out of reach: {spec.name} can have {low:.4f} to {high:.4f} bits per weight; {advice}"
+    )
+
+
+def is_decided(spec: ModelSpec, allocation: Allocation) -> bool:
+    """Whether the types on offer leave no choice, so that no score is needed."""
+    return all(len(g.choices) == 1 for g in make_groups(spec, allocation))
+
+
+def allocate(spec: ModelSpec, budget: BitBudget, scores: LayerScores | None, allocation: Allocation) -> QuantPlan:
+    """Give every tensor a type.
+
+    Args:
+        spec: The model.
+        budget: The target; met from below.
+        scores: Layer scores and type errors of this model; None if the types leave no choice.
+        allocation: Method and choices.
+
+    Raises:
+        BudgetError: if the target is out of reach.
+        FormatError: if the scores lack a type or the scorer.
+    """
+    reachable = check_reachable(spec, budget, allocation)
+    groups = make_groups(spec, allocation)
+    if scores is None:
+        chosen = tuple(g.choices[0] for g in groups)
+    else:
+        _check_scores(scores, groups, allocation.scorer)
+        chosen = METHODS[allocation.method](groups, budget, budget.limit(spec), scores, allocation.scorer)
+    types = {t.name: F32.name for t in spec.tensors}
+    types |= {t.name: q.name for g, q in zip(groups, chosen, strict=True) for t in g.tensors}
+    types |= {t.name: _outer_type(t, spec, budget, allocation).name for t in spec.other_matrices}
+    return QuantPlan(
+        model=spec.name,
+        method=allocation.method,
+        scorer=allocation.scorer,
+        budget=budget,
+        reachable_bpw=reachable,
+        types=types,
+        layer_scores=tuple(scores.by_scorer[allocation.scorer]) if scores is not None else (),
+    )
+
+
+def two_levels(
+    groups: Sequence[Group], budget: BitBudget, limit: int, scores: LayerScores, scorer: str
+) -> tuple[QuantType, ...]:
+    """The paper's rule: the ``m`` highest-scored layers at the high width, the others at half of it.
+
+    ``m`` is as large as fits.
+    Several llama.cpp types have the same width; of all pairs of the two widths that come
+    within 1 % of the budget, the one with the least weighted error is taken.
+
+    Source: LieQ, arXiv 2508.03332v2, allocation; order and move as in arXiv 2406.17415.
+    """
+    common = [q for q in groups[0].choices if all(q in g.choices for g in groups)]
+    order = sorted(range(len(groups)), key=lambda i: (-scores.by_scorer[scorer][groups[i].layer], i))
+
+    def assign(low: QuantType, high: QuantType) -> tuple[QuantType, ...] | None:
+        left = limit - sum(g.cost(budget, low) for g in groups)
+        if left < 0:
+            return None
+        result = [low] * len(groups)
+        for i in order:
+            left -= groups[i].cost(budget, high) - groups[i].cost(budget, low)
+            if left < 0:
+                break
+            result[i] = high
+        return tuple(result)
+
+    def order_of_merit(plan: tuple[QuantType, ...]) -> tuple[bool, float]:
+        used = sum(g.cost(budget, q) for g, q in zip(groups, plan, strict=True))
+        return used < 0.99 * limit, sum(g.error(scores, q) for g, q in zip(groups, plan, strict=True))
+
+    named_two = len(common) == 2  # the user's own pair need not be a width and its double
+    candidates = []
+    for low, high in product(common, common):
+        if (low.nominal_bits, high.nominal_bits) in _WIDTH_PAIRS or (named_two and low != high):
+            plan = assign(low, high)
+            if plan is not None and low.bits_per_weight < high.bits_per_weight:
+                candidates.append(plan)
+    if not candidates:
+        widths = ", ".join(f"{q.name}" for q in common) or "none"
+        raise BudgetError(
+            f"{budget} cannot be met with two widths of one type per layer; types that fit all layers: {widths}; "
+            "use --method best or name two with --types LOW,HIGH"
+        )
+    return min(candidates, key=order_of_merit)
+
+
+def full_ladder(
+    groups: Sequence[Group], budget: BitBudget, limit: int, scores: LayerScores, scorer: str
+) -> tuple[QuantType, ...]:
+    """The best choice of one type per group for ``Σ sensitivity · error``, by mixed-integer programming.
+
+    The sensitivity of a layer is one plus its score, scaled to [0, 1] over the model: the score tips the balance
+    between layers but cannot outvote the measured error.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    sensitivity = _sensitivity(scores.by_scorer[scorer])
+    choices = [(i, q) for i, g in enumerate(groups) for q in g.choices]
+    costs = np.array([groups[i].cost(budget, q) for i, q in choices], dtype=np.int64)
+    damage = np.array([sensitivity[groups[i].layer] * groups[i].error(scores, q) for i, q in choices])
+    # Equal damage would leave the choice to the solver: a hair's breadth per stored bit makes the smaller type win.
+    damage = damage / max(damage.max(), 1e-30) + 1e-9 * costs / costs.max()
+    unit = int(np.gcd.reduce(costs))
+    members = csr_array(
+        (np.ones(len(choices)), ([i for i, _ in choices], range(len(choices)))), shape=(len(groups), len(choices))
+    )
+    solution = milp(
+        damage,
+        integrality=np.ones(len(choices)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(members, 1, 1),
+            LinearConstraint((costs // unit)[None, :].astype(float), -np.inf, limit // unit),
+        ],
+        options={"mip_rel_gap": _SOLVER_GAP, "time_limit": _SOLVER_SECONDS},
+    )
+    if solution.x is None:
+        raise BudgetError(f"no allocation found for {budget}: {solution.message}")
+    chosen = [(i, q) for (i, q), x in zip(choices, solution.x, strict=True) if x > 0.5]
+    if [i for i, _ in chosen] != list(range(len(groups))) or sum(groups[i].cost(budget, q) for i, q in chosen) > limit:
+        raise BudgetError(f"the solver left {budget} unmet: {solution.message}")
+    return tuple(q for _, q in chosen)
+
+
+Method = Callable[[Sequence[Group], BitBudget, int, LayerScores, str], tuple[QuantType, ...]]
+
+METHODS: dict[str, Method] = {"best": full_ladder, "lieq-ladder": full_ladder, "lieq": two_levels}
+
+
+def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> None:
+    if scorer not in scores.by_scorer:
+        raise FormatError(f"the scores have no '{scorer}'; they have {', '.join(scores.by_scorer)}")
+    for group in groups:
+        for tensor in group.tensors:
+            missing = [q.name for q in group.choices if q.name not in scores.type_errors[tensor.name]]
+            if missing:
+                raise FormatError(
+                    f"the scores have no errors for {missing[0]}; score again with --types {','.join(missing)}"
+                )
+
+
+def _sensitivity(layer_scores: Sequence[float]) -> list[float]:
+    low, high = min(layer_scores), max(layer_scores)
+    return [1.0 + ((s - low) / (high - low) if high > low else 0.0) for s in layer_scores]
+
+
+def _outer_type(tensor: TensorSpec, spec: ModelSpec, budget: BitBudget, allocation: Allocation) -> QuantType:
+    """Type of the embedding or the output matrix: as asked for, or as good as llama-quantize's at this budget."""
+    is_output = tensor.name == "output.weight" or spec.has_tied_embeddings
+    asked = allocation.output_type if is_output else allocation.embedding_type
+    if spec.has_tied_embeddings:
+        asked = asked or allocation.embedding_type
+    if asked is not None:
+        if not asked.fits(tensor.shape[1]) or asked.needs_imatrix:
+            why = (
+                "needs an importance matrix, which no embedding has" if asked.needs_imatrix else "does not fit its rows"
+            )
+            raise BudgetError(f"{tensor.name} of shape {tensor.shape} cannot be {asked.name}: it {why}")
+        return asked
+    if not any(q.is_quantized for q in allocation.types):
+        return max(allocation.types, key=lambda q: q.bits_per_weight)
+    ladder = ("Q6_K", "Q8_0", "F16") if is_output else ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+    fitting = [QUANT_TYPES[n] for n in ladder if QUANT_TYPES[n].fits(tensor.shape[1])]
+    return next((q for q in fitting if q.bits_per_weight >= budget.value), F16)

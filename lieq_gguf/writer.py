@@ -1,0 +1,206 @@
+"""The GGUF file, written tensor by tensor: read, quantise, append.
+
+The header is complete before the first tensor, because every size is known from the plan. The file grows under a
+temporary name beside the target and takes its place only when the caller is content with it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from lieq_gguf import __version__, ggml
+from lieq_gguf.errors import OutputError, QuantizationError
+from lieq_gguf.quant_types import QUANT_TYPES, QuantType
+from lieq_gguf.records.bits import BitMeter, measure_bits, padded
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.tokenizers import Vocabulary
+
+_CHUNK_WEIGHTS = 1 << 23  # weights held in float32 at a time: 32 MiB
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a file comes from, kept inside it.
+
+    Attributes:
+        command_line: The command that made it.
+        importance: The importance matrix that was used, if any.
+        importance_file: Its file name, or empty if it was computed on the way.
+    """
+
+    command_line: str
+    importance: ImportanceMatrix | None = None
+    importance_file: str = ""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The head of a file, ready to write.
+
+    Attributes:
+        content: Everything before the first tensor.
+        meter: The figures of the whole file.
+    """
+
+    content: bytes
+    meter: BitMeter
+
+
+def make_header(source: ModelDirectory, vocabulary: Vocabulary, plan: QuantPlan, provenance: Provenance) -> Header:
+    """Lay out the file: metadata, and name, shape, type and place of every tensor.
+
+    The figures of the file are themselves part of the metadata, so it is laid out twice, the first time to learn its
+    size.
+    """
+    spec = source.spec
+    tensors_bytes = sum(padded(QUANT_TYPES[plan.types[t.name]].tensor_bytes(t.shape)) for t in spec.tensors)
+    unsized = measure_bits(spec.tensors, plan.types, 0)
+    size = len(_header_content(source, vocabulary, plan, provenance, unsized))
+    meter = measure_bits(spec.tensors, plan.types, size + tensors_bytes)
+    return Header(_header_content(source, vocabulary, plan, provenance, meter), meter)
+
+
+def write_file(
+    target: Path,
+    source: ModelDirectory,
+    plan: QuantPlan,
+    header: Header,
+    importance: ImportanceMatrix | None,
+    n_threads: int = 1,
+    advance: Callable[[float], None] = lambda _amount: None,
+) -> None:
+    """Write header and tensors.
+
+    Args:
+        target: File to write, replaced if it exists.
+        source: The model.
+        plan: One type per tensor.
+        header: Made from the same source and plan.
+        importance: Weights of the squared errors, or None.
+        n_threads: Threads of the encoders.
+        advance: Called with the number of weights written.
+
+    Raises:
+        QuantizationError: if a tensor cannot be encoded.
+        OutputError: if the file is not of the size the header says.
+    """
+    with target.open("wb") as file:
+        file.write(header.content)
+        for tensor in source.spec.tensors:
+            mean = None if importance is None else importance.mean(tensor.name)
+            try:
+                _write_tensor(file, source, tensor, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads)
+            except QuantizationError as error:
+                raise QuantizationError(f"{tensor.name}: {error}") from None
+            advance(tensor.n_weights)
+        written = file.tell()
+    if written != header.meter.file_bytes:
+        raise OutputError(f"{target} has {written} bytes, planned were {header.meter.file_bytes}; please report this")
+
+
+def rotary_order(n_rows: int, n_heads: int) -> npt.NDArray[np.int64]:
+    """Source row of every row in llama.cpp's rotary layout ``[n_rows]``.
+
+    Hugging Face keeps the two halves of a head apart, llama.cpp interleaves them.
+    """
+    return np.arange(n_rows).reshape(n_heads, 2, n_rows // n_heads // 2).swapaxes(1, 2).reshape(n_rows)
+
+
+def _write_tensor(
+    file: BinaryIO,
+    source: ModelDirectory,
+    tensor: TensorSpec,
+    quant_type: QuantType,
+    importance: npt.NDArray[np.float32] | None,
+    n_threads: int,
+) -> None:
+    loaded = source.read(tensor)
+    rows = loaded if loaded.ndim > 1 else loaded[None, :]
+    if tensor.rotary_heads and loaded.ndim == 1:  # a bias has its rotary rows in one line
+        rows = rows[:, rotary_order(tensor.shape[0], tensor.rotary_heads)]
+    order = rotary_order(tensor.shape[0], tensor.rotary_heads) if tensor.rotary_heads and loaded.ndim > 1 else None
+    step = max(1, _CHUNK_WEIGHTS // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        chunk = rows[start : start + step] if order is None else rows[order[start : start + step]]
+        file.write(ggml.quantize(chunk.float().numpy(), quant_type, importance, n_threads).data)
+    file.write(bytes(padded(file.tell()) - file.tell()))
+
+
+def _header_content(
+    source: ModelDirectory, vocabulary: Vocabulary, plan: QuantPlan, provenance: Provenance, meter: BitMeter
+) -> bytes:
+    spec = source.spec
+    writer = gguf.GGUFWriter(None, spec.architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    _add_general(writer, source, plan)
+    source.family.add_hyper_parameters(spec.config, writer)
+    vocabulary.add_to(writer)
+    _add_provenance(writer, plan, provenance, meter)
+    for tensor in spec.tensors:
+        quant_type = QUANT_TYPES[plan.types[tensor.name]]
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),  # not looked at when a type is given
+            quant_type.tensor_bytes(tensor.shape),
+            raw_dtype=gguf.GGMLQuantizationType(quant_type.ggml_id),
+        )
+    # The writer fills open files only; an open file in memory saves writing the header to disk twice.
+    content = io.BytesIO()
+    writer.fout = [content]  # type: ignore[list-item]
+    writer.state = gguf.gguf_writer.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    size = content.tell()
+    return content.getvalue() + bytes(padded(size) - size)
+
+
+def _add_general(writer: gguf.GGUFWriter, source: ModelDirectory, plan: QuantPlan) -> None:
+    spec = source.spec
+    metadata = gguf.Metadata.load(None, source.path, None, spec.n_weights)
+    if metadata.name is None:
+        metadata.name = spec.name
+    if metadata.size_label is None:
+        metadata.size_label = gguf.size_label(spec.n_weights, 0, 0, 0)
+    metadata.set_gguf_meta_model(writer)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(_file_type(spec.layer_matrices, plan.types))
+
+
+def _file_type(layers: tuple[tuple[TensorSpec, ...], ...], types: Mapping[str, str]) -> int:
+    """The file type of the type that most decoder weights have; llama.cpp only shows it."""
+    n_weights: dict[str, int] = {}
+    for tensor in (t for layer in layers for t in layer):
+        n_weights[types[tensor.name]] = n_weights.get(types[tensor.name], 0) + tensor.n_weights
+    return QUANT_TYPES[max(n_weights, key=lambda name: n_weights[name])].file_type
+
+
+def _add_provenance(writer: gguf.GGUFWriter, plan: QuantPlan, provenance: Provenance, meter: BitMeter) -> None:
+    importance = provenance.importance
+    if importance is not None:
+        writer.add_string("quantize.imatrix.file", provenance.importance_file or "computed by lieq-gguf")
+        writer.add_string("quantize.imatrix.dataset", importance.dataset)
+        writer.add_uint32("quantize.imatrix.entries_count", len(importance.in_sum2))
+        writer.add_uint32("quantize.imatrix.chunks_count", importance.n_chunks)
+    writer.add_string("lieq.version", __version__)
+    writer.add_string("lieq.method", plan.method)
+    writer.add_string("lieq.scorer", plan.scorer)
+    writer.add_array("lieq.layer_scores", [float(score) for score in plan.layer_scores])
+    writer.add_string("lieq.target.kind", plan.budget.kind)
+    writer.add_float32("lieq.target.value", plan.budget.value)
+    writer.add_float32("lieq.layer_bpw", meter.layer_bpw)
+    writer.add_float32("lieq.file_bpw", meter.file_bpw)
+    writer.add_float32("lieq.nominal_bits", meter.nominal_bits)
+    writer.add_string("lieq.command_line", provenance.command_line)
