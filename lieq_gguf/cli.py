@@ -1,0 +1,519 @@
+"""The command line. Thin: every command reads its options, calls one function, and shows the result.
+
+Heavy imports are inside the commands, so that ``--help`` answers at once. stdout is the result, stderr is progress.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lieq_gguf import __version__
+from lieq_gguf.errors import LieqError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lieq_gguf.allocation import Allocation
+    from lieq_gguf.pipeline import CalibrationOptions, Planned
+    from lieq_gguf.progress import Progress
+    from lieq_gguf.records.bits import BitBudget
+
+app = typer.Typer(
+    name="lieq-gguf",
+    help="Mixed-precision GGUF files for llama.cpp at exactly the average bit width you ask for.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_debug = False
+
+ScorerName = Literal["lieq", "lieq-qkv", "energy-gain", "lim", "zd"]
+MethodName = Literal["best", "lieq-ladder", "lieq"]
+Granularity = Literal["layer", "tensor"]
+
+
+def main() -> None:
+    """Entry point: a LieqError is one line and exit code 1, wrong usage exit code 2, Ctrl-C 130."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
+    try:
+        app()
+    except LieqError as error:
+        if _debug:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of stdout has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _set_debug(value: bool) -> None:
+    global _debug
+    _debug = value
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise typer.BadParameter(f"{value} is not a number of bits above 0")
+    return value
+
+
+def _n_threads(value: int) -> int:
+    """0 stands for the cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return value or cores
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"lieq-gguf {__version__}")
+        raise typer.Exit
+
+
+Source = Annotated[
+    Path, typer.Argument(metavar="SOURCE", help="Model directory with config.json and safetensors.", show_default=False)
+]
+Bits = Annotated[
+    float | None,
+    typer.Option("--bits", help="Average stored bits per decoder weight; never exceeded.", callback=_finite),
+]
+Nominal = Annotated[
+    bool, typer.Option("--nominal", help="Count the digit in a type's name as the papers do, Q2_K as 2.")
+]
+Method = Annotated[
+    MethodName,
+    typer.Option("--method", help="`best`: exact over all types. `lieq`: the paper's two widths by score."),
+]
+Scorer = Annotated[ScorerName, typer.Option("--scorer", help="Layer score that ranks or weighs the layers.")]
+GranularityOption = Annotated[
+    Granularity, typer.Option("--granularity", help="One type per decoder layer, or per tensor.")
+]
+Types = Annotated[
+    str | None, typer.Option("--types", metavar="A,B,…", help="Types on offer, for example Q2_K,Q3_K,Q4_K.")
+]
+EmbeddingType = Annotated[str | None, typer.Option("--embedding-type", metavar="TYPE", help="Type of the embedding.")]
+OutputType = Annotated[str | None, typer.Option("--output-type", metavar="TYPE", help="Type of the output matrix.")]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", metavar="FILE", help="Text to calibrate on, instead of the shipped one.")
+]
+NTokens = Annotated[int, typer.Option("--n-tokens", min=16, help="Calibration tokens.")]
+Imatrix = Annotated[
+    Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix (GGUF) instead of a measured one.")
+]
+NoImatrix = Annotated[bool, typer.Option("--no-imatrix", help="Quantise without importance; no IQ1, IQ2, IQ3_XXS.")]
+Scores = Annotated[
+    Path | None, typer.Option("--scores", metavar="FILE", help="Scores kept by 'score -o' instead of measuring.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the untrained twin.")]
+Threads = Annotated[
+    int, typer.Option("--threads", "-t", min=0, help="Threads.", show_default="all cores", callback=_n_threads)
+]
+Device = Annotated[str, typer.Option("--device", help="Torch device of the forward pass: cpu, cuda, mps.")]
+PreTokenizer = Annotated[
+    str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer, if not recognised.")
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Traceback on errors.", callback=_set_debug, is_eager=True)]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def convert(
+    source: Source,
+    bits: Bits = None,
+    nominal: Nominal = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write. [default: MODEL-BITSbpw.gguf]")
+    ] = None,
+    method: Method = "best",
+    scorer: Scorer = "lieq",
+    granularity: GranularityOption = "layer",
+    types: Types = None,
+    embedding_type: EmbeddingType = None,
+    output_type: OutputType = None,
+    calibration: CalibrationFile = None,
+    n_tokens: NTokens = 8192,
+    imatrix: Imatrix = None,
+    no_imatrix: NoImatrix = False,
+    scores: Scores = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Carry out a plan kept by 'plan -o'.")
+    ] = None,
+    pre_tokenizer: PreTokenizer = None,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, write nothing.")] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a model to one GGUF at an average bit width.
+
+    Example: `lieq-gguf convert ./SmolLM2-135M --bits 2.7 -o smollm2.gguf`
+    """
+    del debug
+    if (bits is None) == (plan is None):
+        raise typer.BadParameter("give exactly one of --bits and --plan", param_hint="--bits")
+    from lieq_gguf import pipeline
+    from lieq_gguf.sources.model_directory import ModelDirectory
+
+    budget = _budget(bits, nominal)
+    allocation = _allocation(method, scorer, granularity, types, embedding_type, output_type)
+    options = _calibration(calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device)
+    progress = _progress(quiet)
+    target = output or Path(_default_name(source, bits, nominal, plan))
+    if dry_run:
+        planned = pipeline.make_plan(
+            ModelDirectory(source), budget, allocation, options, progress,
+            plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(),
+        )  # fmt: skip
+        _show_plan(planned, source, as_json)
+        return
+    result = pipeline.convert(
+        source, target, budget, allocation, options, progress,
+        plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), force=force,
+    )  # fmt: skip
+    if as_json:
+        _print_json(result.to_json())
+        return
+    _show_plan(result.planned, source, as_json=False)
+    seconds = "  ".join(f"{stage} {s:.1f} s" for stage, s in result.seconds.items())
+    _stdout().print(f"{seconds}", style="dim", highlight=False)
+    print(f"{target} written and verified")
+
+
+@app.command()
+def score(
+    source: Source,
+    scorer: Scorer = "lieq",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep scores and type errors as JSON.")
+    ] = None,
+    types: Types = None,
+    calibration: CalibrationFile = None,
+    n_tokens: NTokens = 8192,
+    imatrix: Imatrix = None,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score the layers of a model: what training made compact must keep its bits.
+
+    Example: `lieq-gguf score ./SmolLM2-135M -o scores.json`, then `convert --scores scores.json`
+    """
+    del debug
+    from lieq_gguf import pipeline
+    from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types
+    from lieq_gguf.records.files import check_output
+    from lieq_gguf.sources.model_directory import ModelDirectory
+
+    if output is not None:
+        check_output(output, force)
+    options = _calibration(calibration, n_tokens, imatrix, False, None, seed, threads, device)
+    offered = parse_types(types.split(",")) if types else DEFAULT_LADDER
+    known = pipeline.learn(ModelDirectory(source), offered, options, _progress(quiet))
+    assert known.scores is not None
+    if output is not None:
+        known.scores.save(output, scorer)
+    if as_json:
+        _print_json(known.scores.to_json(scorer))
+    else:
+        from lieq_gguf.display import score_table
+
+        _stdout().print(score_table(known.scores, scorer))
+
+
+@app.command()
+def imatrix(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
+    calibration: CalibrationFile = None,
+    n_tokens: NTokens = 8192,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the importance matrix, in the file format of llama-imatrix.
+
+    Example: `lieq-gguf imatrix ./SmolLM2-135M -o imatrix.gguf`
+    """
+    del debug
+    from lieq_gguf import pipeline
+    from lieq_gguf.records.files import check_output
+    from lieq_gguf.sources.model_directory import ModelDirectory
+
+    check_output(output, force)
+    options = _calibration(calibration, n_tokens, None, False, None, 0, threads, device)
+    known = pipeline.learn(ModelDirectory(source), (), options, _progress(quiet), scores=False)
+    assert known.importance is not None
+    known.importance.save(output)
+    matrix = known.importance
+    print(f"{output}: {len(matrix.in_sum2)} matrices, {matrix.n_tokens} tokens of {matrix.dataset}")
+
+
+@app.command()
+def plan(
+    source: Source,
+    bits: Bits = None,
+    nominal: Nominal = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep the plan as JSON for 'convert --plan'.")
+    ] = None,
+    method: Method = "best",
+    scorer: Scorer = "lieq",
+    granularity: GranularityOption = "layer",
+    types: Types = None,
+    embedding_type: EmbeddingType = None,
+    output_type: OutputType = None,
+    calibration: CalibrationFile = None,
+    n_tokens: NTokens = 8192,
+    imatrix: Imatrix = None,
+    no_imatrix: NoImatrix = False,
+    scores: Scores = None,
+    pre_tokenizer: PreTokenizer = None,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Choose the types without writing a model.
+
+    Example: `lieq-gguf plan ./SmolLM2-135M --bits 2.7 --scores scores.json -o plan.json`
+    """
+    del debug
+    if bits is None:
+        raise typer.BadParameter("give the target", param_hint="--bits")
+    from lieq_gguf import pipeline
+    from lieq_gguf.records.files import check_output
+    from lieq_gguf.sources.model_directory import ModelDirectory
+
+    if output is not None:
+        check_output(output, force)
+    planned = pipeline.make_plan(
+        ModelDirectory(source),
+        _budget(bits, nominal),
+        _allocation(method, scorer, granularity, types, embedding_type, output_type),
+        _calibration(calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device),
+        _progress(quiet),
+        pre_tokenizer=pre_tokenizer,
+        command_line=_command_line(),
+    )
+    if output is not None:
+        planned.plan.save(output, planned.header.meter.to_json())
+    _show_plan(planned, source, as_json)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.", show_default=False)],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the types of a GGUF file, layer by layer, with the bit meter.
+
+    Example: `lieq-gguf inspect smollm2.gguf`
+    """
+    del debug
+    from lieq_gguf import inspection
+
+    report = inspection.inspect(file)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        inspection.show(report, _stdout())
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.", show_default=False)],
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Plan to compare with.")] = None,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Read every tensor back and run the file in llama.cpp.
+
+    Example: `lieq-gguf verify smollm2.gguf --plan plan.json`
+    """
+    del debug
+    from lieq_gguf import verification
+    from lieq_gguf.gguf_file import GgufFile
+    from lieq_gguf.records.files import SCHEMA_VERSION
+    from lieq_gguf.records.plan import QuantPlan
+
+    types = None if plan is None else QuantPlan.load(plan).types
+    n_weights = sum(t.spec.n_weights for t in GgufFile(file).tensors)
+    with _progress(quiet).stage("verify", "Verifying", n_weights) as advance:
+        result = verification.verify(file, types, n_threads=threads, advance=advance)
+    if as_json:
+        _print_json({"schema_version": SCHEMA_VERSION, "file": str(file), "ok": True, **vars(result)})
+    else:
+        against = "" if plan is None else f", types as in {plan}"
+        print(f"{file}: {result.n_tensors} tensors read back, all finite{against}; llama.cpp loads and runs it")
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="GGUF files.", show_default=False)],
+    n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", min=1, help="Tokens of the prompt.")] = 512,
+    n_generate: Annotated[int, typer.Option("--n-generate", "-n", min=1, help="Tokens generated.")] = 128,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs.")] = 5,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure prompt and generation speed in llama.cpp.
+
+    Example: `lieq-gguf bench smollm2-2.7bpw.gguf smollm2-4.5bpw.gguf`
+    """
+    del debug
+    from lieq_gguf import benchmark
+    from lieq_gguf.display import bench_table
+
+    with _progress(quiet).stage("bench", "Running", 2 * repetitions * len(files)) as advance:
+        results = [benchmark.bench(f, n_prompt, n_generate, repetitions, threads, advance) for f in files]
+    if as_json:
+        _print_json([r.to_json() for r in results])
+    else:
+        _stdout().print(bench_table(results))
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.", show_default=False)],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="What to say; read from stdin if left out.", show_default=False),
+    ] = None,
+    n_generate: Annotated[int, typer.Option("--n-generate", "-n", min=1, help="Tokens at most.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 = always the likeliest token.")] = 0.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text instead of using the chat template.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampler.")] = 0,
+    threads: Threads = 0,
+    debug: Debug = False,
+) -> None:
+    """Let a file answer a prompt, to see it alive.
+
+    Example: `lieq-gguf run smollm2.gguf "What is a llama?"`
+    """
+    del debug
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("give a prompt, or pipe one in", param_hint="PROMPT")
+        prompt = sys.stdin.read()
+    from lieq_gguf import generation
+
+    for piece in generation.stream(file, prompt, n_generate, temperature, raw, seed, threads):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _budget(bits: float | None, nominal: bool) -> BitBudget | None:
+    from lieq_gguf.records.bits import BitBudget
+
+    return None if bits is None else BitBudget("nominal" if nominal else "bits", bits)
+
+
+def _allocation(
+    method: str, scorer: str, granularity: str, types: str | None, embedding_type: str | None, output_type: str | None
+) -> Allocation:
+    from lieq_gguf.allocation import Allocation
+    from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types
+
+    return Allocation(
+        method=method,
+        scorer=scorer,
+        granularity=granularity,
+        types=parse_types(types.split(",")) if types else DEFAULT_LADDER,
+        embedding_type=parse_types([embedding_type])[0] if embedding_type else None,
+        output_type=parse_types([output_type])[0] if output_type else None,
+    )
+
+
+def _calibration(
+    text_file: Path | None,
+    n_tokens: int,
+    imatrix_file: Path | None,
+    no_imatrix: bool,
+    scores_file: Path | None,
+    seed: int,
+    n_threads: int,
+    device: str,
+) -> CalibrationOptions:
+    from lieq_gguf.pipeline import CalibrationOptions
+
+    if no_imatrix and imatrix_file is not None:
+        raise typer.BadParameter("give --imatrix or --no-imatrix, not both", param_hint="--imatrix")
+    return CalibrationOptions(text_file, n_tokens, imatrix_file, not no_imatrix, scores_file, seed, n_threads, device)
+
+
+def _default_name(source: Path, bits: float | None, nominal: bool, plan_file: Path | None) -> str:
+    size = f"{plan_file.stem}" if plan_file is not None else f"{bits:g}{'-nominal' if nominal else 'bpw'}"
+    return f"{source.resolve().name}-{size}.gguf"
+
+
+def _command_line() -> str:
+    return shlex.join(["lieq-gguf", *sys.argv[1:]])
+
+
+def _progress(quiet: bool) -> Progress:
+    from lieq_gguf.progress import Progress
+
+    return Progress(silent=quiet)
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1))
+
+
+def _show_plan(planned: Planned, source: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json(planned.to_json())
+        return
+    from lieq_gguf.display import layer_map, meter_line, outer_types
+    from lieq_gguf.sources.model_directory import ModelDirectory
+
+    out, made = _stdout(), planned.plan
+    tensors = ModelDirectory(source).spec.tensors
+    out.print(layer_map(tensors, made.types, made.layer_scores))
+    out.print(outer_types(tensors, made.types))
+    out.print(meter_line(planned.header.meter, f" (target {made.budget.value:g})"))

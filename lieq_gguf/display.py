@@ -1,0 +1,130 @@
+"""What people see: the layer map, the bit meter, score tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.bits import BitMeter
+from lieq_gguf.records.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from lieq_gguf.benchmark import Benchmark
+    from lieq_gguf.records.scores import LayerScores
+
+# From warm (few bits) to cold (many): the upper end of each band in stored bits per weight.
+_COLOURS = (
+    (2.1, "red"),
+    (2.7, "dark_orange"),
+    (3.2, "yellow"),
+    (4.0, "green"),
+    (5.0, "cyan"),
+    (7.0, "blue"),
+    (99.0, "magenta"),
+)
+_ROLE_NAMES = {"attn_output": "o", "attn_q": "q", "attn_k": "k", "attn_v": "v"}
+_BAR_WIDTH = 8
+
+
+def layer_map(tensors: Sequence[TensorSpec], types: Mapping[str, str], scores: Sequence[float] = ()) -> Table:
+    """One row a layer, one coloured cell a matrix; the embedding and output at the end."""
+    layers: dict[int, dict[str, str]] = {}
+    for tensor in tensors:
+        if tensor.layer is not None and tensor.is_matrix:
+            layers.setdefault(tensor.layer, {})[tensor.role] = types[tensor.name]
+    roles = list(dict.fromkeys(role for row in layers.values() for role in row))
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("layer", justify="right")
+    table.add_column("bpw", justify="right")
+    if scores:
+        table.add_column("score")
+    for role in roles:
+        table.add_column(_ROLE_NAMES.get(role, role.removeprefix("ffn_")), no_wrap=True)
+    bpw = layer_bpw(tensors, types)
+    for layer, row in sorted(layers.items()):
+        cells: list[str | Text] = [str(layer), f"{bpw[layer]:.3f}"]
+        if scores:
+            cells.append(_bar(scores[layer], min(scores), max(scores)))
+        table.add_row(*cells, *(_coloured(row[role]) if role in row else "" for role in roles))
+    return table
+
+
+def layer_bpw(tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> dict[int, float]:
+    """Stored bits per weight of every layer's matrices."""
+    stored: dict[int, int] = {}
+    weights: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.layer is not None and tensor.is_matrix:
+            n_bytes = QUANT_TYPES[types[tensor.name]].tensor_bytes(tensor.shape)
+            stored[tensor.layer] = stored.get(tensor.layer, 0) + n_bytes
+            weights[tensor.layer] = weights.get(tensor.layer, 0) + tensor.n_weights
+    return {layer: 8 * stored[layer] / weights[layer] for layer in stored}
+
+
+def outer_types(tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> Text:
+    """Types of the matrices outside of the layers, in one line."""
+    line = Text()
+    for tensor in tensors:
+        if tensor.layer is None and tensor.is_matrix:
+            line.append(f"{tensor.role} ", style="dim").append_text(_coloured(types[tensor.name])).append("  ")
+    return line
+
+
+def meter_line(meter: BitMeter, target: str = "") -> Text:
+    """The three figures, always together."""
+    line = Text()
+    for value, unit in (
+        (f"{meter.layer_bpw:.4f}", f"bits per decoder weight{target}"),
+        (f"{meter.file_bpw:.4f}", "of the whole file"),
+        (f"{meter.nominal_bits:.3f}", "nominal"),
+    ):
+        line.append(value, style="bold").append(f" {unit}   ", style="dim")
+    share = meter.embedding_bytes / meter.file_bytes
+    line.append(f"{meter.file_bytes / 1e6:.1f} MB", style="bold")
+    return line.append(f" ({share:.0%} embedding and output)", style="dim")
+
+
+def score_table(scores: LayerScores, scorer: str) -> Table:
+    """One row a layer, one column a scorer, the chosen one first and drawn."""
+    names = [scorer, *(name for name in scores.by_scorer if name != scorer)]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("layer", justify="right")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", header_style="bold" if name == scorer else "dim")
+    chosen = scores.by_scorer[scorer]
+    for layer in range(scores.n_layers):
+        values = [f"{scores.by_scorer[name][layer]:.4f}" for name in names]
+        table.add_row(str(layer), _bar(chosen[layer], min(chosen), max(chosen)), *values)
+    return table
+
+
+def bench_table(results: Sequence[Benchmark]) -> Table:
+    """One row a file."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("file")
+    for name in ("MB", "threads", "prompt tok/s", "generate tok/s"):
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            r.file.name,
+            f"{r.file_bytes / 1e6:.1f}",
+            str(r.n_threads),
+            f"{r.prompt.mean:.1f} ± {r.prompt.deviation:.1f}",
+            f"{r.generation.mean:.1f} ± {r.generation.deviation:.1f}",
+        )
+    return table
+
+
+def _coloured(type_name: str) -> Text:
+    bits = QUANT_TYPES[type_name].bits_per_weight
+    return Text(type_name, style=next(colour for limit, colour in _COLOURS if bits <= limit))
+
+
+def _bar(value: float, low: float, high: float) -> Text:
+    filled = round(_BAR_WIDTH * (value - low) / (high - low)) if high > low else 0
+    return Text("█" * filled + "·" * (_BAR_WIDTH - filled), style="dim")

@@ -1,0 +1,286 @@
+"""The whole job, top to bottom."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types
+from lieq_gguf.errors import CalibrationError, TokenizerError
+from lieq_gguf.progress import Progress
+from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.files import SCHEMA_VERSION, check_output, replaced_when_complete
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.records.scores import LayerScores
+from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.tokenizers import (
+    Vocabulary,
+    known_deviation,
+    load_source_tokenizer,
+    read_vocabulary,
+    tokenizer_differences,
+)
+from lieq_gguf.verification import verify
+from lieq_gguf.writer import Header, Provenance, make_header, write_file
+
+DEFAULT_N_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to learn about the model.
+
+    Attributes:
+        text_file: Calibration text, or None for the shipped one.
+        n_tokens: Tokens of it to use.
+        imatrix_file: Importance matrix to use instead of a measured one.
+        use_imatrix: Whether to quantise with an importance matrix at all.
+        scores_file: Scores to use instead of measured ones.
+        seed: Seed of the untrained twin.
+        n_threads: Threads of everything.
+        device: Torch device of the forward pass.
+    """
+
+    text_file: Path | None = None
+    n_tokens: int = DEFAULT_N_TOKENS
+    imatrix_file: Path | None = None
+    use_imatrix: bool = True
+    scores_file: Path | None = None
+    seed: int = 0
+    n_threads: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What is known of a model before bits are divided.
+
+    Attributes:
+        scores: Layer scores and type errors, or None if they were not asked for.
+        importance: Importance matrix, or None to quantise without.
+    """
+
+    scores: LayerScores | None
+    importance: ImportanceMatrix | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the head of the file it will become.
+
+    Attributes:
+        plan: One type per tensor.
+        header: Metadata and figures.
+        importance: Importance matrix to quantise with, or None.
+        vocabulary: The tokenizer as the file has it.
+        n_layers: Decoder layers.
+    """
+
+    plan: QuantPlan
+    header: Header
+    importance: ImportanceMatrix | None
+    vocabulary: Vocabulary
+    n_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan and its figures."""
+        return self.plan.to_json() | self.header.meter.to_json() | {"n_layers": self.n_layers}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` has done.
+
+    Attributes:
+        output: The file.
+        planned: Its plan and figures.
+        seconds: Wall-clock seconds of each stage.
+    """
+
+    output: Path
+    planned: Planned
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``convert --json`` prints."""
+        return self.planned.to_json() | {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "conversion",
+            "output": str(self.output),
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+
+def convert(
+    source_dir: Path,
+    output: Path,
+    budget: BitBudget | None,
+    allocation: Allocation,
+    calibration: CalibrationOptions,
+    progress: Progress,
+    *,
+    plan_file: Path | None = None,
+    pre_tokenizer: str | None = None,
+    command_line: str = "",
+    force: bool = False,
+) -> Conversion:
+    """From a model directory to a verified GGUF file.
+
+    Args:
+        source_dir: The model.
+        output: File to write.
+        budget: Target, unless there is a ``plan_file``.
+        allocation: How to divide the bits.
+        calibration: How to learn about the model.
+        progress: Where stages are shown and timed.
+        plan_file: Plan to carry out instead of making one.
+        pre_tokenizer: Name of the pre-tokenizer, if it cannot be recognised.
+        command_line: Kept in the file.
+        force: Whether an existing ``output`` may be replaced.
+
+    Raises:
+        LieqError: whatever is wrong; ``output`` is then as it was before.
+    """
+    check_output(output, force)
+    source = ModelDirectory(source_dir)
+    planned = make_plan(
+        source, budget, allocation, calibration, progress,
+        plan_file=plan_file, pre_tokenizer=pre_tokenizer, command_line=command_line,
+    )  # fmt: skip
+    plan, spec = planned.plan, source.spec
+    with replaced_when_complete(output) as temporary:
+        n_weights = sum(t.n_weights for t in spec.tensors)
+        with progress.stage("write", "Quantising", n_weights) as advance:
+            write_file(temporary, source, plan, planned.header, planned.importance, calibration.n_threads, advance)
+        with progress.stage("verify", "Verifying", n_weights) as advance:
+            verify(temporary, plan.types, {t.name: t.shape for t in spec.tensors}, calibration.n_threads, advance)
+            check_tokenizer(source_dir, temporary, planned.vocabulary, progress)
+    return Conversion(output, planned, progress.seconds)
+
+
+def make_plan(
+    source: ModelDirectory,
+    budget: BitBudget | None,
+    allocation: Allocation,
+    calibration: CalibrationOptions,
+    progress: Progress,
+    *,
+    plan_file: Path | None = None,
+    pre_tokenizer: str | None = None,
+    command_line: str = "",
+) -> Planned:
+    """Everything that is decided before the first tensor is written; arguments as for ``convert``."""
+    spec = source.spec
+    with progress.stage("read", "Reading the tokenizer"):
+        vocabulary = read_vocabulary(source.path, spec.config["vocab_size"], pre_tokenizer)
+    if plan_file is not None:
+        plan = QuantPlan.load(plan_file)
+        plan.check(spec)
+        if plan.needs_imatrix() and not calibration.use_imatrix:
+            raise CalibrationError(f"{plan_file} has types that need an importance matrix; drop --no-imatrix")
+        importance = learn(source, (), calibration, progress, scores=False).importance
+    else:
+        assert budget is not None
+        offered = replace(allocation, types=offered_types(allocation.types, calibration.use_imatrix))
+        check_reachable(spec, budget, offered)
+        scores, importance = None, None
+        decided = is_decided(spec, offered)
+        if not decided or any(t.is_quantized for t in offered.types):
+            known = learn(source, offered.types, calibration, progress, scores=not decided)
+            scores, importance = known.scores, known.importance
+        with progress.stage("allocate", "Allocating bits"):
+            plan = allocate(spec, budget, scores, offered)
+    imatrix_name = calibration.imatrix_file.name if calibration.imatrix_file else ""
+    header = make_header(source, vocabulary, plan, Provenance(command_line, importance, imatrix_name))
+    return Planned(plan, header, importance, vocabulary, spec.n_layers)
+
+
+def learn(
+    source: ModelDirectory,
+    types: tuple[QuantType, ...] = DEFAULT_LADDER,
+    options: CalibrationOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    scores: bool = True,
+) -> Knowledge:
+    """Scores and importance matrix, from files where they are given and from one calibration pass otherwise.
+
+    Args:
+        source: The model.
+        types: Types whose errors to estimate.
+        options: Where knowledge comes from.
+        progress: Where stages are shown and timed.
+        scores: Whether scores are wanted; without them the pass only collects the importance matrix.
+    """
+    options = options or CalibrationOptions()
+    known_scores = LayerScores.load(options.scores_file) if scores and options.scores_file else None
+    given = ImportanceMatrix.load(options.imatrix_file) if options.imatrix_file else None
+    if known_scores is not None:
+        known_scores.check(source.spec)
+    if given is not None:
+        given.check(source.spec)
+    needs_scores = scores and known_scores is None
+    if not needs_scores and (given is not None or not options.use_imatrix):
+        return Knowledge(known_scores, given if options.use_imatrix else None)
+
+    # The heavy imports wait until a forward pass is certain.
+    from lieq_gguf.calibration import calibrate, read_calibration_text, tokenize
+    from lieq_gguf.scorers import SCORERS
+
+    text, dataset = read_calibration_text(options.text_file)
+    tokens = tokenize(text, dataset, load_source_tokenizer(source.path), options.n_tokens)
+    result = calibrate(
+        source,
+        tokens,
+        measure=needs_scores,
+        error_types=types if needs_scores else (),
+        importance=given,
+        weigh_errors=options.use_imatrix,
+        seed=options.seed,
+        device=options.device,
+        n_threads=options.n_threads,
+        progress=progress,
+    )
+    importance = (given or result.importance) if options.use_imatrix else None
+    if needs_scores:
+        by_scorer = {name: scorer(result.measurements) for name, scorer in SCORERS.items()}
+        known_scores = LayerScores(
+            source.spec.name, tokens.ids.size, dataset, options.seed, by_scorer, result.type_errors
+        )
+    return Knowledge(known_scores, importance)
+
+
+def check_tokenizer(source_dir: Path, file: Path, vocabulary: Vocabulary, progress: Progress) -> None:
+    """Tokenise a built-in text with the source's tokenizer and with the file in llama.cpp.
+
+    A difference where llama.cpp is known to deviate is a warning, since no file could avoid it.
+
+    Raises:
+        TokenizerError: at any other difference.
+    """
+    differences = tokenizer_differences(source_dir, file)
+    if not differences:
+        return
+    caveat = known_deviation(vocabulary, differences)
+    if not caveat:
+        raise TokenizerError(
+            f"llama.cpp tokenises differently from {source_dir}: {differences[0]}; "
+            "name the right pre-tokenizer with --pre-tokenizer"
+        )
+    progress.warn(f"{caveat}; for example {differences[0]}")
+
+
+def peak_rss_bytes() -> int | None:
+    """Largest resident memory of this process so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
