@@ -1,0 +1,53 @@
+# demo: the main job on a real model.   test: the tests.   check: what CI runs.   bench: speed.   docs: generated pages.
+# All of them set up a virtual environment first; the first time this builds llama-cpp-python, some six minutes.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODELS := build/models
+DEMO := $(MODELS)/smollm2-135m
+# Rows of 576 weights take blocks of 32 only, so 4.5 bits is the least this model can have.
+DEMO_BITS := 5.0
+DEMO_FILE := build/smollm2-135m-$(DEMO_BITS).gguf
+PROMPT := What is the capital of France?
+
+.PHONY: help install demo test check bench docs clean
+
+help:
+	@sed -n 1,2p Makefile
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable . --group dev
+	touch $@
+
+$(DEMO)/model.safetensors: | install
+	$(BIN)/python tools/make_demo_model.py $(DEMO)
+
+demo: install $(DEMO)/model.safetensors
+	$(BIN)/lieq-gguf convert $(DEMO) --bits $(DEMO_BITS) -o $(DEMO_FILE) --force
+	$(BIN)/lieq-gguf inspect $(DEMO_FILE)
+	$(BIN)/lieq-gguf run $(DEMO_FILE) "$(PROMPT)"
+	$(BIN)/lieq-gguf bench $(DEMO_FILE)
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/make_cli_docs.py --check
+	$(BIN)/python -m pytest
+
+bench: install $(DEMO)/model.safetensors
+	$(BIN)/python tools/bench_budgets.py $(DEMO) 4.5 5.5 6.5 8.5
+
+docs: install
+	$(BIN)/python tools/make_cli_docs.py
+
+clean:
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache
