@@ -32,7 +32,7 @@ class Allocation:
     Attributes:
         method: A key of ``METHODS``.
         scorer: Layer score that ranks or weighs the layers.
-        granularity: ``layer``: one type in a layer; ``tensor``: one type a matrix.
+        granularity: ``layer``: one type in a layer; ``tensor``: one type a matrix; None: what the method is made for.
         types: Types on offer; those that do not fit a row are never given to it.
         embedding_type: Type of the token embedding, or None for the rule.
         output_type: Type of the output matrix, or None for the rule.
@@ -40,10 +40,15 @@ class Allocation:
 
     method: str = "best"
     scorer: str = "lieq"
-    granularity: str = "layer"
+    granularity: str | None = None
     types: tuple[QuantType, ...] = DEFAULT_LADDER
     embedding_type: QuantType | None = None
     output_type: QuantType | None = None
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the matrices of a layer get one type together."""
+        return (self.granularity or METHODS[self.method].granularity) == "layer"
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def make_groups(spec: ModelSpec, allocation: Allocation) -> tuple[Group, ...]:
     """
     groups = []
     for layer, matrices in enumerate(spec.layer_matrices):
-        parts = [matrices] if allocation.granularity == "layer" else [(t,) for t in matrices]
+        parts = [matrices] if allocation.by_layer else [(t,) for t in matrices]
         for tensors in parts:
             choices = tuple(q for q in allocation.types if all(q.fits(t.shape[1]) for t in tensors))
             if not choices:
@@ -124,7 +129,7 @@ def check_reachable(spec: ModelSpec, budget: BitBudget, allocation: Allocation) 
         if widths:
             rows = " and ".join(str(w) for w in widths)
             advice = f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types"
-            advice += "; --granularity tensor uses those where they fit" if allocation.granularity == "layer" else ""
+            advice += "; --granularity tensor uses those where they fit" if allocation.by_layer else ""
         elif smaller:
             advice = f"smaller types can be allowed with --types, for example {smaller[0]}"
     raise BudgetError(
@@ -156,7 +161,7 @@ def allocate(spec: ModelSpec, budget: BitBudget, scores: LayerScores | None, all
         chosen = tuple(g.choices[0] for g in groups)
     else:
         _check_scores(scores, groups, allocation.scorer)
-        chosen = METHODS[allocation.method](groups, budget, budget.limit(spec), scores, allocation.scorer)
+        chosen = METHODS[allocation.method].solve(groups, budget, budget.limit(spec), scores, allocation.scorer)
     types = {t.name: F32.name for t in spec.tensors}
     types |= {t.name: q.name for g, q in zip(groups, chosen, strict=True) for t in g.tensors}
     types |= {t.name: _outer_type(t, spec, budget, allocation).name for t in spec.other_matrices}
@@ -256,9 +261,24 @@ def full_ladder(
     return tuple(q for _, q in chosen)
 
 
-Method = Callable[[Sequence[Group], BitBudget, int, LayerScores, str], tuple[QuantType, ...]]
+@dataclass(frozen=True)
+class Method:
+    """A named way to divide bits.
 
-METHODS: dict[str, Method] = {"best": full_ladder, "lieq-ladder": full_ladder, "lieq": two_levels}
+    Attributes:
+        solve: From groups, budget, its limit in bits, scores and scorer to one type a group.
+        granularity: Groups it is made for.
+    """
+
+    solve: Callable[[Sequence[Group], BitBudget, int, LayerScores, str], tuple[QuantType, ...]]
+    granularity: str
+
+
+METHODS = {
+    "best": Method(full_ladder, "tensor"),
+    "lieq-ladder": Method(full_ladder, "layer"),
+    "lieq": Method(two_levels, "layer"),
+}
 
 
 def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> None:

@@ -92,11 +92,19 @@ Nominal = Annotated[
 ]
 Method = Annotated[
     MethodName,
-    typer.Option("--method", help="`best`: exact over all types. `lieq`: the paper's two widths by score."),
+    typer.Option(
+        "--method",
+        help="`best`: exact, a type per tensor; `lieq-ladder`: a type per layer; `lieq`: the paper's two widths.",
+    ),
 ]
 Scorer = Annotated[ScorerName, typer.Option("--scorer", help="Layer score that ranks or weighs the layers.")]
 GranularityOption = Annotated[
-    Granularity, typer.Option("--granularity", help="One type per decoder layer, or per tensor.")
+    Granularity | None,
+    typer.Option(
+        "--granularity",
+        help="One type per layer or per tensor.",
+        show_default="tensor for best, layer for the others",
+    ),
 ]
 Types = Annotated[
     str | None, typer.Option("--types", metavar="A,B,…", help="Types on offer, for example Q2_K,Q3_K,Q4_K.")
@@ -147,12 +155,12 @@ def convert(
     ] = None,
     method: Method = "best",
     scorer: Scorer = "lieq",
-    granularity: GranularityOption = "layer",
+    granularity: GranularityOption = None,
     types: Types = None,
     embedding_type: EmbeddingType = None,
     output_type: OutputType = None,
     calibration: CalibrationFile = None,
-    n_tokens: NTokens = 8192,
+    n_tokens: NTokens = 16384,
     imatrix: Imatrix = None,
     no_imatrix: NoImatrix = False,
     scores: Scores = None,
@@ -213,7 +221,7 @@ def score(
     ] = None,
     types: Types = None,
     calibration: CalibrationFile = None,
-    n_tokens: NTokens = 8192,
+    n_tokens: NTokens = 16384,
     imatrix: Imatrix = None,
     seed: Seed = 0,
     threads: Threads = 0,
@@ -254,7 +262,7 @@ def imatrix(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
     calibration: CalibrationFile = None,
-    n_tokens: NTokens = 8192,
+    n_tokens: NTokens = 16384,
     threads: Threads = 0,
     device: Device = "cpu",
     force: Force = False,
@@ -289,12 +297,12 @@ def plan(
     ] = None,
     method: Method = "best",
     scorer: Scorer = "lieq",
-    granularity: GranularityOption = "layer",
+    granularity: GranularityOption = None,
     types: Types = None,
     embedding_type: EmbeddingType = None,
     output_type: OutputType = None,
     calibration: CalibrationFile = None,
-    n_tokens: NTokens = 8192,
+    n_tokens: NTokens = 16384,
     imatrix: Imatrix = None,
     no_imatrix: NoImatrix = False,
     scores: Scores = None,
@@ -448,7 +456,12 @@ def _budget(bits: float | None, nominal: bool) -> BitBudget | None:
 
 
 def _allocation(
-    method: str, scorer: str, granularity: str, types: str | None, embedding_type: str | None, output_type: str | None
+    method: str,
+    scorer: str,
+    granularity: str | None,
+    types: str | None,
+    embedding_type: str | None,
+    output_type: str | None,
 ) -> Allocation:
     from lieq_gguf.allocation import Allocation
     from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types

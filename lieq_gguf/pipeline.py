@@ -28,7 +28,7 @@ from lieq_gguf.tokenizers import (
 from lieq_gguf.verification import verify
 from lieq_gguf.writer import Header, Provenance, make_header, write_file
 
-DEFAULT_N_TOKENS = 8192
+DEFAULT_N_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Knowledge:
         importance: Importance matrix, or None to quantise without.
     """
 
-    scores: LayerScores | None
-    importance: ImportanceMatrix | None
+    scores: LayerScores | None = None
+    importance: ImportanceMatrix | None = None
 
 
 @dataclass(frozen=True)
@@ -177,25 +177,28 @@ def make_plan(
 ) -> Planned:
     """Everything that is decided before the first tensor is written; arguments as for ``convert``."""
     spec = source.spec
+    offered = allocation
+    if budget is not None:
+        offered = replace(allocation, types=offered_types(allocation.types, calibration.use_imatrix))
+        check_reachable(spec, budget, offered)
     with progress.stage("read", "Reading the tokenizer"):
         vocabulary = read_vocabulary(source.path, spec.config["vocab_size"], pre_tokenizer)
     if plan_file is not None:
         plan = QuantPlan.load(plan_file)
         plan.check(spec)
-        if plan.needs_imatrix() and not calibration.use_imatrix:
+        if plan.needs_imatrix and not calibration.use_imatrix:
             raise CalibrationError(f"{plan_file} has types that need an importance matrix; drop --no-imatrix")
-        importance = learn(source, (), calibration, progress, scores=False).importance
+        known = learn(source, (), calibration, progress, scores=False) if plan.is_quantized else Knowledge()
     else:
         assert budget is not None
-        offered = replace(allocation, types=offered_types(allocation.types, calibration.use_imatrix))
-        check_reachable(spec, budget, offered)
-        scores, importance = None, None
-        decided = is_decided(spec, offered)
-        if not decided or any(t.is_quantized for t in offered.types):
-            known = learn(source, offered.types, calibration, progress, scores=not decided)
-            scores, importance = known.scores, known.importance
+        has_choice = not is_decided(spec, offered)
+        is_quantized = any(t.is_quantized for t in offered.types)
+        known = Knowledge()
+        if has_choice or is_quantized:
+            known = learn(source, offered.types, calibration, progress, scores=has_choice)
         with progress.stage("allocate", "Allocating bits"):
-            plan = allocate(spec, budget, scores, offered)
+            plan = allocate(spec, budget, known.scores, offered)
+    importance = known.importance
     imatrix_name = calibration.imatrix_file.name if calibration.imatrix_file else ""
     header = make_header(source, vocabulary, plan, Provenance(command_line, importance, imatrix_name))
     return Planned(plan, header, importance, vocabulary, spec.n_layers)

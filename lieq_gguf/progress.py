@@ -26,11 +26,11 @@ class Progress:
         Args:
             name: Key in ``seconds``.
             label: Words beside the bar.
-            total: Amount of work, or None if it is not known.
+            total: Amount of work; without it the stage is timed but not shown.
         """
         start = time.perf_counter()
         try:
-            if self.silent:
+            if self.silent or total is None:
                 yield lambda _amount: None
             else:
                 yield from self._bar(label, total)
@@ -43,7 +43,7 @@ class Progress:
         print("warning:", " ".join(text.split()), file=sys.stderr)
 
     @staticmethod
-    def _bar(label: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    def _bar(label: str, total: float) -> Iterator[Callable[[float], None]]:
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
