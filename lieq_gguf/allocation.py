@@ -110,31 +110,28 @@ def make_groups(spec: ModelSpec, allocation: Allocation) -> tuple[Group, ...]:
 
 
 def check_reachable(spec: ModelSpec, budget: BitBudget, allocation: Allocation) -> tuple[float, float]:
-    """The least and largest average the types can reach; headers are enough to know.
+    """The least and largest average the types can reach, and whether the target can be met at all.
+
+    Headers are enough to know, so this comes before any work.
 
     Raises:
-        BudgetError: if the target is outside, with the range and what would widen it.
+        BudgetError: if the target is outside, with the range and what would widen it; if the method has no two
+            widths for it; or if the embedding or output cannot have the type asked for.
     """
     groups = make_groups(spec, allocation)
     least = sum(min(g.cost(budget, q) for q in g.choices) for g in groups)
     most = sum(max(g.cost(budget, q) for q in g.choices) for g in groups)
     low, high = least / spec.n_layer_weights, most / spec.n_layer_weights
     # A target above the largest type is a mistake, not a wish for a smaller file; allow for rounding of the decimal.
-    if least <= budget.limit(spec) and budget.value <= high * 1.0001:
-        return low, high
-    advice = "choose a target inside this range"
-    if budget.value < low:
-        widths = sorted({t.shape[1] for g in groups for t in g.tensors if t.shape[1] % 256})
-        smaller = [q.name for q in QUANT_TYPES.values() if q.bits_per_weight < low and q not in allocation.types]
-        if widths:
-            rows = " and ".join(str(w) for w in widths)
-            advice = f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types"
-            advice += "; --granularity tensor uses those where they fit" if allocation.by_layer else ""
-        elif smaller:
-            advice = f"smaller types can be allowed with --types, for example {smaller[0]}"
-    raise BudgetError(
-        f"{budget} is out of reach: {spec.name} can have {low:.4f} to {high:.4f} bits per weight; {advice}"
-    )
+    if least > budget.limit(spec) or budget.value > high * 1.0001:
+        raise BudgetError(
+            f"{budget} is out of reach: {spec.name} can have {low:.4f} to {high:.4f} bits per weight; "
+            f"{_advice(groups, budget, low, allocation)}"
+        )
+    METHODS[allocation.method].check(groups, budget, budget.limit(spec))
+    for tensor in spec.other_matrices:
+        _outer_type(tensor, spec, budget, allocation)
+    return low, high
 
 
 def is_decided(spec: ModelSpec, allocation: Allocation) -> bool:
@@ -181,19 +178,15 @@ def two_levels(
 ) -> tuple[QuantType, ...]:
     """The paper's rule: the ``m`` highest-scored layers at the high width, the others at half of it.
 
-    ``m`` is as large as fits.
-    Several llama.cpp types have the same width; of all pairs of the two widths that come
+    ``m`` is as large as fits. Several llama.cpp types have the same width; of all pairs of the two widths that come
     within 1 % of the budget, the one with the least weighted error is taken.
 
     Source: LieQ, arXiv 2508.03332v2, allocation; order and move as in arXiv 2406.17415.
     """
-    common = [q for q in groups[0].choices if all(q in g.choices for g in groups)]
     order = sorted(range(len(groups)), key=lambda i: (-scores.by_scorer[scorer][groups[i].layer], i))
 
-    def assign(low: QuantType, high: QuantType) -> tuple[QuantType, ...] | None:
+    def assign(low: QuantType, high: QuantType) -> tuple[QuantType, ...]:
         left = limit - sum(g.cost(budget, low) for g in groups)
-        if left < 0:
-            return None
         result = [low] * len(groups)
         for i in order:
             left -= groups[i].cost(budget, high) - groups[i].cost(budget, low)
@@ -206,20 +199,25 @@ def two_levels(
         used = sum(g.cost(budget, q) for g, q in zip(groups, plan, strict=True))
         return used < 0.99 * limit, sum(g.error(scores, q) for g, q in zip(groups, plan, strict=True))
 
-    named_two = len(common) == 2  # the user's own pair need not be a width and its double
-    candidates = []
-    for low, high in product(common, common):
-        if (low.nominal_bits, high.nominal_bits) in _WIDTH_PAIRS or (named_two and low != high):
-            plan = assign(low, high)
-            if plan is not None and low.bits_per_weight < high.bits_per_weight:
-                candidates.append(plan)
-    if not candidates:
-        widths = ", ".join(f"{q.name}" for q in common) or "none"
+    return min((assign(*pair) for pair in _level_pairs(groups, budget, limit)), key=order_of_merit)
+
+
+def _level_pairs(groups: Sequence[Group], budget: BitBudget, limit: int) -> list[tuple[QuantType, QuantType]]:
+    """Types of a width and of its double that fit every group, the low one within the budget; or the user's own two."""
+    common = [q for q in groups[0].choices if all(q in g.choices for g in groups)]
+    pairs = [
+        (low, high)
+        for low, high in product(common, common)
+        if low.bits_per_weight < high.bits_per_weight
+        and ((low.nominal_bits, high.nominal_bits) in _WIDTH_PAIRS or len(common) == 2)
+        and sum(g.cost(budget, low) for g in groups) <= limit
+    ]
+    if not pairs:
         raise BudgetError(
-            f"{budget} cannot be met with two widths of one type per layer; types that fit all layers: {widths}; "
-            "use --method best or name two with --types LOW,HIGH"
+            f"{budget} cannot be met with two widths of one type per layer; types that fit all layers: "
+            f"{', '.join(q.name for q in common) or 'none'}; use --method best or name two with --types LOW,HIGH"
         )
-    return min(candidates, key=order_of_merit)
+    return pairs
 
 
 def full_ladder(
@@ -234,11 +232,10 @@ def full_ladder(
     from scipy.sparse import csr_array
 
     sensitivity = _sensitivity(scores.by_scorer[scorer])
-    choices = [(i, q) for i, g in enumerate(groups) for q in g.choices]
+    choices = [(i, q) for i, g in enumerate(groups) for q in _undominated(g, budget, scores)]
     costs = np.array([groups[i].cost(budget, q) for i, q in choices], dtype=np.int64)
     damage = np.array([sensitivity[groups[i].layer] * groups[i].error(scores, q) for i, q in choices])
-    # Equal damage would leave the choice to the solver: a hair's breadth per stored bit makes the smaller type win.
-    damage = damage / max(damage.max(), 1e-30) + 1e-9 * costs / costs.max()
+    damage = damage / max(damage.max(), 1e-30)
     unit = int(np.gcd.reduce(costs))
     members = csr_array(
         (np.ones(len(choices)), ([i for i, _ in choices], range(len(choices)))), shape=(len(groups), len(choices))
@@ -261,6 +258,16 @@ def full_ladder(
     return tuple(q for _, q in chosen)
 
 
+def _undominated(group: Group, budget: BitBudget, scores: LayerScores) -> list[QuantType]:
+    """The types of a group that no other beats in both bits and error; of equals, the first in the ladder."""
+    order = sorted(group.choices, key=lambda q: (group.cost(budget, q), group.error(scores, q)))
+    best: list[QuantType] = []
+    for quant_type in order:
+        if not best or group.error(scores, quant_type) < group.error(scores, best[-1]):
+            best.append(quant_type)
+    return best
+
+
 @dataclass(frozen=True)
 class Method:
     """A named way to divide bits.
@@ -268,17 +275,41 @@ class Method:
     Attributes:
         solve: From groups, budget, its limit in bits, scores and scorer to one type a group.
         granularity: Groups it is made for.
+        check: From groups, budget and limit; raises BudgetError if there is no solution.
     """
 
     solve: Callable[[Sequence[Group], BitBudget, int, LayerScores, str], tuple[QuantType, ...]]
     granularity: str
+    check: Callable[[Sequence[Group], BitBudget, int], object] = lambda _groups, _budget, _limit: None
 
 
 METHODS = {
     "best": Method(full_ladder, "tensor"),
     "lieq-ladder": Method(full_ladder, "layer"),
-    "lieq": Method(two_levels, "layer"),
+    "lieq": Method(two_levels, "layer", _level_pairs),
 }
+
+
+def _advice(groups: Sequence[Group], budget: BitBudget, low: float, allocation: Allocation) -> str:
+    """What would widen the range towards a target outside of it."""
+    widths = sorted({t.shape[1] for g in groups for t in g.tensors if t.shape[1] % 256})
+    if budget.value < low and widths:
+        rows = " and ".join(str(w) for w in widths)
+        advice = f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types"
+        return advice + ("; --granularity tensor uses those where they fit" if allocation.by_layer else "")
+
+    def bits(quant_type: QuantType) -> float:
+        return quant_type.nominal_bits if budget.kind == "nominal" else quant_type.bits_per_weight
+
+    others = sorted((q for q in QUANT_TYPES.values() if q not in allocation.types), key=bits)
+    size = "smaller" if budget.value < low else "larger"
+    if size == "smaller":
+        nearest = [q for q in reversed(others) if bits(q) <= budget.value]
+    else:
+        nearest = [q for q in others if bits(q) >= budget.value]
+    if not nearest:
+        return "choose a target inside this range"
+    return f"{size} types can be allowed with --types, for example {nearest[0].name}"
 
 
 def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> None:

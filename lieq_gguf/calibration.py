@@ -8,6 +8,7 @@ model with a single layer. The untrained twin goes the same way, one freshly ini
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,7 +24,8 @@ from lieq_gguf.errors import CalibrationError, SourceError
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
-from lieq_gguf.records.measurement import LayerMeasurement
+from lieq_gguf.records.measurement import LayerMeasurement, Spectrum
+from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.scorers.spectrum import energy_spectrum
 from lieq_gguf.scorers.zd import z_share
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -180,7 +182,7 @@ def calibrate(
                 assert twin_hidden is not None
                 with _Projections(trained.layer, module_of) as projections:
                     trained.forward(hidden[prefixes])
-                twin = _OneLayerModel(config, trained.device, seed=seed + 1 + layer)
+                twin = _OneLayerModel(config, trained.device, seed=_twin_seed(seed, layer))
                 with _Projections(twin.layer, module_of) as twin_projections:
                     twin_hidden = twin.forward(twin_hidden)
                 measurements.append(
@@ -188,10 +190,8 @@ def calibrate(
                         layer=layer,
                         cosine=cosine,
                         z_share=z_share([trained.weight(module) for module in module_of]),
-                        spectra={module_of[m].role: energy_spectrum(z) for m, z in projections.captured.items()},
-                        twin_spectra={
-                            module_of[m].role: energy_spectrum(z) for m, z in twin_projections.captured.items()
-                        },
+                        spectra=_spectra(projections.captured, module_of, n_threads),
+                        twin_spectra=_spectra(twin_projections.captured, module_of, n_threads),
                     )
                 )
             if error_types:
@@ -304,6 +304,27 @@ class _Projections(_LinearHooks):
         if isinstance(module.bias, torch.Tensor):
             z = z - module.bias
         self.captured[name] = z.reshape(-1, z.shape[-1])
+
+
+def _spectra(
+    projections: dict[str, torch.Tensor], module_of: dict[str, TensorSpec], n_threads: int
+) -> dict[str, Spectrum]:
+    """Energy spectra by role, several at a time with one thread each.
+
+    LAPACK's own threads wait for each other more than they work on matrices this small.
+    """
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            spectra = pool.map(energy_spectrum, projections.values())
+            return {module_of[module].role: s for module, s in zip(projections, spectra, strict=True)}
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _twin_seed(seed: int, layer: int) -> int:
+    """A seed for each layer that no other layer has under a neighbouring seed."""
+    return (seed + 1) * 100_003 + layer
 
 
 def _module_name(source_name: str | None, layer: int, keep_suffix: bool = False) -> str:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="lieq-gguf",
-    help="Mixed-precision GGUF files for llama.cpp at exactly the average bit width you ask for.",
+    help="""Mixed-precision GGUF files for llama.cpp at exactly the average bit width you ask for.
+
+    Example: `lieq-gguf convert ./SmolLM2-135M --bits 2.7 -o smollm2.gguf`
+    """,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -207,7 +210,7 @@ def convert(
         _print_json(result.to_json())
         return
     _show_plan(result.planned, source, as_json=False)
-    seconds = "  ".join(f"{stage} {s:.1f} s" for stage, s in result.seconds.items())
+    seconds = "  ".join(f"{stage} {s:.1f} s" for stage, s in result.planned.seconds.items())
     _stdout().print(f"{seconds}", style="dim", highlight=False)
     print(f"{target} written and verified")
 

@@ -88,8 +88,11 @@ class GgufFile:
         Raises:
             FormatError: if the file has no decoder layers.
         """
-        if self.n_layers == 0:
-            raise FormatError(f"{self.path} has no decoder layers ({self.architecture}); expected a language model")
+        kind = self.value("general.type", "model")
+        if kind != "model" or not any(t.spec.layer is not None and t.spec.is_matrix for t in self.tensors):
+            raise FormatError(
+                f"{self.path} has no decoder layers ({kind}, {self.architecture}); expected a language model"
+            )
         return measure_bits((t.spec for t in self.tensors), self.types, self.file_bytes)
 
     @staticmethod
@@ -98,6 +101,8 @@ class GgufFile:
         if quant_type is None:
             raise FormatError(f"{tensor.name} has the type {tensor.tensor_type.name}, which is not supported")
         shape = tuple(int(n) for n in reversed(tensor.shape))
+        if not shape or 0 in shape:
+            raise FormatError(f"{tensor.name} has the shape {shape}; expected at least one weight")
         layer = _LAYER.match(tensor.name)
         spec = TensorSpec(
             name=tensor.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Planned:
         importance: Importance matrix to quantise with, or None.
         vocabulary: The tokenizer as the file has it.
         n_layers: Decoder layers.
+        seconds: Stage name to wall-clock seconds, growing as the run goes on.
     """
 
     plan: QuantPlan
@@ -86,10 +87,19 @@ class Planned:
     importance: ImportanceMatrix | None
     vocabulary: Vocabulary
     n_layers: int
+    seconds: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        """The plan and its figures."""
-        return self.plan.to_json() | self.header.meter.to_json() | {"n_layers": self.n_layers}
+        """The document that ``plan --json`` prints."""
+        return (
+            self.plan.to_json()
+            | self.header.meter.to_json()
+            | {
+                "n_layers": self.n_layers,
+                "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+                "peak_rss_bytes": peak_rss_bytes(),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -98,13 +108,11 @@ class Conversion:
 
     Attributes:
         output: The file.
-        planned: Its plan and figures.
-        seconds: Wall-clock seconds of each stage.
+        planned: Its plan, figures and times.
     """
 
     output: Path
     planned: Planned
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``convert --json`` prints."""
@@ -112,8 +120,6 @@ class Conversion:
             "schema_version": SCHEMA_VERSION,
             "kind": "conversion",
             "output": str(self.output),
-            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
-            "peak_rss_bytes": peak_rss_bytes(),
         }
 
 
@@ -161,7 +167,7 @@ def convert(
         with progress.stage("verify", "Verifying", n_weights) as advance:
             verify(temporary, plan.types, {t.name: t.shape for t in spec.tensors}, calibration.n_threads, advance)
             check_tokenizer(source_dir, temporary, planned.vocabulary, progress)
-    return Conversion(output, planned, progress.seconds)
+    return Conversion(output, planned)
 
 
 def make_plan(
@@ -201,7 +207,7 @@ def make_plan(
     importance = known.importance
     imatrix_name = calibration.imatrix_file.name if calibration.imatrix_file else ""
     header = make_header(source, vocabulary, plan, Provenance(command_line, importance, imatrix_name))
-    return Planned(plan, header, importance, vocabulary, spec.n_layers)
+    return Planned(plan, header, importance, vocabulary, spec.n_layers, progress.seconds)
 
 
 def learn(

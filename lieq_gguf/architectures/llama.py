@@ -17,16 +17,39 @@ GGUF_NAME = "llama"
 SOURCE_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM")
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuse activations and rotary variants that llama.cpp's Llama graph does not compute."""
+    """Refuse what is no Llama, and activations and rotary variants that llama.cpp's Llama graph does not compute."""
+    for key in _COUNTS:
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise ArchitectureError(f"{key} in config.json is {config[key]!r}; expected a positive integer")
+    if not isinstance(config["rms_norm_eps"], float | int):
+        raise ArchitectureError(f"rms_norm_eps in config.json is {config['rms_norm_eps']!r}; expected a number")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ArchitectureError(f"hidden_act is '{activation}', but llama.cpp runs Llama models with 'silu' only")
-    rope_type = _rope(config)["rope_type"]
-    if rope_type not in _ROPE_TYPES:
-        raise ArchitectureError(f"rope type '{rope_type}' is not supported; supported are {', '.join(_ROPE_TYPES)}")
+    rope = _rope(config)
+    if rope["rope_type"] not in _ROPE_TYPES:
+        raise ArchitectureError(
+            f"rope type '{rope['rope_type']}' is not supported; supported are {', '.join(_ROPE_TYPES)}"
+        )
+    if rope["rope_type"] != "default" and not isinstance(rope.get("factor"), float | int):
+        raise ArchitectureError(f"rope type '{rope['rope_type']}' has no factor in config.json; expected a number")
+    # llama.cpp scales attention by a formula of its own, which these replace in transformers.
+    unsupported = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
+    if rope["rope_type"] == "yarn" and unsupported:
+        raise ArchitectureError(
+            f"yarn rope scaling with {unsupported[0]} is not supported; expected yarn's own scaling"
+        )
 
 
 def tensors(config: Mapping[str, Any], source_names: frozenset[str]) -> tuple[TensorSpec, ...]:
@@ -91,6 +114,10 @@ def add_hyper_parameters(config: Mapping[str, Any], writer: gguf.GGUFWriter) -> 
         writer.add_rope_scaling_orig_ctx_len(
             rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
         )
+        if rope.get("beta_fast") is not None:
+            writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        if rope.get("beta_slow") is not None:
+            writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
 
 
 def computed_tensor(config: Mapping[str, Any], name: str) -> npt.NDArray[np.float32]:
@@ -121,7 +148,10 @@ def _head_dim(config: Mapping[str, Any]) -> int:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary parameters in one form: transformers 5 has ``rope_parameters``, older files two separate keys."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ArchitectureError(f"rope_parameters in config.json is {given!r}; expected an object")
+    rope = dict(given)
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope["rope_type"] = str(rope["rope_type"]).lower()

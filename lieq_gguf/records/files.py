@@ -23,7 +23,8 @@ def replaced_when_complete(target: Path) -> Iterator[Path]:
         OutputError: if the folder is missing, cannot be written, or is full.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        # 40 characters of the name, since with its own suffix a name of legal length can become too long
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=".partial", dir=target.parent)
     except OSError as error:
         raise OutputError(f"cannot write into {target.parent}: {error.strerror}; choose another folder") from None
     os.close(handle)
@@ -47,12 +48,15 @@ def check_output(target: Path, force: bool) -> None:
     Raises:
         OutputError: if ``target`` exists and ``force`` is off, is a folder, or its folder is not writable.
     """
-    if target.is_dir():
-        raise OutputError(f"{target} is a folder; expected the name of a file to write")
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists already; choose another name with -o, or replace it with --force")
-    if not target.parent.is_dir():
-        raise OutputError(f"the folder {target.parent} does not exist; create it first")
+    try:
+        if target.is_dir():
+            raise OutputError(f"{target} is a folder; expected the name of a file to write")
+        if target.exists() and not force:
+            raise OutputError(f"{target} exists already; choose another name with -o, or replace it with --force")
+        if not target.parent.is_dir():
+            raise OutputError(f"the folder {target.parent} does not exist; create it first")
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror}; choose another name") from None
     try:  # permission bits lie for root and on network drives, so try it
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -76,7 +80,7 @@ def read_json(file: Path, kind: str) -> dict[str, Any]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{file} does not exist; expected a {kind} file made by lieq-gguf") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"{file} cannot be read as JSON ({error}); expected a {kind} file") from None
     if not isinstance(document, dict) or document.get("kind") != kind:
         raise FormatError(f"{file} is not a {kind} file made by lieq-gguf")

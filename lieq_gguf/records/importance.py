@@ -92,7 +92,7 @@ class ImportanceMatrix:
             reader = gguf.GGUFReader(file)
         except FileNotFoundError:
             raise FormatError(f"{file} does not exist; expected an importance matrix") from None
-        except (OSError, ValueError, IndexError, KeyError) as error:
+        except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
             raise FormatError(f"{file} is not an importance matrix in GGUF form ({error})") from None
         kind = reader.get_field("general.type")
         if kind is None or kind.contents() != "imatrix":
@@ -104,8 +104,11 @@ class ImportanceMatrix:
             raise FormatError(f"{file} is incomplete; expected a pair in_sum2 and counts for every matrix")
         per_tensor = {name: float(c[0]) for name, c in counts.items()}
         for name, count in per_tensor.items():
-            if counts[name].size != 1 or count < 1:
+            if counts[name].size != 1 or not (count >= 1 and np.isfinite(count)):
                 raise FormatError(f"{file} has no usable count for {name}; make it again on more text")
+        for name, values in sums.items():
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise FormatError(f"{file} has sums for {name} that are no squares; make it again")
         # llama-imatrix sees every token in every dense matrix; scale the odd entry so that one count serves all.
         n_tokens = max(per_tensor.values())
         return cls(

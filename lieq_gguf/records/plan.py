@@ -46,8 +46,18 @@ class QuantPlan:
         for name in sorted(names ^ set(self.types)):
             where = f"{spec.name} has no such tensor" if name in self.types else "the plan has no type for it"
             raise FormatError(f"the plan for {self.model} does not belong to {spec.name}: {name}: {where}")
+        if len(self.layer_scores) not in (0, spec.n_layers):
+            raise FormatError(
+                f"the plan for {self.model} has {len(self.layer_scores)} layer_scores; {spec.name} has {spec.n_layers} "
+                "layers: make it again"
+            )
         for tensor in spec.tensors:
             quant_type = QUANT_TYPES[self.types[tensor.name]]
+            if quant_type.needs_imatrix and tensor.layer is None:
+                raise FormatError(
+                    f"the plan gives {tensor.name} the type {quant_type.name}, which needs an importance matrix; "
+                    "no embedding or output has one"
+                )
             if not quant_type.fits(tensor.shape[-1]) or (quant_type.is_quantized and not tensor.is_matrix):
                 raise FormatError(
                     f"the plan gives {tensor.name} of shape {tensor.shape} the type {quant_type.name}, no fit; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class LayerScores:
         """
         document = read_json(file, "scores")
         try:
-            return cls(
+            scores = cls(
                 model=str(document["model"]),
                 n_tokens=int(document["n_tokens"]),
                 dataset=str(document["dataset"]),
@@ -103,3 +104,12 @@ class LayerScores:
             raise FormatError(
                 f"{file} is not a complete scores file ({type(error).__name__}: {error}); make it again"
             ) from None
+        if not scores.by_scorer or not scores.n_layers:
+            raise FormatError(f"{file} holds no scores; make it again")
+        for name, values in scores.by_scorer.items():
+            if not all(map(math.isfinite, values)):
+                raise FormatError(f"{file} holds scores of {name} that are no finite numbers; make it again")
+        for name, errors in scores.type_errors.items():
+            if not all(math.isfinite(e) and e >= 0 for e in errors.values()):
+                raise FormatError(f"{file} holds errors of {name} that are no finite numbers; make it again")
+        return scores

@@ -39,7 +39,8 @@ class ModelDirectory:
         self.path = path
         config = _read_config(path)
         if "quantization_config" in config:
-            method = (config["quantization_config"] or {}).get("quant_method", "an unnamed method")
+            details = config["quantization_config"]
+            method = details.get("quant_method", "unnamed") if isinstance(details, dict) else "unnamed"
             raise SourceError(f"{path} is already quantised ({method}); expected the original BF16, F16 or F32 weights")
         self.family: Family = find_family(config)
         self._shard_of = _find_shards(path)
@@ -113,7 +114,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
         raise SourceError(
             f"{path} has no config.json; expected a model directory as Hugging Face lays it out"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise SourceError(f"{file} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise SourceError(f"{file} holds a {type(config).__name__}; expected a JSON object")
@@ -127,7 +128,7 @@ def _find_shards(path: Path) -> dict[str, Path]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards = {str(name): path / str(file) for name, file in weight_map.items()}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, AttributeError, TypeError):
             raise SourceError(f"{index} is damaged; expected a JSON object with a 'weight_map'") from None
         for shard in sorted(set(shards.values())):
             if not shard.is_file():

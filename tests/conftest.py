@@ -1,0 +1,81 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from models import write_model
+
+from lieq_gguf import pipeline
+from lieq_gguf.allocation import Allocation
+from lieq_gguf.cli import main
+from lieq_gguf.progress import Progress
+from lieq_gguf.quant_types import parse_types
+from lieq_gguf.records.bits import BitBudget
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of three layers whose rows fit 256-weight blocks; read-only."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short text for passes that need not measure well."""
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. Numbers: 1 2 3 5 8 13 21.\n" * 60, encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class CliResult:
+    """What a command left behind in this process."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+RunCli = Callable[..., CliResult]
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[RunCli]:
+    """Run ``lieq-gguf`` with arguments in this process; what C libraries print is captured as well."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> CliResult:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["lieq-gguf", *(str(a) for a in arguments)])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        printed = capfd.readouterr()
+        return CliResult(code if isinstance(code, int) else int(code is not None), printed.out, printed.err)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)  # main sets its own
+
+
+@pytest.fixture(scope="session")
+def conversion(
+    tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> pipeline.Conversion:
+    """``tiny_model`` converted to a mix of Q2_K, Q3_K and Q4_K; its file is read-only."""
+    return pipeline.convert(
+        tiny_model,
+        tmp_path_factory.mktemp("converted") / "tiny.gguf",
+        BitBudget("bits", 3.4),
+        Allocation(types=parse_types(["Q2_K", "Q3_K", "Q4_K"]), granularity="tensor"),
+        pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2),
+        Progress(silent=True),
+        command_line="lieq-gguf convert tiny --bits 3.4",
+    )

@@ -1,0 +1,440 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lieq_gguf.allocation import (
+    METHODS,
+    Allocation,
+    allocate,
+    check_reachable,
+    is_decided,
+    make_groups,
+    offered_types,
+)
+from lieq_gguf.errors import BudgetError, FormatError
+from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES, QuantType, parse_types
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.records.scores import LayerScores
+from lieq_gguf.records.spec import ModelSpec, TensorSpec
+
+K_TYPES = parse_types(["Q2_K", "Q3_K", "Q4_K", "Q6_K"])
+LEAST, MOST = 2.0625, 16.0  # bits per weight of the default ladder's IQ2_XXS and F16
+
+
+def make_spec(n_layers: int, width: int = 256, n_ff: int = 512, n_kv: int = 128, tied: bool = True) -> ModelSpec:
+    """A Llama's tensors, without a model behind them."""
+    shapes = {
+        "attn_norm": (width,),
+        "attn_q": (width, width),
+        "attn_k": (n_kv, width),
+        "attn_v": (n_kv, width),
+        "attn_output": (width, width),
+        "ffn_norm": (width,),
+        "ffn_gate": (n_ff, width),
+        "ffn_up": (n_ff, width),
+        "ffn_down": (width, n_ff),
+    }
+    return spec_of([shapes] * n_layers, width, tied)
+
+
+def spec_of(layers: Sequence[Mapping[str, tuple[int, ...]]], width: int = 256, tied: bool = True) -> ModelSpec:
+    tensors = [TensorSpec("token_embd.weight", "e", (1000, width))]
+    for layer, shapes in enumerate(layers):
+        tensors += [TensorSpec(f"blk.{layer}.{role}.weight", role, shape, layer) for role, shape in shapes.items()]
+    tensors.append(TensorSpec("output_norm.weight", "n", (width,)))
+    if not tied:
+        tensors.append(TensorSpec("output.weight", "o", (1000, width)))
+    return ModelSpec("synthetic", "llama", {}, len(layers), tuple(tensors), tied)
+
+
+def make_scores(spec: ModelSpec, seed: int = 0, monotone: bool = True) -> LayerScores:
+    """Errors that fall with bits as real ones do, by about four per bit, or at random."""
+    numbers = np.random.default_rng(seed)
+    errors = {}
+    for tensor in (t for layer in spec.layer_matrices for t in layer):
+        hardness = numbers.lognormal(0, 0.5)
+        errors[tensor.name] = {
+            q.name: float(hardness * 4 ** -(q.bits_per_weight - 1) if monotone else numbers.random())
+            for q in QUANT_TYPES.values()
+        }
+    layer_scores = tuple(float(x) for x in numbers.normal(size=spec.n_layers))
+    return LayerScores("synthetic", 1, "none", 0, {"lieq": layer_scores, "lim": layer_scores[::-1]}, errors)
+
+
+def layer_bits(spec: ModelSpec, plan: QuantPlan) -> int:
+    """Stored bits of the layers' matrices, from block sizes alone."""
+    blocks = [
+        (prod(t.shape) // QUANT_TYPES[plan.types[t.name]].block_size, QUANT_TYPES[plan.types[t.name]].block_bytes)
+        for layer in spec.layer_matrices
+        for t in layer
+    ]
+    return sum(8 * n * n_bytes for n, n_bytes in blocks)
+
+
+def layer_limit(spec: ModelSpec, bits: float) -> int:
+    return int(Fraction(str(bits)) * sum(prod(t.shape) for layer in spec.layer_matrices for t in layer))
+
+
+def types_of_layers(spec: ModelSpec, plan: QuantPlan) -> list[set[str]]:
+    return [{plan.types[t.name] for t in layer} for layer in spec.layer_matrices]
+
+
+def one_type_per_layer(spec: ModelSpec, plan: QuantPlan) -> list[str]:
+    found = types_of_layers(spec, plan)
+    assert all(len(types) == 1 for types in found)
+    return [types.pop() for types in found]
+
+
+def objective(spec: ModelSpec, types: dict[str, str], scores: LayerScores) -> float:
+    """``Σ (1 + scaled score) · n_weights · error``, what the full ladder makes least."""
+    layer_scores = np.array(scores.by_scorer["lieq"])
+    sensitivity = 1 + (layer_scores - layer_scores.min()) / (np.ptp(layer_scores) or 1.0)
+    return float(
+        sum(
+            sensitivity[layer] * prod(t.shape) * scores.type_errors[t.name][types[t.name]]
+            for layer, matrices in enumerate(spec.layer_matrices)
+            for t in matrices
+        )
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("granularity", ["layer", "tensor"])
+def test_full_ladder_is_as_good_as_trying_everything(granularity: str, seed: int) -> None:
+    numbers = np.random.default_rng(seed)
+    n_groups, per_group = 5, 2 if granularity == "layer" else 1
+    rows = numbers.integers(1, 40, (n_groups, per_group))
+    shapes = [{f"m{i}": (int(n), 256 * int(numbers.integers(1, 3))) for i, n in enumerate(layer)} for layer in rows]
+    spec = spec_of(shapes)
+    scores = make_scores(spec, seed, monotone=seed % 2 == 0)
+    bits = round(float(numbers.uniform(2.7, 6.4)), 3)
+    plan = allocate(spec, BitBudget("bits", bits), scores, Allocation(types=K_TYPES, granularity=granularity))
+
+    best = np.inf
+    for choice in product(K_TYPES, repeat=n_groups):
+        types = {t.name: q.name for layer, q in zip(spec.layer_matrices, choice, strict=True) for t in layer}
+        candidate = replace(plan, types=dict(plan.types) | types)
+        if layer_bits(spec, candidate) <= layer_limit(spec, bits):
+            best = min(best, objective(spec, dict(candidate.types), scores))
+    assert layer_bits(spec, plan) <= layer_limit(spec, bits)
+    assert objective(spec, dict(plan.types), scores) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2.07, 2.3, 2.625, 2.7, 3.001, 3.5, 4.25, 5.0, 6.6, 8.2])
+@pytest.mark.parametrize("granularity", ["layer", "tensor"])
+def test_full_ladder_meets_the_target_from_below_within_one_percent(granularity: str, bits: float) -> None:
+    spec = make_spec(24)
+    plan = allocate(spec, BitBudget("bits", bits), make_scores(spec), Allocation(granularity=granularity))
+    assert 0.99 * layer_limit(spec, bits) <= layer_bits(spec, plan) <= layer_limit(spec, bits)
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "is_whole"),
+    [
+        ("best", None, False),
+        ("best", "layer", True),
+        ("lieq-ladder", None, True),
+        ("lieq-ladder", "tensor", False),
+        ("lieq", None, True),
+    ],
+)
+def test_granularity_is_the_methods_own_unless_asked_for(method: str, asked: str | None, is_whole: bool) -> None:
+    spec = make_spec(24)
+    allocation = Allocation(method=method, granularity=asked)
+    plan = allocate(spec, BitBudget("bits", 3.1), make_scores(spec), allocation)
+    found = types_of_layers(spec, plan)
+    assert len(set.union(*found)) > 1
+    assert all(len(types) == 1 for types in found) == is_whole
+
+
+def test_tensor_granularity_is_never_worse() -> None:
+    spec = make_spec(6)
+    scores, budget = make_scores(spec), BitBudget("bits", 3.1)
+    per_layer, per_tensor = (
+        allocate(spec, budget, scores, Allocation(types=K_TYPES, granularity=granularity))
+        for granularity in ("layer", "tensor")
+    )
+    assert objective(spec, dict(per_tensor.types), scores) <= objective(spec, dict(per_layer.types), scores)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_input_gives_the_same_plan(method: str) -> None:
+    spec = make_spec(12)
+    allocation = Allocation(method=method)
+    first, second = (allocate(spec, BitBudget("bits", 3.3), make_scores(spec), allocation) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("types", [K_TYPES, K_TYPES[::-1]], ids=["small first", "large first"])
+@pytest.mark.parametrize("granularity", ["layer", "tensor"])
+def test_of_equally_damaging_types_the_smaller_wins(types: tuple[QuantType, ...], granularity: str) -> None:
+    spec = make_spec(4)
+    scores = make_scores(spec)
+    equal = {name: dict.fromkeys(QUANT_TYPES, 0.1) for name in scores.type_errors}
+    allocation = Allocation(types=types, granularity=granularity)
+    plan = allocate(spec, BitBudget("bits", 6.5), replace(scores, type_errors=equal), allocation)
+    assert set(one_type_per_layer(spec, plan)) == {"Q2_K"}
+
+
+def test_the_higher_scored_of_two_equal_layers_gets_the_bits() -> None:
+    spec = make_spec(2)
+    scores = make_scores(spec)
+    errors = {name: {"Q2_K": 0.1, "Q4_K": 0.01} for name in scores.type_errors}
+    scores = replace(scores, by_scorer={"lieq": (0.2, 0.9), "lim": (0.9, 0.2)}, type_errors=errors)
+    types = parse_types(["Q2_K", "Q4_K"])
+    by_lieq, by_lim = (
+        one_type_per_layer(
+            spec, allocate(spec, BitBudget("bits", 4.0), scores, Allocation("lieq-ladder", scorer, types=types))
+        )
+        for scorer in ("lieq", "lim")
+    )
+    assert (by_lieq, by_lim) == (["Q2_K", "Q4_K"], ["Q4_K", "Q2_K"])
+
+
+def test_a_model_of_eighty_layers_is_solved() -> None:
+    spec = make_spec(80, width=8192, n_ff=28672, n_kv=1024)
+    types = tuple(q for q in DEFAULT_LADDER if q.name not in ("Q4_1", "Q5_0", "Q5_1", "F16"))
+    assert len(types) == 14
+    allocation = Allocation(types=types, granularity="tensor")
+    plan = allocate(spec, BitBudget("bits", 2.7), make_scores(spec), allocation)
+    assert 0.99 * layer_limit(spec, 2.7) <= layer_bits(spec, plan) <= layer_limit(spec, 2.7)
+
+
+@pytest.mark.parametrize("bits", [2.3, 2.7, 3.0, 3.4, 4.4, 5.5])
+@pytest.mark.parametrize("scorer", ["lieq", "lim"])
+def test_two_levels_raises_as_many_of_the_highest_layers_as_fit(scorer: str, bits: float) -> None:
+    spec = make_spec(24)
+    scores = make_scores(spec)
+    plan = allocate(spec, BitBudget("bits", bits), scores, Allocation(method="lieq", scorer=scorer))
+    types = one_type_per_layer(spec, plan)
+    low, high = sorted(set(types), key=lambda name: QUANT_TYPES[name].bits_per_weight)
+    assert QUANT_TYPES[high].nominal_bits == 2 * QUANT_TYPES[low].nominal_bits
+    order = sorted(range(24), key=lambda layer: -scores.by_scorer[scorer][layer])
+    n_high = types.count(high)
+    assert {layer for layer in range(24) if types[layer] == high} == set(order[:n_high])
+    assert layer_bits(spec, plan) <= layer_limit(spec, bits)
+    one_more = dict(plan.types) | {t.name: high for t in spec.layer_matrices[order[n_high]]}
+    assert layer_bits(spec, replace(plan, types=one_more)) > layer_limit(spec, bits)
+
+
+@pytest.mark.parametrize(
+    ("pair", "bits", "n_high"), [("Q2_K,Q4_K", 3.0, 2), ("Q3_K,Q4_K", 4.0, 5), ("Q2_K,Q6_K", 2.7, 0)]
+)
+def test_two_levels_takes_a_named_pair(pair: str, bits: float, n_high: int) -> None:
+    spec = make_spec(10)
+    allocation = Allocation(method="lieq", types=parse_types(pair.split(",")))
+    types = one_type_per_layer(spec, allocate(spec, BitBudget("bits", bits), make_scores(spec), allocation))
+    assert (types.count(pair.split(",")[1]), len(types)) == (n_high, 10)
+
+
+def test_two_levels_does_not_pass_over_a_layer_that_is_too_large() -> None:
+    spec = spec_of([{"m": (n_rows, 256)} for n_rows in (2, 90, 8)])
+    scores = replace(make_scores(spec), by_scorer={"lieq": (0.9, 0.5, 0.1)})
+    allocation = Allocation(method="lieq", types=parse_types(["Q2_K", "Q4_K"]))
+    types = one_type_per_layer(spec, allocate(spec, BitBudget("bits", 3.0), scores, allocation))
+    assert types == ["Q4_K", "Q2_K", "Q2_K"]  # the third would fit, but the second comes before it
+
+
+def test_two_levels_breaks_ties_by_the_first_layer() -> None:
+    spec = make_spec(4)
+    scores = replace(make_scores(spec), by_scorer={"lieq": (0.5,) * 4})
+    allocation = Allocation(method="lieq", types=parse_types(["Q2_K", "Q4_K"]))
+    types = one_type_per_layer(spec, allocate(spec, BitBudget("bits", 3.6), scores, allocation))
+    assert types == ["Q4_K", "Q4_K", "Q2_K", "Q2_K"]
+
+
+def test_two_levels_says_what_fits_when_no_two_widths_do() -> None:
+    spec = make_spec(4)
+    allocation = Allocation(method="lieq", types=parse_types(["Q3_K", "Q5_K", "Q6_K"]))
+    with pytest.raises(BudgetError, match="Q3_K, Q5_K, Q6_K"):
+        allocate(spec, BitBudget("bits", 4.0), make_scores(spec), allocation)
+
+
+@pytest.mark.parametrize(("n_layers", "bits"), [(36, 2.06), (28, 2.08)])
+def test_nominal_bits_count_the_digit_of_the_type(n_layers: int, bits: float) -> None:
+    spec = make_spec(n_layers)
+    scores = make_scores(spec)
+    plan = allocate(spec, BitBudget("nominal", bits), scores, Allocation(method="lieq"))
+    digits = [QUANT_TYPES[name].nominal_bits for name in one_type_per_layer(spec, plan)]
+    highest = int(np.argmax(scores.by_scorer["lieq"]))
+    assert digits == [4 if layer == highest else 2 for layer in range(n_layers)]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "tensor"])
+def test_full_ladder_meets_a_nominal_target(granularity: str) -> None:
+    spec = make_spec(24)
+    plan = allocate(spec, BitBudget("nominal", 3.3), make_scores(spec), Allocation(granularity=granularity))
+    digits = sum(
+        QUANT_TYPES[plan.types[t.name]].nominal_bits * t.n_weights for layer in spec.layer_matrices for t in layer
+    )
+    assert 0.99 * 3.3 <= digits / spec.n_layer_weights <= 3.3
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "F16"])
+def test_target_of_exactly_one_type_is_met_to_the_bit(name: str) -> None:
+    spec = make_spec(7)
+    allocation = Allocation(types=(QUANT_TYPES[name],))
+    bits = QUANT_TYPES[name].bits_per_weight
+    plan = allocate(spec, BitBudget("bits", bits), None, allocation)
+    assert layer_bits(spec, plan) == layer_limit(spec, bits)
+
+
+def test_lowest_target_of_a_ladder_is_uniform() -> None:
+    spec = make_spec(7)
+    plan = allocate(spec, BitBudget("bits", 2.625), make_scores(spec), Allocation(types=K_TYPES))
+    assert set(one_type_per_layer(spec, plan)) == {"Q2_K"}
+
+
+def test_highest_target_of_a_ladder_is_uniform() -> None:
+    spec = make_spec(7)
+    plan = allocate(spec, BitBudget("bits", 6.5625), make_scores(spec), Allocation(types=K_TYPES))
+    assert set(one_type_per_layer(spec, plan)) == {"Q6_K"}
+
+
+@pytest.mark.parametrize("bits", [2.6249, 6.6], ids=["below", "above"])
+def test_unreachable_target_is_refused_with_the_range(bits: float) -> None:
+    with pytest.raises(BudgetError, match=r"2\.6250 to 6\.5625"):
+        check_reachable(make_spec(3), BitBudget("bits", bits), Allocation(types=K_TYPES))
+
+
+def test_reachable_range_is_that_of_the_smallest_and_largest_type() -> None:
+    assert check_reachable(make_spec(3), BitBudget("bits", 3.0), Allocation()) == (LEAST, MOST)
+
+
+def test_refusal_below_names_a_type_that_would_reach_the_target() -> None:
+    with pytest.raises(BudgetError, match="--types") as refusal:
+        check_reachable(make_spec(3), BitBudget("bits", 2.1), Allocation(types=parse_types(["Q4_K", "Q6_K"])))
+    named = [q for q in QUANT_TYPES.values() if q.name in str(refusal.value).split("for example ")[1].split(" ")]
+    assert named and all(q.bits_per_weight <= 2.1 for q in named)
+
+
+def test_refusal_above_names_a_type_that_would_reach_the_target() -> None:
+    with pytest.raises(BudgetError, match="--types"):
+        check_reachable(make_spec(3), BitBudget("bits", 5.0), Allocation(types=parse_types(["Q2_K", "Q4_K"])))
+
+
+def test_refusal_below_blames_rows_that_do_not_fit() -> None:
+    spec = make_spec(3, width=288)
+    with pytest.raises(BudgetError, match=r"rows of 288 weights .* --granularity tensor"):
+        check_reachable(spec, BitBudget("bits", 2.7), Allocation(granularity="layer"))
+
+
+def test_k_types_are_never_offered_to_rows_that_do_not_fit() -> None:
+    spec = make_spec(3, width=288)
+    for group in make_groups(spec, Allocation(granularity="tensor")):
+        (tensor,) = group.tensors
+        assert any(q.block_size == 256 for q in group.choices) == (tensor.role == "ffn_down")
+
+
+def test_layer_with_a_row_that_does_not_fit_gets_small_blocks_only() -> None:
+    spec = make_spec(3, width=288)
+    plan = allocate(spec, BitBudget("bits", 5.0), make_scores(spec), Allocation(granularity="layer"))
+    assert all(QUANT_TYPES[name].block_size <= 32 for name in one_type_per_layer(spec, plan))
+
+
+def test_no_type_that_fits_is_refused_with_types_that_do() -> None:
+    with pytest.raises(BudgetError, match=r"288.* weights in layer 0; .*Q4_0"):
+        make_groups(make_spec(3, width=288), Allocation(types=K_TYPES, granularity="layer"))
+
+
+def test_types_that_need_importance_are_not_offered_without() -> None:
+    assert not any(q.needs_imatrix for q in offered_types(DEFAULT_LADDER, has_imatrix=False))
+    assert offered_types(DEFAULT_LADDER, has_imatrix=True) == DEFAULT_LADDER
+
+
+def test_nothing_left_to_offer_is_refused() -> None:
+    with pytest.raises(BudgetError, match="IQ2_XXS"):
+        offered_types(parse_types(["IQ2_XXS"]), has_imatrix=False)
+
+
+def test_one_type_needs_no_scores() -> None:
+    spec = make_spec(3)
+    assert is_decided(spec, Allocation(types=(QUANT_TYPES["Q4_K"],)))
+    assert not is_decided(spec, Allocation(types=K_TYPES))
+
+
+def outer_types(tied: bool, bits: float = 2.7, width: int = 256, **changes: Any) -> dict[str, str]:
+    spec = make_spec(3, tied=tied, width=width)
+    types = K_TYPES if width % 256 == 0 else DEFAULT_LADDER
+    plan = allocate(spec, BitBudget("bits", bits), make_scores(spec), Allocation(types=types, **changes))
+    return {t.name: plan.types[t.name] for t in spec.other_matrices}
+
+
+def test_tied_embedding_is_good_enough_for_an_output() -> None:
+    assert outer_types(tied=True) == {"token_embd.weight": "Q6_K"}
+
+
+@pytest.mark.parametrize(("bits", "embedding"), [(2.625, "Q2_K"), (2.7, "Q3_K"), (3.5, "Q4_K"), (5.0, "Q5_K")])
+def test_untied_embedding_has_at_least_the_bits_of_the_layers(bits: float, embedding: str) -> None:
+    assert outer_types(tied=False, bits=bits) == {"token_embd.weight": embedding, "output.weight": "Q6_K"}
+
+
+def test_rows_that_do_not_fit_k_types_get_a_small_block_outside_too() -> None:
+    assert outer_types(tied=True, bits=5.0, width=288) == {"token_embd.weight": "Q8_0"}
+
+
+def test_embedding_and_output_types_can_be_asked_for() -> None:
+    found = outer_types(tied=False, embedding_type=QUANT_TYPES["Q4_K"], output_type=QUANT_TYPES["Q8_0"])
+    assert found == {"token_embd.weight": "Q4_K", "output.weight": "Q8_0"}
+
+
+@pytest.mark.parametrize("option", ["embedding_type", "output_type"])
+def test_tied_embedding_takes_either_request(option: str) -> None:
+    assert outer_types(True, 2.7, 256, **{option: QUANT_TYPES["Q4_K"]}) == {"token_embd.weight": "Q4_K"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_type_that_needs_importance_is_refused(tied: bool) -> None:
+    with pytest.raises(BudgetError, match=r"token_embd\.weight .* cannot be IQ2_XXS"):
+        outer_types(tied=tied, embedding_type=QUANT_TYPES["IQ2_XXS"])
+
+
+def test_output_type_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"token_embd\.weight .* cannot be Q4_K"):
+        outer_types(tied=True, bits=5.0, width=288, output_type=QUANT_TYPES["Q4_K"])
+
+
+def test_unquantised_types_leave_the_embedding_unquantised() -> None:
+    spec = make_spec(3, tied=False)
+    plan = allocate(spec, BitBudget("bits", 16.0), None, Allocation(types=(QUANT_TYPES["F16"],)))
+    assert {plan.types[t.name] for t in spec.other_matrices} == {"F16"}
+
+
+def test_every_tensor_has_a_type_and_norms_stay_in_f32() -> None:
+    spec = make_spec(3, tied=False)
+    plan = allocate(spec, BitBudget("bits", 3.0), make_scores(spec), Allocation(types=K_TYPES))
+    plan.check(spec)
+    assert {plan.types[t.name] for t in spec.tensors if not t.is_matrix} == {"F32"}
+
+
+def test_plan_records_what_it_was_made_with() -> None:
+    spec = make_spec(3)
+    scores, budget = make_scores(spec), BitBudget("bits", 3.0)
+    plan = allocate(spec, budget, scores, Allocation(method="lieq-ladder", scorer="lim", types=K_TYPES))
+    assert (plan.method, plan.scorer, plan.budget, plan.layer_scores) == (
+        "lieq-ladder", "lim", budget, scores.by_scorer["lim"],
+    )  # fmt: skip
+    assert plan.reachable_bpw == (2.625, 6.5625)
+
+
+def test_scores_without_a_type_are_refused_by_its_name() -> None:
+    spec = make_spec(3)
+    scores = make_scores(spec)
+    errors = {name: {"Q2_K": 0.1} for name in scores.type_errors}
+    with pytest.raises(FormatError, match="Q3_K"):
+        allocate(spec, BitBudget("bits", 3.0), replace(scores, type_errors=errors), Allocation(types=K_TYPES))
+
+
+def test_scores_without_the_scorer_are_refused_by_its_name() -> None:
+    spec = make_spec(3)
+    with pytest.raises(FormatError, match="'zd'"):
+        allocate(spec, BitBudget("bits", 3.0), make_scores(spec), Allocation(scorer="zd", types=K_TYPES))

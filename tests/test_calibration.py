@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from models import write_model
+from safetensors.torch import load_file, save_file
+from tokenizer_fixtures import write_llama_3
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from lieq_gguf import calibration
+from lieq_gguf.calibration import (
+    CHUNK_SIZE,
+    SHIPPED_TEXT,
+    Calibration,
+    CalibrationTokens,
+    calibrate,
+    read_calibration_text,
+    tokenize,
+)
+from lieq_gguf.errors import CalibrationError
+from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.tokenizers import load_source_tokenizer
+from lieq_gguf.type_errors import relative_errors
+
+N_SCORE_TOKENS = 256
+PREFIX_ROWS, PREFIX_LENGTH = [0, 4], 128  # the sequences and heads that 256 tokens of five sequences are taken from
+MODULES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
+
+
+class WholeModel:
+    """transformers' model in one piece, and everything that passes through it."""
+
+    def __init__(self, path: Path, ids: npt.NDArray[np.int64]) -> None:
+        model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).model
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.projections: dict[str, torch.Tensor] = {}
+        self.n_layers = len(model.layers)
+        last: list[torch.Tensor] = []
+        for layer, module in enumerate(model.layers):
+            for role, name in MODULES.items():
+                module.get_submodule(name).register_forward_hook(self._hook(f"blk.{layer}.{role}.weight"))
+        # the last of output_hidden_states has passed the final norm, which is no part of the layer
+        model.layers[-1].register_forward_hook(lambda _module, _inputs, output: last.append(output))
+        with torch.inference_mode():
+            result = model(torch.from_numpy(ids), output_hidden_states=True, use_cache=False)
+        self.hidden = [*result.hidden_states[:-1], last[0]]
+
+    def _hook(self, key: str) -> Callable[..., None]:
+        def keep(module: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            self.inputs[key] = inputs[0]
+            self.projections[key] = output if module.bias is None else output - module.bias
+
+        return keep
+
+    def cosine(self, layer: int) -> float:
+        before, after = self.hidden[layer].double(), self.hidden[layer + 1].double()
+        return float(torch.cosine_similarity(before, after, dim=-1).mean())
+
+    def input_sums(self) -> dict[str, npt.NDArray[np.float64]]:
+        return {key: (x.double() ** 2).sum(dim=(0, 1)).numpy() for key, x in self.inputs.items()}
+
+    def spectrum(self, key: str) -> npt.NDArray[np.float64]:
+        head = self.projections[key][PREFIX_ROWS, :PREFIX_LENGTH].double()
+        energies = torch.linalg.svdvals(head.reshape(-1, head.shape[-1])) ** 2
+        return np.asarray((energies / energies.sum()).numpy())
+
+
+def random_tokens(n_vocab: int, shape: tuple[int, int] = (5, 512)) -> CalibrationTokens:
+    """By default more tokens than pass a layer at once."""
+    return CalibrationTokens(np.random.default_rng(0).integers(0, n_vocab, shape), "random")
+
+
+def run(model_dir: Path, tokens: CalibrationTokens | None = None, seed: int = 0) -> Calibration:
+    source = ModelDirectory(model_dir)
+    tokens = tokens or random_tokens(source.spec.config["vocab_size"])
+    return calibrate(source, tokens, n_score_tokens=N_SCORE_TOKENS, seed=seed)
+
+
+def small_tokens(model_dir: Path) -> CalibrationTokens:
+    return random_tokens(ModelDirectory(model_dir).spec.config["vocab_size"], (2, 64))
+
+
+@pytest.fixture(scope="module")
+def streamed(tiny_model: Path) -> Calibration:
+    return run(tiny_model)
+
+
+def write_model_with_biases(path: Path) -> Path:
+    write_model(path, attention_bias=True, num_hidden_layers=2)
+    tensors = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith("bias"):  # transformers starts them at zero
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def write_shards(path: Path) -> Path:
+    write_model(path, max_shard_size="1MB", dtype=torch.float16, num_hidden_layers=2)
+    assert len(list(path.glob("*.safetensors"))) > 1
+    return path
+
+
+@dataclass(frozen=True)
+class Pair:
+    streamed: Calibration
+    whole: WholeModel
+
+
+@pytest.fixture(scope="module", params=["tiny", "biases", "shards"])
+def pair(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The streamed pass and the whole model on the same tokens."""
+    writers = {"biases": write_model_with_biases, "shards": write_shards}
+    path = writers[request.param](tmp_path_factory.mktemp("pair")) if request.param in writers else tiny_model
+    ids = random_tokens(ModelDirectory(path).spec.config["vocab_size"]).ids
+    return Pair(run(path), WholeModel(path, ids))
+
+
+def test_cosines_are_those_of_the_whole_model(pair: Pair) -> None:
+    cosines = [m.cosine for m in pair.streamed.measurements]
+    np.testing.assert_allclose(cosines, [pair.whole.cosine(layer) for layer in range(pair.whole.n_layers)], atol=1e-5)
+
+
+def test_importance_is_the_squared_input_of_the_whole_model(pair: Pair) -> None:
+    expected = pair.whole.input_sums()
+    assert pair.streamed.importance.in_sum2.keys() == expected.keys()
+    for name, sums in pair.streamed.importance.in_sum2.items():
+        np.testing.assert_allclose(sums, expected[name], rtol=1e-4, err_msg=name)
+
+
+def test_spectra_are_those_of_the_whole_models_projections(pair: Pair) -> None:
+    for m in pair.streamed.measurements:
+        assert m.spectra.keys() == m.twin_spectra.keys() == MODULES.keys()
+        for role, spectrum in m.spectra.items():
+            expected = pair.whole.spectrum(f"blk.{m.layer}.{role}.weight")
+            np.testing.assert_allclose(spectrum, expected, rtol=1e-3, atol=1e-7, err_msg=f"{m.layer} {role}")
+
+
+def test_z_shares_are_those_of_the_files_weights(streamed: Calibration, tiny_model: Path) -> None:
+    tensors = load_file(tiny_model / "model.safetensors")
+    for m in streamed.measurements:
+        names = [f"model.layers.{m.layer}.{module}.weight" for module in MODULES.values()]
+        pooled = np.concatenate([tensors[name].double().numpy().ravel() for name in names])
+        share = float((pooled > pooled.mean() + pooled.std()).mean())
+        assert m.z_share == pytest.approx(share, abs=1e-6)
+
+
+def test_importance_knows_how_many_tokens_it_saw(streamed: Calibration) -> None:
+    matrix = streamed.importance
+    assert (matrix.n_tokens, matrix.n_chunks, matrix.chunk_size, matrix.dataset) == (2560, 5, 512, "random")
+
+
+def test_same_seed_gives_the_same_twin(streamed: Calibration, tiny_model: Path) -> None:
+    again = run(tiny_model)
+    for first, second in zip(streamed.measurements, again.measurements, strict=True):
+        for role, spectrum in first.twin_spectra.items():
+            np.testing.assert_array_equal(spectrum, second.twin_spectra[role])
+
+
+def test_another_seed_changes_the_twin_alone(streamed: Calibration, tiny_model: Path) -> None:
+    other = run(tiny_model, seed=1)
+    for first, second in zip(streamed.measurements, other.measurements, strict=True):
+        for role, spectrum in first.twin_spectra.items():
+            assert not np.allclose(spectrum, second.twin_spectra[role], rtol=1e-3)
+            np.testing.assert_array_equal(first.spectra[role], second.spectra[role])
+
+
+def test_the_twin_is_not_the_trained_model(streamed: Calibration) -> None:
+    for m in streamed.measurements:
+        for role, spectrum in m.spectra.items():
+            assert not np.allclose(spectrum, m.twin_spectra[role], rtol=1e-3)
+
+
+@pytest.mark.parametrize("initializer_range", [0.05, 0.005])
+def test_twin_has_the_initialisers_weights(tmp_path: Path, initializer_range: float) -> None:
+    config = calibration._model_config(write_model(tmp_path, initializer_range=initializer_range))
+    twin = calibration._OneLayerModel(config, torch.device("cpu"), seed=3)
+    for module in MODULES.values():
+        weight = twin.weight(module)
+        standard_error = initializer_range / weight.numel() ** 0.5
+        assert float(weight.mean()) == pytest.approx(0, abs=5 * standard_error)
+        assert float(weight.std()) == pytest.approx(initializer_range, rel=0.02)
+
+
+def test_layers_of_the_twin_differ(tiny_model: Path) -> None:
+    config = calibration._model_config(tiny_model)
+    first, second = (calibration._OneLayerModel(config, torch.device("cpu"), seed=seed) for seed in (1, 2))
+    assert not torch.allclose(first.weight("mlp.up_proj"), second.weight("mlp.up_proj"))
+
+
+def test_the_callers_random_numbers_are_left_alone(tiny_model: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run(tiny_model, small_tokens(tiny_model))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_result_does_not_depend_on_threads(tiny_model: Path) -> None:
+    source = ModelDirectory(tiny_model)
+    tokens = random_tokens(source.spec.config["vocab_size"])
+    one, two = (calibrate(source, tokens, n_score_tokens=64, n_threads=n) for n in (1, 2))
+    for name, sums in one.importance.in_sum2.items():
+        np.testing.assert_allclose(two.importance.in_sum2[name], sums, rtol=1e-6)
+    for first, second in zip(one.measurements, two.measurements, strict=True):
+        assert second.cosine == pytest.approx(first.cosine, rel=1e-6)
+        for role, spectrum in first.spectra.items():
+            np.testing.assert_allclose(second.spectra[role], spectrum, rtol=1e-6, atol=1e-9)
+
+
+def test_importance_alone_is_the_same_and_measures_nothing(streamed: Calibration, tiny_model: Path) -> None:
+    source = ModelDirectory(tiny_model)
+    alone = calibrate(source, random_tokens(source.spec.config["vocab_size"]), measure=False)
+    assert alone.measurements == ()
+    for name, sums in streamed.importance.in_sum2.items():
+        np.testing.assert_array_equal(alone.importance.in_sum2[name], sums)
+
+
+def test_type_errors_are_weighted_by_the_importance_of_the_pass(tiny_model: Path) -> None:
+    source, types = ModelDirectory(tiny_model), [QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"]]
+    result = calibrate(source, small_tokens(tiny_model), measure=False, error_types=types)
+    for tensor in (t for layer in source.spec.layer_matrices for t in layer):
+        mean = result.importance.mean(tensor.name)
+        assert result.type_errors[tensor.name] == relative_errors(source.read(tensor), mean, types)
+
+
+def test_type_errors_are_weighted_by_a_given_importance_matrix(tiny_model: Path) -> None:
+    source, types = ModelDirectory(tiny_model), [QUANT_TYPES["Q2_K"]]
+    matrices = [t for layer in source.spec.layer_matrices for t in layer]
+    numbers = np.random.default_rng(0)
+    sums = {t.name: numbers.lognormal(0, 3, t.shape[1]).astype(np.float32) for t in matrices}
+    given = ImportanceMatrix(sums, 10, 10, "given")
+    result = calibrate(source, small_tokens(tiny_model), measure=False, error_types=types, importance=given)
+    for tensor in matrices:
+        assert result.type_errors[tensor.name] == relative_errors(source.read(tensor), given.mean(tensor.name), types)
+
+
+def test_type_errors_can_be_unweighted(tiny_model: Path) -> None:
+    source, types = ModelDirectory(tiny_model), [QUANT_TYPES["Q2_K"]]
+    result = calibrate(source, small_tokens(tiny_model), measure=False, error_types=types, weigh_errors=False)
+    for tensor in (t for layer in source.spec.layer_matrices for t in layer):
+        assert result.type_errors[tensor.name] == relative_errors(source.read(tensor), None, types)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_device_that_is_not_there_is_refused(tiny_model: Path, device: str) -> None:
+    with pytest.raises(CalibrationError, match=device):
+        calibrate(ModelDirectory(tiny_model), small_tokens(tiny_model), device=device)
+
+
+def test_layer_that_gives_no_numbers_is_named(tmp_path: Path) -> None:
+    path = write_model(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CalibrationError, match="layer 1"):
+        run(path, small_tokens(path))
+
+
+def long_text() -> str:
+    return "\n".join(f"Line {i} of the story tells of {i * i} birds and {i % 7} brown foxes." for i in range(400))
+
+
+def plain_ids(model_dir: Path, text: str) -> list[int]:
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def test_sequences_are_spread_evenly_over_a_long_text(tiny_model: Path) -> None:
+    ids = plain_ids(tiny_model, long_text())
+    n_available = len(ids) // CHUNK_SIZE
+    assert n_available > 8  # or there is nothing to spread over
+    tokens = tokenize(long_text(), "long", load_source_tokenizer(tiny_model), 4 * CHUNK_SIZE + 100)
+    chunks = [ids[i * CHUNK_SIZE : (i + 1) * CHUNK_SIZE] for i in range(n_available)]
+    places = [chunks.index(row) for row in tokens.ids.tolist()]
+    gaps = np.diff(places)
+    assert (len(places), places[0], places[-1]) == (4, 0, n_available - 1)
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_whole_text_is_used_when_it_is_short(tiny_model: Path) -> None:
+    ids = plain_ids(tiny_model, long_text())
+    tokens = tokenize(long_text(), "long", load_source_tokenizer(tiny_model), 10**6)
+    assert tokens.ids.ravel().tolist() == ids[: len(ids) // CHUNK_SIZE * CHUNK_SIZE]
+
+
+def test_first_token_of_every_sequence_becomes_bos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
+    path = write_model(tmp_path, write_tokenizer=write_llama_3)
+    ids = plain_ids(path, long_text())
+    bos = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id("<|begin_of_text|>")
+    tokens = tokenize(long_text(), "long", load_source_tokenizer(path), 10**6)
+    expected = np.array(ids[: tokens.ids.size]).reshape(-1, CHUNK_SIZE)
+    expected[:, 0] = bos
+    np.testing.assert_array_equal(tokens.ids, expected)
+
+
+def test_text_shorter_than_a_sequence_shortens_it(tiny_model: Path) -> None:
+    text = long_text()[:300]
+    tokens = tokenize(text, "short", load_source_tokenizer(tiny_model), 10**6)
+    assert tokens.ids.tolist() == [plain_ids(tiny_model, text)]
+
+
+def test_fewer_tokens_than_a_sequence_shorten_it(tiny_model: Path) -> None:
+    assert tokenize(long_text(), "long", load_source_tokenizer(tiny_model), 100).ids.shape == (1, 100)
+
+
+def test_text_of_a_few_words_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"'words' gives [1-9]"):
+        tokenize("A few words.", "words", load_source_tokenizer(tiny_model), 10**6)
+
+
+def test_shipped_text_is_long_enough() -> None:
+    text, name = read_calibration_text(None)
+    assert name == SHIPPED_TEXT
+    assert len(text.encode("utf-8")) >= 60_000
+
+
+def test_calibration_file_is_read_with_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("Ünïcode\n", encoding="utf-8")
+    assert read_calibration_text(file) == ("Ünïcode\n", "text.txt")
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n", b"abc\xff\xfe"], ids=["missing", "empty", "blank", "not utf-8"])
+def test_calibration_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(CalibrationError, match=r"text\.txt"):
+        read_calibration_text(file)
+
+
+def test_calibration_file_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        read_calibration_text(tmp_path)

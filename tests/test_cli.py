@@ -1,0 +1,452 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from conftest import CliResult, RunCli
+from models import write_model
+from tokenizer_fixtures import write_smollm2
+from typer.main import get_command
+
+import lieq_gguf
+from lieq_gguf import calibration, pipeline
+from lieq_gguf.cli import app
+from lieq_gguf.quant_types import parse_types
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.scores import LayerScores
+from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.type_errors import relative_errors
+
+COMMANDS = ("convert", "score", "imatrix", "plan", "inspect", "verify", "bench", "run")
+FIGURES = {"layer_bpw", "file_bpw", "nominal_bits", "file_bytes"}
+CONVERT_KEYS = FIGURES | {"schema_version", "output", "method", "n_layers", "types", "seconds", "peak_rss_bytes"}
+
+
+@pytest.fixture
+def cheap(calibration_text: Path) -> list[object]:
+    """Options that make a pass take a second."""
+    return ["--calibration", calibration_text, "--n-tokens", 512, "--types", "Q2_K,Q3_K,Q4_K", "--threads", 1]
+
+
+@pytest.fixture
+def converted(conversion: pipeline.Conversion) -> Path:
+    return conversion.output
+
+
+@pytest.fixture
+def knowledge(run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path) -> list[object]:
+    """Scores and importance matrix in files, as options."""
+    succeed(run_cli("score", tiny_model, "-o", tmp_path / "scores.json", *cheap))
+    without_types = [*cheap[:4], *cheap[6:]]
+    succeed(run_cli("imatrix", tiny_model, "-o", tmp_path / "imatrix.gguf", *without_types))
+    return ["--scores", tmp_path / "scores.json", "--imatrix", tmp_path / "imatrix.gguf"]
+
+
+def succeed(result: CliResult) -> CliResult:
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def document(result: CliResult) -> Any:
+    """stdout as the one JSON document it must be."""
+    return json.loads(succeed(result).stdout)
+
+
+def tensors(file: Path) -> dict[str, tuple[int, bytes]]:
+    return {t.name: (int(t.tensor_type), t.data.tobytes()) for t in gguf.GGUFReader(file).tensors}
+
+
+def words(text: str) -> str:
+    """Text without the lines and colours that help is drawn with."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+def test_every_command_is_tested_here() -> None:
+    assert set(COMMANDS) == set(getattr(get_command(app), "commands"))  # noqa: B009
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_an_example(run_cli: RunCli, command: str, option: str) -> None:
+    shown = words(succeed(run_cli(command, option)).stdout)
+    assert f"Example: lieq-gguf {command} " in shown.replace("`", "")
+
+
+def test_help_lists_the_commands(run_cli: RunCli) -> None:
+    shown = words(succeed(run_cli("--help")).stdout)
+    assert all(re.search(rf"\b{command}\b", shown) for command in COMMANDS)
+
+
+def test_help_shows_an_example(run_cli: RunCli) -> None:
+    assert "lieq-gguf convert " in words(succeed(run_cli("--help")).stdout)
+
+
+def test_version_is_shown(run_cli: RunCli) -> None:
+    assert succeed(run_cli("--version")).stdout == f"lieq-gguf {lieq_gguf.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "MODEL"],
+        ["convert", "MODEL", "--bits", "3", "--plan", "p.json"],
+        ["convert", "MODEL", "--bits", "-3"],
+        ["convert", "MODEL", "--bits", "nan"],
+        ["convert", "MODEL", "--bits", "3", "--method", "none"],
+        ["convert", "MODEL", "--bits", "3", "--imatrix", "i.gguf", "--no-imatrix"],
+        ["plan", "MODEL"],
+        ["inspect"],
+        ["nonsense"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_says_so_on_stderr(run_cli: RunCli, arguments: list[str]) -> None:
+    result = run_cli(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "none", "--bits", "3"],
+        ["convert", "MODEL", "--bits", "1"],
+        ["convert", "MODEL", "--bits", "3", "--types", "Q9_K"],
+        ["plan", "MODEL", "--bits", "3", "--scores", "none.json"],
+        ["inspect", "none.gguf"],
+        ["verify", "none.gguf"],
+        ["bench", "none.gguf"],
+        ["run", "none.gguf", "hello"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_wrong_is_one_line_and_exits_with_1(
+    run_cli: RunCli, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run_cli(*[tiny_model if a == "MODEL" else a for a in arguments])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr.splitlines(keepends=True)[-1])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["convert", "--help"], ["inspect", "FILE"], ["inspect", "FILE", "--json"]]
+)
+def test_quick_commands_do_not_load_torch(converted: Path, arguments: list[str]) -> None:
+    assert heavy_modules([str(converted) if a == "FILE" else a for a in arguments]) == []
+
+
+def test_plan_from_files_does_not_load_torch(tiny_model: Path, knowledge: list[object]) -> None:
+    options = ["--bits", "3.4", "--types", "Q2_K,Q3_K,Q4_K", "--threads", "1", *map(str, knowledge)]
+    assert heavy_modules(["plan", str(tiny_model), *options]) == []
+
+
+def heavy_modules(arguments: list[str]) -> list[str]:
+    """Which of the slow packages a command has loaded when it ends."""
+    program = (
+        "import sys\n"
+        "from lieq_gguf.cli import main\n"
+        "code = 0\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as stop:\n"
+        "    code = stop.code\n"
+        "print('heavy', *sorted({'torch', 'transformers'} & sys.modules.keys()), file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=Path(lieq_gguf.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()[-1].split()[1:]
+
+
+def test_convert_json(run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path) -> None:
+    output = tmp_path / "out.gguf"
+    found = document(run_cli("convert", tiny_model, "--bits", 3.4, "-o", output, "--json", *cheap))
+    assert found.keys() >= CONVERT_KEYS
+    assert (found["schema_version"], found["output"], found["n_layers"]) == (1, str(output), 3)
+    assert (found["method"], found["file_bytes"]) == ("best", output.stat().st_size)
+    assert found["types"] == {t.name: t.tensor_type.name for t in gguf.GGUFReader(output).tensors}
+    assert all(seconds >= 0 for seconds in found["seconds"].values())
+    assert {"calibrate", "allocate", "write", "verify"} <= found["seconds"].keys()
+    assert found["peak_rss_bytes"] > 1e8  # torch alone is more
+
+
+def test_score_json(run_cli: RunCli, tiny_model: Path, cheap: list[object]) -> None:
+    found = document(run_cli("score", tiny_model, "--scorer", "lim", "--json", *cheap))
+    assert found.keys() >= {"schema_version", "model", "scorer", "layers"}
+    assert (found["schema_version"], found["model"], found["scorer"]) == (1, tiny_model.name, "lim")
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2]
+    assert all(layer["score"] == layer["lim"] for layer in found["layers"])
+
+
+def test_score_json_is_what_score_keeps(run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path) -> None:
+    found = document(run_cli("score", tiny_model, "--json", "-o", tmp_path / "scores.json", *cheap))
+    assert json.loads((tmp_path / "scores.json").read_text()) == found
+
+
+def test_plan_json(run_cli: RunCli, tiny_model: Path, cheap: list[object]) -> None:
+    found = document(run_cli("plan", tiny_model, "--bits", 3.4, "--json", *cheap))
+    assert found.keys() >= CONVERT_KEYS - {"output", "seconds", "peak_rss_bytes"} | {"reachable"}
+    assert found["reachable"] == {"min_layer_bpw": 2.625, "max_layer_bpw": 4.5}
+    assert "output" not in found
+
+
+def test_plan_json_tells_time_and_memory_as_convert_does(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object]
+) -> None:
+    found = document(run_cli("plan", tiny_model, "--bits", 3.4, "--json", *cheap))
+    assert found.keys() >= {"seconds", "peak_rss_bytes"}
+
+
+def test_inspect_json(run_cli: RunCli, converted: Path) -> None:
+    found = document(run_cli("inspect", converted, "--json"))
+    assert found.keys() >= FIGURES | {"schema_version", "architecture", "n_layers", "types", "layers"}
+    assert (found["architecture"], found["n_layers"]) == ("llama", 3)
+    assert found["types"] == {t.name: t.tensor_type.name for t in gguf.GGUFReader(converted).tensors}
+    for layer in found["layers"]:
+        assert layer.keys() == {"layer", "bpw", "types"}
+        assert layer["types"]["attn_q"] == found["types"][f"blk.{layer['layer']}.attn_q.weight"]
+
+
+def test_inspect_reads_the_figures_that_convert_printed(run_cli: RunCli, conversion: pipeline.Conversion) -> None:
+    printed = conversion.to_json()
+    found = document(run_cli("inspect", conversion.output, "--json"))
+    assert {key: found[key] for key in FIGURES} == {key: printed[key] for key in FIGURES}
+
+
+def test_verify_json(run_cli: RunCli, converted: Path) -> None:
+    found = document(run_cli("verify", converted, "--json"))
+    assert (found["schema_version"], found["file"], found["ok"]) == (1, str(converted), True)
+    assert found["n_tensors"] == len(gguf.GGUFReader(converted).tensors)
+
+
+def test_bench_json(run_cli: RunCli, converted: Path) -> None:
+    found = document(run_cli("bench", converted, converted, "-p", 8, "-n", 2, "-r", 1, "--threads", 1, "--json"))
+    assert [entry["file"] for entry in found] == [str(converted)] * 2
+    for entry in found:
+        assert entry["file_bytes"] == converted.stat().st_size
+        assert entry["n_threads"] == 1
+        assert entry["prompt_tokens_per_sec"] > 0
+        assert entry["generation_tokens_per_sec"] > 0
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "score", "verify", "bench"])
+def test_progress_is_on_stderr_beside_the_json(
+    run_cli: RunCli, tiny_model: Path, converted: Path, cheap: list[object], tmp_path: Path, command: str
+) -> None:
+    arguments: dict[str, list[object]] = {
+        "convert": [tiny_model, "--bits", 3.4, "-o", tmp_path / "out.gguf", *cheap],
+        "plan": [tiny_model, "--bits", 3.4, *cheap],
+        "score": [tiny_model, *cheap],
+        "verify": [converted],
+        "bench": [converted, "-p", 4, "-n", 1, "-r", 1],
+    }
+    loud = run_cli(command, *arguments[command], "--json")
+    assert document(loud) and "100%" in loud.stderr
+    force = ["--force"] if command == "convert" else []
+    quiet = run_cli(command, *arguments[command], *force, "--json", "--quiet")
+    assert document(quiet) and quiet.stderr == ""
+
+
+def test_scores_weigh_errors_by_importance(tiny_model: Path, knowledge: list[object]) -> None:
+    source = ModelDirectory(tiny_model)
+    scores = LayerScores.load(Path(str(knowledge[1])))
+    importance = ImportanceMatrix.load(Path(str(knowledge[3])))
+    types = parse_types(["Q2_K", "Q3_K", "Q4_K"])
+    for tensor in (t for layer in source.spec.layer_matrices for t in layer):
+        expected = relative_errors(source.read(tensor), importance.mean(tensor.name), types)
+        assert scores.type_errors[tensor.name] == pytest.approx(expected, rel=1e-6)
+
+
+def test_unweighted_conversion_measures_unweighted_errors(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def calibrate(*arguments: Any, **options: Any) -> calibration.Calibration:
+        asked.append(options["weigh_errors"])
+        return real(*arguments, **options)
+
+    real = calibration.calibrate
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    for options in ([], ["--no-imatrix"]):
+        succeed(run_cli("plan", tiny_model, "--bits", 3.4, "-o", tmp_path / "p.json", "--force", *cheap, *options))
+    assert asked == [True, False]
+
+
+def test_knowledge_from_files_makes_the_same_tensors(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], knowledge: list[object], tmp_path: Path
+) -> None:
+    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "measured.gguf", *cheap))
+    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "known.gguf", *cheap, *knowledge))
+    assert tensors(tmp_path / "known.gguf") == tensors(tmp_path / "measured.gguf")
+
+
+def test_knowledge_from_files_needs_no_forward_pass(
+    run_cli: RunCli,
+    tiny_model: Path,
+    cheap: list[object],
+    knowledge: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration, "calibrate", forward_pass)
+    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "out.gguf", *cheap, *knowledge))
+
+
+def forward_pass(*_arguments: object, **_options: object) -> None:
+    pytest.fail("a forward pass was made")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bits", "1.5"],
+        ["--bits", "3", "--embedding-type", "IQ2_XXS"],
+        ["--bits", "3", "--output-type", "IQ2_S"],
+        ["--bits", "5", "--method", "lieq", "--types", "Q3_K,Q5_K,Q6_K"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_is_refused_before_the_forward_pass(
+    run_cli: RunCli, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(calibration, "calibrate", forward_pass)
+    result = run_cli("convert", tiny_model, "-o", tmp_path / "out.gguf", *options)
+    assert result.exit_code == 1
+
+
+def test_same_command_makes_the_same_file(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path
+) -> None:
+    command = ["convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "out.gguf", "--force", *cheap]
+    succeed(run_cli(*command))
+    first = (tmp_path / "out.gguf").read_bytes()
+    succeed(run_cli(*command))
+    assert (tmp_path / "out.gguf").read_bytes() == first
+
+
+def test_existing_output_is_kept_without_force(run_cli: RunCli, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.gguf").write_text("mine")
+    result = run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "out.gguf")
+    assert (result.exit_code, (tmp_path / "out.gguf").read_text()) == (1, "mine")
+
+
+def test_dry_run_writes_nothing_and_knows_the_size(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["convert", tiny_model, "--bits", 3.4, "-o", "out.gguf", "--json", *cheap]
+    foreseen = document(run_cli(*command, "--dry-run"))
+    assert list(tmp_path.iterdir()) == []
+    made = document(run_cli(*command))
+    assert foreseen["types"] == made["types"]
+    # the file keeps its command line, which --dry-run lengthens by ten characters and perhaps one more 32-byte pad
+    assert foreseen["file_bytes"] == pytest.approx(made["file_bytes"], abs=64)
+
+
+def test_output_is_named_after_model_and_target(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    succeed(run_cli("convert", tiny_model, "--bits", 3.4, *cheap))
+    assert [file.name for file in tmp_path.iterdir()] == [f"{tiny_model.name}-3.4bpw.gguf"]
+
+
+def test_plan_that_was_kept_is_carried_out(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path
+) -> None:
+    plan, output = tmp_path / "plan.json", tmp_path / "out.gguf"
+    planned = document(run_cli("plan", tiny_model, "--bits", 3.4, "-o", plan, "--json", *cheap))
+    made = document(run_cli("convert", tiny_model, "--plan", plan, "-o", output, "--json", *cheap))
+    assert made["types"] == planned["types"] == json.loads(plan.read_text())["types"]
+    assert {name: t.name for name, t in ((t.name, t.tensor_type) for t in gguf.GGUFReader(output).tensors)} == (
+        planned["types"]
+    )
+
+
+def test_plan_edited_by_hand_is_carried_out(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path
+) -> None:
+    plan, output = tmp_path / "plan.json", tmp_path / "out.gguf"
+    succeed(run_cli("plan", tiny_model, "--bits", 3.4, "-o", plan, *cheap))
+    edited = json.loads(plan.read_text())
+    edited["types"]["blk.1.attn_v.weight"] = "q8_0"
+    plan.write_text(json.dumps(edited))
+    made = document(run_cli("convert", tiny_model, "--plan", plan, "-o", output, "--json", *cheap))
+    assert made["types"]["blk.1.attn_v.weight"] == "Q8_0"
+    succeed(run_cli("verify", output, "--plan", plan))
+
+
+def test_verify_refuses_a_file_that_is_not_as_planned(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], converted: Path, tmp_path: Path
+) -> None:
+    succeed(run_cli("plan", tiny_model, "--bits", 2.625, "-o", tmp_path / "plan.json", *cheap))
+    result = run_cli("verify", converted, "--plan", tmp_path / "plan.json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "planned was Q2_K" in result.stderr
+
+
+def test_tables_for_people_name_every_layer(run_cli: RunCli, converted: Path) -> None:
+    shown = succeed(run_cli("inspect", converted)).stdout
+    assert re.findall(r"^ +(\d) ", shown, re.MULTILINE) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["chat", "raw"])
+def test_run_prints_an_answer(run_cli: RunCli, converted: Path, raw: bool) -> None:
+    options = ["--raw"] if raw else []
+    result = succeed(run_cli("run", converted, "The quick brown", "-n", 8, "--threads", 1, *options))
+    assert result.stdout.strip()
+    assert result.stderr == ""
+
+
+def test_run_uses_the_chat_template_unless_raw(run_cli: RunCli, converted: Path) -> None:
+    chat, raw = (
+        succeed(run_cli("run", converted, "The quick brown", "-n", 16, "--threads", 1, *options)).stdout
+        for options in ([], ["--raw"])
+    )
+    assert chat != raw
+
+
+def test_run_of_a_file_without_chat_template_continues_the_text(
+    run_cli: RunCli, cheap: list[object], tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", write_tokenizer=write_tokenizer_without_template)
+    output = tmp_path / "out.gguf"
+    succeed(run_cli("convert", model, "--bits", 3.4, "-o", output, *cheap))
+    plain, raw = (
+        succeed(run_cli("run", output, "The quick brown", "-n", 8, "--threads", 1, *options)).stdout
+        for options in ([], ["--raw"])
+    )
+    assert plain.strip()
+    assert plain == raw
+
+
+def write_tokenizer_without_template(path: Path) -> int:
+    vocab_size = write_smollm2(path)
+    config = path / "tokenizer_config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    del content["chat_template"]
+    config.write_text(json.dumps(content), encoding="utf-8")
+    return vocab_size
+
+
+def test_run_is_the_same_every_time(run_cli: RunCli, converted: Path) -> None:
+    first, second = (
+        succeed(run_cli("run", converted, "Once", "-n", 8, "--temperature", 1.5, "--seed", 3, "--threads", 1)).stdout
+        for _ in range(2)
+    )
+    assert first == second
