@@ -395,6 +395,43 @@ def verify(
         print(f"{file}: {result.n_tensors} tensors read back, all finite{against}; llama.cpp loads and runs it")
 
 
+@app.command(name="eval")
+def evaluate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="GGUF files.", show_default=False)],
+    reference: Annotated[
+        Path, typer.Option("--reference", metavar="REF", help="What to compare with: an F16 GGUF or a model directory.")
+    ],
+    text: Annotated[
+        Path, typer.Option("--text", metavar="FILE", help="Text to compare on; not the one calibration has seen.")
+    ],
+    n_ctx: Annotated[int, typer.Option("--n-ctx", min=4, help="Tokens of a sequence; its second half counts.")] = 512,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=1, help="Sequences to use.", show_default="all of the text")
+    ] = None,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how far files are from their model: perplexity, KL divergence, same first choice.
+
+    Example: `lieq-gguf eval smollm2-2.7bpw.gguf --reference smollm2-f16.gguf --text wiki.test.raw --chunks 20`
+    """
+    del debug
+    from lieq_gguf import evaluation
+    from lieq_gguf.display import evaluation_table
+
+    content = evaluation.read_text(text)
+    total = evaluation.count_chunks(files[0], content, n_ctx, chunks)
+    with _progress(quiet).stage("eval", "Comparing", total) as advance:
+        results = evaluation.evaluate(files, reference, content, n_ctx, chunks, threads, advance)
+    if as_json:
+        documents = [r.to_json() for r in results]
+        _print_json(documents[0] if len(documents) == 1 else documents)
+    else:
+        _stdout().print(evaluation_table(results))
+
+
 @app.command()
 def bench(
     files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="GGUF files.", show_default=False)],

@@ -14,6 +14,7 @@ from lieq_gguf.records.spec import TensorSpec
 
 if TYPE_CHECKING:
     from lieq_gguf.benchmark import Benchmark
+    from lieq_gguf.evaluation import Estimate, Evaluation
     from lieq_gguf.records.scores import LayerScores
 
 # From warm (few bits) to cold (many): the upper end of each band in stored bits per weight.
@@ -118,6 +119,35 @@ def bench_table(results: Sequence[Benchmark]) -> Table:
             f"{r.generation.mean:.1f} ± {r.generation.deviation:.1f}",
         )
     return table
+
+
+def evaluation_table(results: Sequence[Evaluation]) -> Table:
+    """One row a file, the reference's perplexity above."""
+    first = results[0]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="dim")
+    table.title = (
+        f"{first.n_tokens:,} tokens in {first.n_chunks} sequences; reference perplexity "
+        f"{_with_error(first.reference_perplexity, 3)}"
+    )
+    table.add_column("file")
+    for name in ("MB", "perplexity", "mean KLD", "median", "99 %", "same top"):
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            r.file.name,
+            f"{r.file.stat().st_size / 1e6:.1f}",
+            _with_error(r.perplexity, 3),
+            _with_error(r.kld, 4),
+            f"{r.kld_median:.4f}",
+            f"{r.kld_p99:.3f}",
+            f"{r.same_top.value:.1%}",
+        )
+    return table
+
+
+def _with_error(estimate: Estimate, digits: int) -> str:
+    error = "" if estimate.stderr is None else f" ± {estimate.stderr:.{digits}f}"
+    return f"{estimate.value:.{digits}f}{error}"
 
 
 def _coloured(type_name: str) -> Text:

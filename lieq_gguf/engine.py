@@ -76,14 +76,30 @@ class LoadedModel:
             self._run(self._api.llama_batch_get_one(tokens, len(part)))
         self._api.llama_synchronize(self._context)
 
-    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Logits of every position of a sequence run from an empty context, ``[n_tokens, n_vocab]``.
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture."""
+        buffer = ctypes.create_string_buffer(64)
+        self._api.llama_model_meta_val_str(self._model, b"general.architecture", buffer, len(buffer))
+        return buffer.value.decode()
+
+    @property
+    def bos_token(self) -> int | None:
+        """The token that goes before every text, or None if none does."""
+        adds_bos = self._api.llama_vocab_get_add_bos(self._vocabulary)
+        return int(self._api.llama_vocab_bos(self._vocabulary)) if adds_bos else None
+
+    def logits(self, ids: Sequence[int], first: int = 0) -> npt.NDArray[np.float32]:
+        """Logits of the positions from ``first`` of a sequence run from an empty context.
+
+        Returns:
+            ``[n_tokens - first, n_vocab]``.
 
         Raises:
             VerificationError: if llama.cpp fails.
         """
         self.clear()
-        result = np.empty((len(ids), self.n_vocab), dtype=np.float32)
+        result = np.empty((len(ids) - first, self.n_vocab), dtype=np.float32)
         for start in range(0, len(ids), self._n_batch):
             part = ids[start : start + self._n_batch]
             batch = self._api.llama_batch_init(len(part), 0, 1)
@@ -91,11 +107,11 @@ class LoadedModel:
                 batch.n_tokens = len(part)
                 for i, token in enumerate(part):
                     batch.token[i], batch.pos[i] = token, start + i
-                    batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, True
+                    batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, start + i >= first
                 self._run(batch)
-                for i in range(len(part)):
+                for i in range(max(0, first - start), len(part)):
                     row = self._api.llama_get_logits_ith(self._context, i)
-                    result[start + i] = np.ctypeslib.as_array(row, shape=(self.n_vocab,))
+                    result[start + i - first] = np.ctypeslib.as_array(row, shape=(self.n_vocab,))
             finally:
                 self._api.llama_batch_free(batch)
         return result

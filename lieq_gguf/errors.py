@@ -41,5 +41,9 @@ class FormatError(LieqError):
     """A file that lieq-gguf was asked to read is not what it should be."""
 
 
+class EvaluationError(LieqError):
+    """Two models cannot be compared on a text."""
+
+
 class VerificationError(LieqError):
     """A written file is not what was planned, or llama.cpp does not take it."""

@@ -23,7 +23,7 @@ from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.type_errors import relative_errors
 
-COMMANDS = ("convert", "score", "imatrix", "plan", "inspect", "verify", "bench", "run")
+COMMANDS = ("convert", "score", "imatrix", "plan", "inspect", "verify", "eval", "bench", "run")
 FIGURES = {"layer_bpw", "file_bpw", "nominal_bits", "file_bytes"}
 CONVERT_KEYS = FIGURES | {"schema_version", "output", "method", "n_layers", "types", "seconds", "peak_rss_bytes"}
 

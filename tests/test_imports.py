@@ -16,7 +16,7 @@ RANKS = (
     ("ggml", "engine", "gguf_file", "sources", "architectures", "tokenizers", "progress"),
     (
         "calibration", "type_errors", "scorers", "allocation", "writer", "verification", "benchmark", "generation",
-        "inspection", "display",
+        "inspection", "display", "reference", "evaluation",
     ),
     ("pipeline",),
     ("cli",),
