@@ -189,7 +189,7 @@ def calibrate(
                     LayerMeasurement(
                         layer=layer,
                         cosine=cosine,
-                        z_share=z_share([trained.weight(module) for module in module_of]),
+                        z_share=z_share([trained.weight(module).cpu() for module in module_of]),
                         spectra=_spectra(projections.captured, module_of, n_threads),
                         twin_spectra=_spectra(twin_projections.captured, module_of, n_threads),
                     )
@@ -282,12 +282,12 @@ class _InputSums(_LinearHooks):
     def observe(self, name: str, module: nn.Module, x: torch.Tensor, z: torch.Tensor) -> None:  # noqa: ARG002
         if self._last is None or self._last[0] is not x:
             flat = x.reshape(-1, x.shape[-1])
-            self._last = (x, torch.linalg.vecdot(flat, flat, dim=0).double())
+            self._last = (x, torch.linalg.vecdot(flat, flat, dim=0).cpu().double())
         sums = self._last[1]
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def result(self) -> dict[str, npt.NDArray[np.float32]]:
-        return {name: sums.cpu().numpy().astype(np.float32) for name, sums in self._sums.items()}
+        return {name: sums.numpy().astype(np.float32) for name, sums in self._sums.items()}
 
 
 class _Projections(_LinearHooks):

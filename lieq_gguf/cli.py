@@ -150,6 +150,7 @@ def _root(
 
 @app.command()
 def convert(
+    context: typer.Context,
     source: Source,
     bits: Bits = None,
     nominal: Nominal = False,
@@ -187,6 +188,8 @@ def convert(
     del debug
     if (bits is None) == (plan is None):
         raise typer.BadParameter("give exactly one of --bits and --plan", param_hint="--bits")
+    if plan is not None:
+        _refuse_given(context, _DECIDED_BY_PLAN, "the plan decides the types; leave this out, or make another plan")
     from lieq_gguf import pipeline
     from lieq_gguf.sources.model_directory import ModelDirectory
 
@@ -200,7 +203,7 @@ def convert(
             ModelDirectory(source), budget, allocation, options, progress,
             plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(),
         )  # fmt: skip
-        _show_plan(planned, source, as_json)
+        _show_plan(planned, as_json)
         return
     result = pipeline.convert(
         source, target, budget, allocation, options, progress,
@@ -209,7 +212,7 @@ def convert(
     if as_json:
         _print_json(result.to_json())
         return
-    _show_plan(result.planned, source, as_json=False)
+    _show_plan(result.planned, as_json=False)
     seconds = "  ".join(f"{stage} {s:.1f} s" for stage, s in result.planned.seconds.items())
     _stdout().print(f"{seconds}", style="dim", highlight=False)
     print(f"{target} written and verified")
@@ -342,7 +345,7 @@ def plan(
     )
     if output is not None:
         planned.plan.save(output, planned.header.meter.to_json())
-    _show_plan(planned, source, as_json)
+    _show_plan(planned, as_json)
 
 
 @app.command()
@@ -489,6 +492,19 @@ def run(
     print()
 
 
+_DECIDED_BY_PLAN = (
+    "nominal", "method", "scorer", "granularity", "types", "embedding_type", "output_type", "scores",
+)  # fmt: skip
+
+
+def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """An option that would be ignored is an error, not a surprise."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
+
+
 def _budget(bits: float | None, nominal: bool) -> BitBudget | None:
     from lieq_gguf.records.bits import BitBudget
 
@@ -558,15 +574,13 @@ def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=1))
 
 
-def _show_plan(planned: Planned, source: Path, as_json: bool) -> None:
+def _show_plan(planned: Planned, as_json: bool) -> None:
     if as_json:
         _print_json(planned.to_json())
         return
     from lieq_gguf.display import layer_map, meter_line, outer_types
-    from lieq_gguf.sources.model_directory import ModelDirectory
 
-    out, made = _stdout(), planned.plan
-    tensors = ModelDirectory(source).spec.tensors
+    out, made, tensors = _stdout(), planned.plan, planned.spec.tensors
     out.print(layer_map(tensors, made.types, made.layer_scores))
     out.print(outer_types(tensors, made.types))
     out.print(meter_line(planned.header.meter, f" (target {made.budget.value:g})"))

@@ -17,6 +17,7 @@ from lieq_gguf.records.files import SCHEMA_VERSION, check_output, replaced_when_
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.scores import LayerScores
+from lieq_gguf.records.spec import ModelSpec
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import (
     Vocabulary,
@@ -78,7 +79,7 @@ class Planned:
         header: Metadata and figures.
         importance: Importance matrix to quantise with, or None.
         vocabulary: The tokenizer as the file has it.
-        n_layers: Decoder layers.
+        spec: The model.
         seconds: Stage name to wall-clock seconds, growing as the run goes on.
     """
 
@@ -86,7 +87,7 @@ class Planned:
     header: Header
     importance: ImportanceMatrix | None
     vocabulary: Vocabulary
-    n_layers: int
+    spec: ModelSpec
     seconds: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class Planned:
             self.plan.to_json()
             | self.header.meter.to_json()
             | {
-                "n_layers": self.n_layers,
+                "n_layers": self.spec.n_layers,
                 "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
                 "peak_rss_bytes": peak_rss_bytes(),
             }
@@ -207,7 +208,7 @@ def make_plan(
     importance = known.importance
     imatrix_name = calibration.imatrix_file.name if calibration.imatrix_file else ""
     header = make_header(source, vocabulary, plan, Provenance(command_line, importance, imatrix_name))
-    return Planned(plan, header, importance, vocabulary, spec.n_layers, progress.seconds)
+    return Planned(plan, header, importance, vocabulary, spec, progress.seconds)
 
 
 def learn(

@@ -759,3 +759,12 @@ def test_signal_leaves_nothing(tiny_model: Path, folder: Path, number: signal.Si
 
 def test_the_tiny_model_is_still_whole(tiny_model: Path) -> None:
     assert len(ModelDirectory(tiny_model).spec.tensors) == 29
+
+
+@pytest.mark.parametrize(
+    "option", [["--types", "Q2_K"], ["--method", "lieq"], ["--nominal"], ["--output-type", "Q6_K"]]
+)
+def test_what_a_plan_decides_is_not_an_option_beside_it(run_cli: RunCli, tiny_model: Path, option: list[str]) -> None:
+    done = run_cli("convert", tiny_model, "--plan", "plan.json", *option)
+    assert done.exit_code == 2
+    assert option[0] in done.stderr

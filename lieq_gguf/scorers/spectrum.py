@@ -26,7 +26,7 @@ def energy_spectrum(projection: torch.Tensor) -> Spectrum:
 
     Source: LieQ, arXiv 2508.03332v2, spectrum of a projection.
     """
-    z = projection.double()
+    z = projection.to("cpu", torch.float64)  # on the CPU, since not every device knows float64
     if z.ndim != 2 or z.numel() == 0 or not bool(torch.isfinite(z).all()):
         raise ScoringError(f"a projection of shape {tuple(z.shape)} is empty or not finite; expected [n_tokens, n_out]")
     gram = z @ z.T if z.shape[0] <= z.shape[1] else z.T @ z
@@ -34,4 +34,4 @@ def energy_spectrum(projection: torch.Tensor) -> Spectrum:
     total = energies.sum()
     if total <= 0:
         raise ScoringError("a projection is all zero; the calibration text does not reach this layer")
-    return np.asarray((energies / total).cpu().numpy(), dtype=np.float64)
+    return np.asarray((energies / total).numpy(), dtype=np.float64)
