@@ -578,9 +578,9 @@ def _show_plan(planned: Planned, as_json: bool) -> None:
     if as_json:
         _print_json(planned.to_json())
         return
-    from lieq_gguf.display import layer_map, meter_line, outer_types
+    from lieq_gguf.display import layer_map, meter_lines, outer_types
 
     out, made, tensors = _stdout(), planned.plan, planned.spec.tensors
     out.print(layer_map(tensors, made.types, made.layer_scores))
     out.print(outer_types(tensors, made.types))
-    out.print(meter_line(planned.header.meter, f" (target {made.budget.value:g})"))
+    out.print(meter_lines(planned.header.meter, f" (target {made.budget.value:g})"))

@@ -75,18 +75,18 @@ def outer_types(tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> Text
     return line
 
 
-def meter_line(meter: BitMeter, target: str = "") -> Text:
-    """The three figures, always together."""
-    line = Text()
+def meter_lines(meter: BitMeter, target: str = "") -> Text:
+    """The three figures, always together, and the size they come from."""
+    text = Text()
     for value, unit in (
         (f"{meter.layer_bpw:.4f}", f"bits per decoder weight{target}"),
-        (f"{meter.file_bpw:.4f}", "of the whole file"),
+        (f"{meter.file_bpw:.4f}", "whole file"),
         (f"{meter.nominal_bits:.3f}", "nominal"),
     ):
-        line.append(value, style="bold").append(f" {unit}   ", style="dim")
+        text.append(value, style="bold").append(f" {unit}   ", style="dim")
     share = meter.embedding_bytes / meter.file_bytes
-    line.append(f"{meter.file_bytes / 1e6:.1f} MB", style="bold")
-    return line.append(f" ({share:.0%} embedding and output)", style="dim")
+    text.append(f"\n{meter.file_bytes / 1e6:.1f} MB", style="bold")
+    return text.append(f", {share:.0%} of it embedding and output", style="dim")
 
 
 def score_table(scores: LayerScores, scorer: str) -> Table:

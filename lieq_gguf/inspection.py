@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lieq_gguf.display import layer_bpw, layer_map, meter_line, outer_types
+from lieq_gguf.display import layer_bpw, layer_map, meter_lines, outer_types
 from lieq_gguf.gguf_file import GgufFile
 from lieq_gguf.records.bits import BitMeter
 from lieq_gguf.records.files import SCHEMA_VERSION
@@ -113,7 +113,7 @@ def show(report: Inspection, out: Console) -> None:
     """Print a report for people."""
     out.print(layer_map(report.tensors, report.types, report.layer_scores))
     out.print(outer_types(report.tensors, report.types))
-    out.print(meter_line(report.meter))
+    out.print(meter_lines(report.meter))
     memory = (report.meter.file_bytes + report.kv_cache_bytes) / 1e6
     speed = _REFERENCE_BYTES_PER_SEC / report.bytes_per_token
     out.print(

@@ -714,8 +714,10 @@ def test_interrupt_leaves_nothing(
 
 
 SLEEP_IN_VERIFY = """
-import sys, time
+import signal, sys, time
 from lieq_gguf import cli, pipeline
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 
 def wait(*_arguments):
     print("verifying", flush=True)
