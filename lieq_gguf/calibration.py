@@ -79,7 +79,7 @@ def read_calibration_text(file: Path | None) -> tuple[str, str]:
         text = resources.files("lieq_gguf").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
         return text, SHIPPED_TEXT
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode("utf-8")  # bytes, since text mode would change line ends
     except FileNotFoundError:
         raise CalibrationError(f"the calibration file {file} does not exist") from None
     except OSError as error:

@@ -179,13 +179,13 @@ def evaluate(
 
 
 def read_text(file: Path) -> str:
-    """The text of a file.
+    """The text of a file, byte for byte: a line end turned into another is another text, with other tokens.
 
     Raises:
         EvaluationError: if it cannot be read or is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_bytes().decode("utf-8")
     except OSError as error:
         raise EvaluationError(f"the text {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ from tokenizer_fixtures import ALL_TEXTS, write_llama_3
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf.engine import open_model
-from lieq_gguf.evaluation import TokenFigures, compare_logits, evaluate
+from lieq_gguf.evaluation import TokenFigures, compare_logits, evaluate, read_text
 
 N_CTX = 64
 TEXT = "\n".join(ALL_TEXTS) * 3
@@ -156,6 +156,11 @@ def test_several_files_are_a_list(run_cli: RunCli, files: dict[str, Path], text_
     )  # fmt: skip
     assert [Path(r["file"]) for r in json.loads(done.stdout)] == [files["Q2_K"], files["Q8_0"]]
     assert done.stderr == ""
+
+
+def test_line_ends_are_left_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"one\r\ntwo\n")
+    assert read_text(tmp_path / "text.txt") == "one\r\ntwo\n"
 
 
 def refused(run_cli: RunCli, *arguments: object) -> str:
