@@ -1,8 +1,8 @@
 """One type for every tensor, so that the average meets the budget and never exceeds it.
 
-The full ladder is an exact problem (a multiple-choice knapsack, solved by HiGHS): choose one type per group so that the
-sum of sensitivity × error is least and the sum of bits stays within the budget. The paper's rule, two widths in the
-order of the layer score, is kept beside it as its own method. Bits are integers throughout.
+The full ladder is an exact problem (a multiple-choice knapsack, solved by HiGHS to a gap of 1e-5): choose one type per
+group so that the sum of sensitivity × error is least and the sum of bits stays within the budget. The paper's rule, two
+widths in the order of the layer score, is kept beside it as its own method. Bits are integers throughout.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import product
 import numpy as np
 
 from lieq_gguf.errors import BudgetError, FormatError
+from lieq_gguf.native_output import native_stdout_to_stderr
 from lieq_gguf.quant_types import DEFAULT_LADDER, F16, F32, QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.plan import QuantPlan
@@ -31,7 +32,7 @@ class Allocation:
 
     Attributes:
         method: A key of ``METHODS``.
-        scorer: Layer score that ranks or weighs the layers.
+        scorer: Layer score that ranks or weighs the layers, or None for the method's own.
         granularity: ``layer``: one type in a layer; ``tensor``: one type a matrix; None: what the method is made for.
         types: Types on offer; those that do not fit a row are never given to it.
         embedding_type: Type of the token embedding, or None for the rule.
@@ -39,11 +40,16 @@ class Allocation:
     """
 
     method: str = "best"
-    scorer: str = "lieq"
+    scorer: str | None = None
     granularity: str | None = None
     types: tuple[QuantType, ...] = DEFAULT_LADDER
     embedding_type: QuantType | None = None
     output_type: QuantType | None = None
+
+    @property
+    def scorer_used(self) -> str:
+        """Name of the layer score."""
+        return self.scorer or METHODS[self.method].scorer
 
     @property
     def by_layer(self) -> bool:
@@ -110,7 +116,7 @@ def make_groups(spec: ModelSpec, allocation: Allocation) -> tuple[Group, ...]:
 
 
 def check_reachable(spec: ModelSpec, budget: BitBudget, allocation: Allocation) -> tuple[float, float]:
-    """The least and largest average the types can reach, and whether the target can be met at all.
+    """The least and largest average in stored bits that the types reach, and whether the target can be met at all.
 
     Headers are enough to know, so this comes before any work.
 
@@ -119,11 +125,9 @@ def check_reachable(spec: ModelSpec, budget: BitBudget, allocation: Allocation) 
             widths for it; or if the embedding or output cannot have the type asked for.
     """
     groups = make_groups(spec, allocation)
-    least = sum(min(g.cost(budget, q) for q in g.choices) for g in groups)
-    most = sum(max(g.cost(budget, q) for q in g.choices) for g in groups)
-    low, high = least / spec.n_layer_weights, most / spec.n_layer_weights
+    low, high = _range(groups, budget, spec)
     # A target above the largest type is a mistake, not a wish for a smaller file; allow for rounding of the decimal.
-    if least > budget.limit(spec) or budget.value > high * 1.0001:
+    if low * spec.n_layer_weights > budget.limit(spec) or budget.value > high * 1.0001:
         raise BudgetError(
             f"{budget} is out of reach: {spec.name} can have {low:.4f} to {high:.4f} bits per weight; "
             f"{_advice(groups, budget, low, allocation)}"
@@ -131,7 +135,14 @@ def check_reachable(spec: ModelSpec, budget: BitBudget, allocation: Allocation) 
     METHODS[allocation.method].check(groups, budget, budget.limit(spec))
     for tensor in spec.other_matrices:
         _outer_type(tensor, spec, budget, allocation)
-    return low, high
+    return _range(groups, BitBudget("bits", budget.value), spec)
+
+
+def _range(groups: Sequence[Group], budget: BitBudget, spec: ModelSpec) -> tuple[float, float]:
+    """Least and largest average of the groups, in the budget's own bits."""
+    least = sum(min(g.cost(budget, q) for q in g.choices) for g in groups)
+    most = sum(max(g.cost(budget, q) for q in g.choices) for g in groups)
+    return least / spec.n_layer_weights, most / spec.n_layer_weights
 
 
 def is_decided(spec: ModelSpec, allocation: Allocation) -> bool:
@@ -157,19 +168,19 @@ def allocate(spec: ModelSpec, budget: BitBudget, scores: LayerScores | None, all
     if scores is None:
         chosen = tuple(g.choices[0] for g in groups)
     else:
-        _check_scores(scores, groups, allocation.scorer)
-        chosen = METHODS[allocation.method].solve(groups, budget, budget.limit(spec), scores, allocation.scorer)
+        _check_scores(scores, groups, allocation.scorer_used)
+        chosen = METHODS[allocation.method].solve(groups, budget, budget.limit(spec), scores, allocation.scorer_used)
     types = {t.name: F32.name for t in spec.tensors}
     types |= {t.name: q.name for g, q in zip(groups, chosen, strict=True) for t in g.tensors}
     types |= {t.name: _outer_type(t, spec, budget, allocation).name for t in spec.other_matrices}
     return QuantPlan(
         model=spec.name,
         method=allocation.method,
-        scorer=allocation.scorer,
+        scorer=allocation.scorer_used if scores is not None else "none",
         budget=budget,
         reachable_bpw=reachable,
         types=types,
-        layer_scores=tuple(scores.by_scorer[allocation.scorer]) if scores is not None else (),
+        layer_scores=tuple(scores.by_scorer[allocation.scorer_used]) if scores is not None else (),
     )
 
 
@@ -240,16 +251,17 @@ def full_ladder(
     members = csr_array(
         (np.ones(len(choices)), ([i for i, _ in choices], range(len(choices)))), shape=(len(groups), len(choices))
     )
-    solution = milp(
-        damage,
-        integrality=np.ones(len(choices)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(members, 1, 1),
-            LinearConstraint((costs // unit)[None, :].astype(float), -np.inf, limit // unit),
-        ],
-        options={"mip_rel_gap": _SOLVER_GAP, "time_limit": _SOLVER_SECONDS},
-    )
+    with native_stdout_to_stderr():  # HiGHS prints now and then, even when told to be silent
+        solution = milp(
+            damage,
+            integrality=np.ones(len(choices)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(members, 1, 1),
+                LinearConstraint((costs // unit)[None, :].astype(float), -np.inf, limit // unit),
+            ],
+            options={"mip_rel_gap": _SOLVER_GAP, "time_limit": _SOLVER_SECONDS},
+        )
     if solution.x is None:
         raise BudgetError(f"no allocation found for {budget}: {solution.message}")
     chosen = [(i, q) for (i, q), x in zip(choices, solution.x, strict=True) if x > 0.5]
@@ -275,18 +287,20 @@ class Method:
     Attributes:
         solve: From groups, budget, its limit in bits, scores and scorer to one type a group.
         granularity: Groups it is made for.
+        scorer: Layer score it is made for. For ``best`` the one that won on the table in docs/experiments.md.
         check: From groups, budget and limit; raises BudgetError if there is no solution.
     """
 
     solve: Callable[[Sequence[Group], BitBudget, int, LayerScores, str], tuple[QuantType, ...]]
     granularity: str
+    scorer: str
     check: Callable[[Sequence[Group], BitBudget, int], object] = lambda _groups, _budget, _limit: None
 
 
 METHODS = {
-    "best": Method(full_ladder, "tensor"),
-    "lieq-ladder": Method(full_ladder, "layer"),
-    "lieq": Method(two_levels, "layer", _level_pairs),
+    "best": Method(full_ladder, "tensor", "lim"),
+    "lieq-ladder": Method(full_ladder, "layer", "lieq"),
+    "lieq": Method(two_levels, "layer", "lieq", _level_pairs),
 }
 
 
@@ -296,7 +310,10 @@ def _advice(groups: Sequence[Group], budget: BitBudget, low: float, allocation: 
     if budget.value < low and widths:
         rows = " and ".join(str(w) for w in widths)
         advice = f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types"
-        return advice + ("; --granularity tensor uses those where they fit" if allocation.by_layer else "")
+        if allocation.by_layer:
+            return f"{advice}; --granularity tensor uses those where they fit"
+        small = [q for q in QUANT_TYPES.values() if 1 < q.block_size < 256 and q not in allocation.types]
+        return f"{advice}; --types can allow others, such as {small[0].name}" if small else advice
 
     def bits(quant_type: QuantType) -> float:
         return quant_type.nominal_bits if budget.kind == "nominal" else quant_type.bits_per_weight
@@ -319,8 +336,10 @@ def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> 
         for tensor in group.tensors:
             missing = [q.name for q in group.choices if q.name not in scores.type_errors[tensor.name]]
             if missing:
+                kept = [*scores.type_errors[tensor.name], *missing]
                 raise FormatError(
-                    f"the scores have no errors for {missing[0]}; score again with --types {','.join(missing)}"
+                    f"the scores have no errors for {missing[0]}; score again with --types {','.join(kept)}, "
+                    "or leave those types out here"
                 )
 
 
@@ -333,8 +352,13 @@ def _outer_type(tensor: TensorSpec, spec: ModelSpec, budget: BitBudget, allocati
     """Type of the embedding or the output matrix: as asked for, or as good as llama-quantize's at this budget."""
     is_output = tensor.name == "output.weight" or spec.has_tied_embeddings
     asked = allocation.output_type if is_output else allocation.embedding_type
-    if spec.has_tied_embeddings:
-        asked = asked or allocation.embedding_type
+    if spec.has_tied_embeddings and allocation.embedding_type is not None:
+        if asked not in (None, allocation.embedding_type):
+            raise BudgetError(
+                f"embedding and output of {spec.name} are one matrix, which cannot be both "
+                f"{allocation.embedding_type.name} and {allocation.output_type and allocation.output_type.name}"
+            )
+        asked = allocation.embedding_type
     if asked is not None:
         if not asked.fits(tensor.shape[1]) or asked.needs_imatrix:
             why = (

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from lieq_gguf.allocation import Allocation
     from lieq_gguf.pipeline import CalibrationOptions, Planned
     from lieq_gguf.progress import Progress
+    from lieq_gguf.quant_types import QuantType
     from lieq_gguf.records.bits import BitBudget
 
 app = typer.Typer(
     name="lieq-gguf",
-    help="""Mixed-precision GGUF files for llama.cpp at exactly the average bit width you ask for.
+    help="""Mixed-precision GGUF files for llama.cpp at the average bit width you ask for, never above it.
 
-    Example: `lieq-gguf convert ./SmolLM2-135M --bits 2.7 -o smollm2.gguf`
+    Example: `lieq-gguf convert ./SmolLM2-135M --bits 4.5 -o smollm2.gguf`
     """,
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -100,7 +101,14 @@ Method = Annotated[
         help="`best`: exact, a type per tensor; `lieq-ladder`: a type per layer; `lieq`: the paper's two widths.",
     ),
 ]
-Scorer = Annotated[ScorerName, typer.Option("--scorer", help="Layer score that ranks or weighs the layers.")]
+Scorer = Annotated[
+    ScorerName | None,
+    typer.Option(
+        "--scorer",
+        help="Layer score that ranks or weighs the layers.",
+        show_default="lim for best, lieq for the others",
+    ),
+]
 GranularityOption = Annotated[
     Granularity | None,
     typer.Option(
@@ -158,7 +166,7 @@ def convert(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write. [default: MODEL-BITSbpw.gguf]")
     ] = None,
     method: Method = "best",
-    scorer: Scorer = "lieq",
+    scorer: Scorer = None,
     granularity: GranularityOption = None,
     types: Types = None,
     embedding_type: EmbeddingType = None,
@@ -183,13 +191,15 @@ def convert(
 ) -> None:
     """Convert a model to one GGUF at an average bit width.
 
-    Example: `lieq-gguf convert ./SmolLM2-135M --bits 2.7 -o smollm2.gguf`
+    Example: `lieq-gguf convert ./SmolLM2-135M --bits 4.5 -o smollm2.gguf`
     """
     del debug
     if (bits is None) == (plan is None):
         raise typer.BadParameter("give exactly one of --bits and --plan", param_hint="--bits")
     if plan is not None:
         _refuse_given(context, _DECIDED_BY_PLAN, "the plan decides the types; leave this out, or make another plan")
+    if imatrix is not None and (scores is not None or plan is not None):
+        _refuse_given(context, _ONLY_FOR_A_PASS, "with these files nothing is measured; leave this out")
     from lieq_gguf import pipeline
     from lieq_gguf.sources.model_directory import ModelDirectory
 
@@ -201,7 +211,7 @@ def convert(
     if dry_run:
         planned = pipeline.make_plan(
             ModelDirectory(source), budget, allocation, options, progress,
-            plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(),
+            plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), for_writing=False,
         )  # fmt: skip
         _show_plan(planned, as_json)
         return
@@ -221,7 +231,7 @@ def convert(
 @app.command()
 def score(
     source: Source,
-    scorer: Scorer = "lieq",
+    scorer: Annotated[ScorerName, typer.Option("--scorer", help="Score to show first and draw.")] = "lieq",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep scores and type errors as JSON.")
     ] = None,
@@ -243,15 +253,13 @@ def score(
     """
     del debug
     from lieq_gguf import pipeline
-    from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types
     from lieq_gguf.records.files import check_output
     from lieq_gguf.sources.model_directory import ModelDirectory
 
     if output is not None:
         check_output(output, force)
     options = _calibration(calibration, n_tokens, imatrix, False, None, seed, threads, device)
-    offered = parse_types(types.split(",")) if types else DEFAULT_LADDER
-    known = pipeline.learn(ModelDirectory(source), offered, options, _progress(quiet))
+    known = pipeline.learn(ModelDirectory(source), _types("--types", types), options, _progress(quiet))
     assert known.scores is not None
     if output is not None:
         known.scores.save(output, scorer)
@@ -302,7 +310,7 @@ def plan(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep the plan as JSON for 'convert --plan'.")
     ] = None,
     method: Method = "best",
-    scorer: Scorer = "lieq",
+    scorer: Scorer = None,
     granularity: GranularityOption = None,
     types: Types = None,
     embedding_type: EmbeddingType = None,
@@ -323,7 +331,7 @@ def plan(
 ) -> None:
     """Choose the types without writing a model.
 
-    Example: `lieq-gguf plan ./SmolLM2-135M --bits 2.7 --scores scores.json -o plan.json`
+    Example: `lieq-gguf plan ./SmolLM2-135M --bits 4.5 --scores scores.json -o plan.json`
     """
     del debug
     if bits is None:
@@ -342,6 +350,7 @@ def plan(
         _progress(quiet),
         pre_tokenizer=pre_tokenizer,
         command_line=_command_line(),
+        for_writing=False,
     )
     if output is not None:
         planned.plan.save(output, planned.header.meter.to_json())
@@ -418,7 +427,7 @@ def evaluate(
 ) -> None:
     """Measure how far files are from their model: perplexity, KL divergence, same first choice.
 
-    Example: `lieq-gguf eval smollm2-2.7bpw.gguf --reference smollm2-f16.gguf --text wiki.test.raw --chunks 20`
+    Example: `lieq-gguf eval smollm2-4.5bpw.gguf --reference smollm2-f16.gguf --text wiki.test.raw --chunks 20`
     """
     del debug
     from lieq_gguf import evaluation
@@ -448,7 +457,7 @@ def bench(
 ) -> None:
     """Measure prompt and generation speed in llama.cpp.
 
-    Example: `lieq-gguf bench smollm2-2.7bpw.gguf smollm2-4.5bpw.gguf`
+    Example: `lieq-gguf bench smollm2-4.5bpw.gguf smollm2-5.5bpw.gguf`
     """
     del debug
     from lieq_gguf import benchmark
@@ -497,6 +506,9 @@ _DECIDED_BY_PLAN = (
 )  # fmt: skip
 
 
+_ONLY_FOR_A_PASS = ("calibration", "n_tokens", "seed", "device")
+
+
 def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
     """An option that would be ignored is an error, not a surprise."""
     for name in names:
@@ -513,23 +525,34 @@ def _budget(bits: float | None, nominal: bool) -> BitBudget | None:
 
 def _allocation(
     method: str,
-    scorer: str,
+    scorer: str | None,
     granularity: str | None,
     types: str | None,
     embedding_type: str | None,
     output_type: str | None,
 ) -> Allocation:
     from lieq_gguf.allocation import Allocation
-    from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types
 
     return Allocation(
         method=method,
         scorer=scorer,
         granularity=granularity,
-        types=parse_types(types.split(",")) if types else DEFAULT_LADDER,
-        embedding_type=parse_types([embedding_type])[0] if embedding_type else None,
-        output_type=parse_types([output_type])[0] if output_type else None,
+        types=_types("--types", types),
+        embedding_type=None if embedding_type is None else _types("--embedding-type", embedding_type)[0],
+        output_type=None if output_type is None else _types("--output-type", output_type)[0],
     )
+
+
+def _types(option: str, names: str | None) -> tuple[QuantType, ...]:
+    """Types by name, separated by commas; a name that is none is wrong usage."""
+    from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types
+
+    if names is None:
+        return DEFAULT_LADDER
+    try:
+        return parse_types(names.split(","))
+    except LieqError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def _calibration(

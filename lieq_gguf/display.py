@@ -32,7 +32,7 @@ _BAR_WIDTH = 8
 
 
 def layer_map(tensors: Sequence[TensorSpec], types: Mapping[str, str], scores: Sequence[float] = ()) -> Table:
-    """One row a layer, one coloured cell a matrix; the embedding and output at the end."""
+    """One row a layer, one coloured cell a matrix."""
     layers: dict[int, dict[str, str]] = {}
     for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:

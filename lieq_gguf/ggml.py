@@ -1,8 +1,8 @@
 """ggml's own encoders and decoders, out of the library that llama-cpp-python ships.
 
-The only module with ctypes. The library is the very code of llama-quantize, so a tensor encoded here is byte for byte
-what llama.cpp would have written. Rows are independent and a call through ctypes releases the interpreter lock, so a
-few threads over rows use all cores.
+The only module that calls ggml. The library is the very code of llama-quantize, so a tensor encoded here is byte for
+byte what llama.cpp would have written. Rows are independent and a call through ctypes releases the interpreter lock, so
+a few threads over rows use all cores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf.errors import QuantizationError
-from lieq_gguf.quant_types import QuantType
+from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -78,6 +78,14 @@ def _library() -> ctypes.CDLL:
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    for quant_type in QUANT_TYPES.values():  # a struct laid out otherwise would make to_float a wild pointer
+        traits = library.ggml_get_type_traits(quant_type.ggml_id).contents
+        found = (traits.type_name or b"").upper(), traits.block_size, traits.type_size
+        if found != (quant_type.name.encode(), quant_type.block_size, quant_type.block_bytes):
+            raise QuantizationError(
+                f"{path} describes {quant_type.name} as {found}, which this version does not know; "
+                "install the llama-cpp-python that pyproject.toml names"
+            )
     return library
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types
-from lieq_gguf.errors import CalibrationError, TokenizerError
+from lieq_gguf.errors import BudgetError, CalibrationError, TokenizerError
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
 from lieq_gguf.records.bits import BitBudget
@@ -27,9 +27,10 @@ from lieq_gguf.tokenizers import (
     tokenizer_differences,
 )
 from lieq_gguf.verification import verify
-from lieq_gguf.writer import Header, Provenance, make_header, write_file
+from lieq_gguf.writer import Header, ImatrixNote, Provenance, make_header, write_file
 
 DEFAULT_N_TOKENS = 16384
+_FEW_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,12 @@ def make_plan(
     plan_file: Path | None = None,
     pre_tokenizer: str | None = None,
     command_line: str = "",
+    for_writing: bool = True,
 ) -> Planned:
-    """Everything that is decided before the first tensor is written; arguments as for ``convert``."""
+    """Everything that is decided before the first tensor is written; arguments as for ``convert``.
+
+    With ``for_writing`` off, no importance matrix is measured where scores are given.
+    """
     spec = source.spec
     offered = allocation
     if budget is not None:
@@ -195,20 +200,35 @@ def make_plan(
         plan.check(spec)
         if plan.needs_imatrix and not calibration.use_imatrix:
             raise CalibrationError(f"{plan_file} has types that need an importance matrix; drop --no-imatrix")
-        known = learn(source, (), calibration, progress, scores=False) if plan.is_quantized else Knowledge()
+        known = Knowledge()
+        if plan.is_quantized and for_writing:
+            known = learn(source, (), calibration, progress, scores=False)
     else:
-        assert budget is not None
+        if budget is None:
+            raise BudgetError("neither a budget nor a plan is given; give one of them")
         has_choice = not is_decided(spec, offered)
         is_quantized = any(t.is_quantized for t in offered.types)
         known = Knowledge()
         if has_choice or is_quantized:
-            known = learn(source, offered.types, calibration, progress, scores=has_choice)
+            known = learn(source, offered.types, calibration, progress, scores=has_choice, imatrix=for_writing)
         with progress.stage("allocate", "Allocating bits"):
             plan = allocate(spec, budget, known.scores, offered)
-    importance = known.importance
-    imatrix_name = calibration.imatrix_file.name if calibration.imatrix_file else ""
-    header = make_header(source, vocabulary, plan, Provenance(command_line, importance, imatrix_name))
-    return Planned(plan, header, importance, vocabulary, spec, progress.seconds)
+    note = _imatrix_note(spec, calibration, known.importance) if plan.is_quantized else None
+    header = make_header(source, vocabulary, plan, Provenance(command_line, note))
+    return Planned(plan, header, known.importance, vocabulary, spec, progress.seconds)
+
+
+def _imatrix_note(
+    spec: ModelSpec, calibration: CalibrationOptions, importance: ImportanceMatrix | None
+) -> ImatrixNote | None:
+    """What the file will say of its importance matrix; as long without the matrix at hand, for plans."""
+    if not calibration.use_imatrix:
+        return None
+    file = calibration.imatrix_file.name if calibration.imatrix_file else "computed by lieq-gguf"
+    if importance is not None:
+        return ImatrixNote(file, importance.dataset, len(importance.in_sum2), importance.n_chunks)
+    dataset = calibration.text_file.name if calibration.text_file else "shipped"
+    return ImatrixNote(file, dataset, sum(len(layer) for layer in spec.layer_matrices), 0)
 
 
 def learn(
@@ -218,6 +238,7 @@ def learn(
     progress: Progress | None = None,
     *,
     scores: bool = True,
+    imatrix: bool = True,
 ) -> Knowledge:
     """Scores and importance matrix, from files where they are given and from one calibration pass otherwise.
 
@@ -227,6 +248,7 @@ def learn(
         options: Where knowledge comes from.
         progress: Where stages are shown and timed.
         scores: Whether scores are wanted; without them the pass only collects the importance matrix.
+        imatrix: Whether an importance matrix is wanted for itself; off, none is measured where scores are given.
     """
     options = options or CalibrationOptions()
     known_scores = LayerScores.load(options.scores_file) if scores and options.scores_file else None
@@ -236,7 +258,7 @@ def learn(
     if given is not None:
         given.check(source.spec)
     needs_scores = scores and known_scores is None
-    if not needs_scores and (given is not None or not options.use_imatrix):
+    if not needs_scores and (given is not None or not options.use_imatrix or not imatrix):
         return Knowledge(known_scores, given if options.use_imatrix else None)
 
     # The heavy imports wait until a forward pass is certain.
@@ -245,6 +267,8 @@ def learn(
 
     text, dataset = read_calibration_text(options.text_file)
     tokens = tokenize(text, dataset, load_source_tokenizer(source.path), options.n_tokens)
+    if tokens.ids.size < min(_FEW_TOKENS, options.n_tokens) and progress is not None:
+        progress.warn(f"{dataset} gives only {tokens.ids.size} tokens to calibrate on; some thousands are better")
     result = calibrate(
         source,
         tokens,

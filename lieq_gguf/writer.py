@@ -15,6 +15,7 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 import numpy.typing as npt
+import yaml
 
 from lieq_gguf import __version__, ggml
 from lieq_gguf.errors import OutputError, QuantizationError
@@ -30,18 +31,33 @@ _CHUNK_WEIGHTS = 1 << 23  # weights held in float32 at a time: 32 MiB
 
 
 @dataclass(frozen=True)
+class ImatrixNote:
+    """What a file says of the importance matrix it was made with.
+
+    Attributes:
+        file: Its file name.
+        dataset: Name of the calibration text.
+        n_entries: Matrices in it.
+        n_chunks: Sequences it was measured on.
+    """
+
+    file: str
+    dataset: str
+    n_entries: int
+    n_chunks: int
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where a file comes from, kept inside it.
 
     Attributes:
         command_line: The command that made it.
-        importance: The importance matrix that was used, if any.
-        importance_file: Its file name, or empty if it was computed on the way.
+        imatrix: The importance matrix that was used, if any.
     """
 
     command_line: str
-    importance: ImportanceMatrix | None = None
-    importance_file: str = ""
+    imatrix: ImatrixNote | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +185,10 @@ def _header_content(
 
 def _add_general(writer: gguf.GGUFWriter, source: ModelDirectory, plan: QuantPlan) -> None:
     spec = source.spec
-    metadata = gguf.Metadata.load(None, source.path, None, spec.n_weights)
+    try:
+        metadata = gguf.Metadata.load(None, source.path, None, spec.n_weights)
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        metadata = gguf.Metadata()  # the model card is for people; one that cannot be parsed stops nothing
     if metadata.name is None:
         metadata.name = spec.name
     if metadata.size_label is None:
@@ -188,12 +207,11 @@ def _file_type(layers: tuple[tuple[TensorSpec, ...], ...], types: Mapping[str, s
 
 
 def _add_provenance(writer: gguf.GGUFWriter, plan: QuantPlan, provenance: Provenance, meter: BitMeter) -> None:
-    importance = provenance.importance
-    if importance is not None:
-        writer.add_string("quantize.imatrix.file", provenance.importance_file or "computed by lieq-gguf")
-        writer.add_string("quantize.imatrix.dataset", importance.dataset)
-        writer.add_uint32("quantize.imatrix.entries_count", len(importance.in_sum2))
-        writer.add_uint32("quantize.imatrix.chunks_count", importance.n_chunks)
+    if provenance.imatrix is not None:
+        writer.add_string("quantize.imatrix.file", provenance.imatrix.file)
+        writer.add_string("quantize.imatrix.dataset", provenance.imatrix.dataset)
+        writer.add_uint32("quantize.imatrix.entries_count", provenance.imatrix.n_entries)
+        writer.add_uint32("quantize.imatrix.chunks_count", provenance.imatrix.n_chunks)
     writer.add_string("lieq.version", __version__)
     writer.add_string("lieq.method", plan.method)
     writer.add_string("lieq.scorer", plan.scorer)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -20,6 +22,7 @@ from lieq_gguf.allocation import (
     offered_types,
 )
 from lieq_gguf.errors import BudgetError, FormatError
+from lieq_gguf.native_output import native_stdout_to_stderr
 from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES, QuantType, parse_types
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.plan import QuantPlan
@@ -117,7 +120,9 @@ def test_full_ladder_is_as_good_as_trying_everything(granularity: str, seed: int
     spec = spec_of(shapes)
     scores = make_scores(spec, seed, monotone=seed % 2 == 0)
     bits = round(float(numbers.uniform(2.7, 6.4)), 3)
-    plan = allocate(spec, BitBudget("bits", bits), scores, Allocation(types=K_TYPES, granularity=granularity))
+    plan = allocate(
+        spec, BitBudget("bits", bits), scores, Allocation(types=K_TYPES, granularity=granularity, scorer="lieq")
+    )
 
     best = np.inf
     for choice in product(K_TYPES, repeat=n_groups):
@@ -438,3 +443,18 @@ def test_scores_without_the_scorer_are_refused_by_its_name() -> None:
     spec = make_spec(3)
     with pytest.raises(FormatError, match="'zd'"):
         allocate(spec, BitBudget("bits", 3.0), make_scores(spec), Allocation(scorer="zd", types=K_TYPES))
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    with native_stdout_to_stderr():
+        os.write(1, b"from C")
+    sys.stdout.write("result\n")
+    seen = capfd.readouterr()
+    assert seen.out == "result\n"
+    assert "from C" in seen.err
+
+
+def test_reachable_is_in_stored_bits_also_for_a_nominal_target() -> None:
+    spec = make_spec(3)
+    low, high = check_reachable(spec, BitBudget("nominal", 4), Allocation(types=parse_types(["Q4_K"])))
+    assert low == high == 4.5

@@ -56,7 +56,7 @@ def documents(conversion: pipeline.Conversion, tmp_path: Path) -> Path:
     planned.plan.save(path / "plan.json", {})
     planned.importance.save(path / "imatrix.gguf")
     errors = {t: {"Q2_K": 0.1, "Q4_K": 0.01} for t in planned.importance.in_sum2}
-    LayerScores("tiny", 512, "text", 0, {"lieq": (0.3, 0.2, 0.1)}, errors).save(path / "scores.json", "lieq")
+    LayerScores("tiny", 512, "text", 0, {"lim": (0.3, 0.2, 0.1)}, errors).save(path / "scores.json", "lim")
     return path
 
 
@@ -260,10 +260,6 @@ def test_width_that_fits_no_k_type(run_cli: RunCli, tmp_path: Path, folder: Path
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--types", "Q2_K,Q9_K"), "'Q9_K' is not a tensor type"),
-        (("--types", "Q2_K,,Q4_K"), "'' is not a tensor type"),
-        (("--embedding-type", "Q4_K_M"), "'Q4_K_M' is not a tensor type"),
-        (("--output-type", "INT4"), "'INT4' is not a tensor type"),
         (("--types", "IQ2_XXS,IQ2_XS", "--no-imatrix"), "all types asked for (IQ2_XXS, IQ2_XS) need an importance"),
         (("--types", "Q4_K", "--no-imatrix", "--embedding-type", "IQ2_XXS"), "needs an importance matrix, which no"),
         (("--device", "cuda:7"), "device 'cuda:7' cannot be used"),
@@ -278,9 +274,39 @@ def test_options_that_name_nothing(
     assert_refused(done, words, folder)
 
 
-def test_scores_for_an_unknown_type(run_cli: RunCli, tiny_model: Path, folder: Path) -> None:
-    done = run_cli("score", tiny_model, "--types", "Q9_K", "-q", "-o", folder / "scores.json")
-    assert_refused(done, "'Q9_K' is not a tensor type", folder)
+@pytest.mark.parametrize("option", ["--types", "--embedding-type", "--output-type"])
+@pytest.mark.parametrize("name", ["Q9_K", "", "Q4_K_M"])
+def test_a_name_that_is_no_type_is_wrong_usage(run_cli: RunCli, tiny_model: Path, option: str, name: str) -> None:
+    done = run_cli("convert", tiny_model, "--bits", 4.5, option, name)
+    assert done.exit_code == 2
+    assert f"'{name}' is not a tensor type" in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_one_matrix_cannot_have_two_types(run_cli: RunCli, tiny_model: Path, folder: Path) -> None:
+    done = run_cli("convert", tiny_model, *QUICK, "--embedding-type", "Q4_0", "--output-type", "Q8_0",
+                   "-o", folder / "out.gguf")  # fmt: skip
+    assert_refused(done, "cannot be both Q4_0 and Q8_0", folder)
+
+
+def test_options_of_a_pass_that_is_not_made_are_refused(run_cli: RunCli, tiny_model: Path) -> None:
+    done = run_cli("convert", tiny_model, "--bits", 4.5, "--scores", "s.json", "--imatrix", "i.gguf", "--seed", 3)
+    assert done.exit_code == 2
+    assert "--seed" in done.stderr
+
+
+def test_a_model_card_that_cannot_be_parsed_stops_nothing(run_cli: RunCli, tmp_path: Path, folder: Path) -> None:
+    model = write_model(tmp_path / "model")
+    (model / "README.md").write_text("---\nname: a: b: c\n---\n", encoding="utf-8")
+    done = run_cli("convert", model, *QUICK, "-o", folder / "out.gguf")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_bias_that_the_configuration_denies(run_cli: RunCli, tmp_path: Path, folder: Path) -> None:
+    model = write_model(tmp_path / "model", attention_bias=True)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"attention_bias": False}))
+    done = run_cli("convert", model, *QUICK, "-o", folder / "out.gguf")
+    assert_refused(done, "attention_bias in config.json is not set", folder)
 
 
 # The output
@@ -460,10 +486,10 @@ BAD_SCORES = BAD_JSON | {
     "no layers": (without("layers"), "is not a complete scores file"),
     "layers of another kind": (edit(layers=[{"layer": 0}]), "is not a complete scores file"),
     "no scorers": (edit(scorers=[]), "scores"),
-    "fewer layers": (edit(layers=[{"layer": 0, "lieq": 1.0}]), "with 1 layers"),
+    "fewer layers": (edit(layers=[{"layer": 0, "lim": 1.0}]), "with 1 layers"),
     "other matrices": (edit(type_errors={"blk.0.attn_q.weight": {"Q2_K": 0.1}}), "whose matrices are not those"),
-    "scorer missing": (edit(scorers=["lim"], layers=[{"lim": 0.1}] * 3), "the scores have no 'lieq'; they have lim"),
-    "score not finite": (edit(layers=[{"lieq": float("nan")}] * 3), "lieq"),
+    "scorer missing": (edit(scorers=["zd"], layers=[{"zd": 0.1}] * 3), "the scores have no 'lim'; they have zd"),
+    "score not finite": (edit(layers=[{"lim": float("nan")}] * 3), "lim"),
 }  # fmt: skip
 
 
@@ -511,7 +537,7 @@ def test_bad_scores(run_cli: RunCli, tiny_model: Path, documents: Path, folder: 
 def test_scores_lack_a_type_on_offer(run_cli: RunCli, tiny_model: Path, documents: Path, folder: Path) -> None:
     done = run_cli("plan", tiny_model, "--scores", documents / "scores.json", "--no-imatrix", "-q",
                    "--types", "Q2_K,Q6_K", "--bits", 3, "-o", folder / "plan.json")  # fmt: skip
-    assert_refused(done, "the scores have no errors for Q6_K; score again with --types Q6_K", folder)
+    assert_refused(done, "the scores have no errors for Q6_K; score again with --types Q2_K,Q4_K,Q6_K", folder)
 
 
 def test_scores_of_another_model(run_cli: RunCli, small_model: Path, documents: Path, folder: Path) -> None:

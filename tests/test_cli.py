@@ -28,6 +28,9 @@ FIGURES = {"layer_bpw", "file_bpw", "nominal_bits", "file_bytes"}
 CONVERT_KEYS = FIGURES | {"schema_version", "output", "method", "n_layers", "types", "seconds", "peak_rss_bytes"}
 
 
+KNOWN = ("--types", "Q2_K,Q3_K,Q4_K")  # what goes with scores and importance from files
+
+
 @pytest.fixture
 def cheap(calibration_text: Path) -> list[object]:
     """Options that make a pass take a second."""
@@ -123,7 +126,6 @@ def test_wrong_usage_exits_with_2_and_says_so_on_stderr(run_cli: RunCli, argumen
     [
         ["convert", "none", "--bits", "3"],
         ["convert", "MODEL", "--bits", "1"],
-        ["convert", "MODEL", "--bits", "3", "--types", "Q9_K"],
         ["plan", "MODEL", "--bits", "3", "--scores", "none.json"],
         ["inspect", "none.gguf"],
         ["verify", "none.gguf"],
@@ -297,20 +299,27 @@ def test_knowledge_from_files_makes_the_same_tensors(
     run_cli: RunCli, tiny_model: Path, cheap: list[object], knowledge: list[object], tmp_path: Path
 ) -> None:
     succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "measured.gguf", *cheap))
-    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "known.gguf", *cheap, *knowledge))
+    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "known.gguf", *KNOWN, *knowledge))
     assert tensors(tmp_path / "known.gguf") == tensors(tmp_path / "measured.gguf")
 
 
 def test_knowledge_from_files_needs_no_forward_pass(
     run_cli: RunCli,
     tiny_model: Path,
-    cheap: list[object],
     knowledge: list[object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(calibration, "calibrate", forward_pass)
-    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "out.gguf", *cheap, *knowledge))
+    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "out.gguf", *KNOWN, *knowledge))
+
+
+def test_plan_from_scores_alone_needs_no_forward_pass(
+    run_cli: RunCli, tiny_model: Path, knowledge: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "calibrate", forward_pass)
+    succeed(run_cli("plan", tiny_model, "--bits", 3.4, *KNOWN, *knowledge[:2]))
+    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "--dry-run", *KNOWN, *knowledge[:2]))
 
 
 def forward_pass(*_arguments: object, **_options: object) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(lieq_gguf.__file__).parent
 RANKS = (
     ("__init__", "errors", "quant_types"),
     ("records",),
-    ("ggml", "engine", "gguf_file", "sources", "architectures", "tokenizers", "progress"),
+    ("ggml", "engine", "gguf_file", "sources", "architectures", "tokenizers", "progress", "native_output"),
     (
         "calibration", "type_errors", "scorers", "allocation", "writer", "verification", "benchmark", "generation",
         "inspection", "display", "reference", "evaluation",
@@ -23,7 +23,8 @@ RANKS = (
     ("__main__",),
 )  # fmt: skip
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names}
-WITH_CTYPES = {"ggml.py", "engine.py"}  # the encoders, and the type of llama.cpp's log callback
+# the encoders; the type of llama.cpp's log callback; emptying C's own buffer
+WITH_CTYPES = {"ggml.py", "engine.py", "native_output.py"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

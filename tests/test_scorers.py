@@ -12,7 +12,7 @@ from lieq_gguf import cli
 from lieq_gguf.allocation import METHODS
 from lieq_gguf.errors import ScoringError
 from lieq_gguf.records.measurement import LayerMeasurement, Spectrum
-from lieq_gguf.scorers import DEFAULT_SCORER, SCORERS
+from lieq_gguf.scorers import SCORERS
 from lieq_gguf.scorers.energy_gain import top_energy
 from lieq_gguf.scorers.lieq import compactness, compactness_gain
 from lieq_gguf.scorers.spectrum import energy_spectrum
@@ -198,7 +198,6 @@ def test_a_more_important_layer_scores_higher(scorer: str) -> None:
 
 def test_command_line_names_the_scorers() -> None:
     assert get_args(cli.ScorerName) == tuple(SCORERS)
-    assert DEFAULT_SCORER in SCORERS
 
 
 def test_command_line_names_the_methods() -> None:

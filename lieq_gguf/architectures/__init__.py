@@ -51,6 +51,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
         ArchitectureError: if there is none, naming those there are.
     """
     names = config.get("architectures") or []
+    if isinstance(names, str):
+        names = [names]
     for name in names:
         if name in _BY_SOURCE_CLASS:
             return _BY_SOURCE_CLASS[name]

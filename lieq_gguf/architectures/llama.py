@@ -32,12 +32,17 @@ def check(config: Mapping[str, Any]) -> None:
     for key in _COUNTS:
         if not isinstance(config[key], int) or config[key] < 1:
             raise ArchitectureError(f"{key} in config.json is {config[key]!r}; expected a positive integer")
+    for key in ("num_key_value_heads", "head_dim"):
+        if config.get(key) is not None and (not isinstance(config[key], int) or config[key] < 1):
+            raise ArchitectureError(f"{key} in config.json is {config[key]!r}; expected a positive integer")
     if not isinstance(config["rms_norm_eps"], float | int):
         raise ArchitectureError(f"rms_norm_eps in config.json is {config['rms_norm_eps']!r}; expected a number")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ArchitectureError(f"hidden_act is '{activation}', but llama.cpp runs Llama models with 'silu' only")
     rope = _rope(config)
+    if not isinstance(rope["rope_theta"], float | int):
+        raise ArchitectureError(f"rope_theta in config.json is {rope['rope_theta']!r}; expected a number")
     if rope["rope_type"] not in _ROPE_TYPES:
         raise ArchitectureError(
             f"rope type '{rope['rope_type']}' is not supported; supported are {', '.join(_ROPE_TYPES)}"
@@ -80,6 +85,12 @@ def tensors(config: Mapping[str, Any], source_names: frozenset[str]) -> tuple[Te
                 source = f"model.layers.{layer}.{module}"
                 yield TensorSpec(f"blk.{layer}.{role}.weight", f"{source}.weight", shape, layer, rotary_heads)
                 if f"{source}.bias" in source_names:
+                    flag = "mlp_bias" if module.startswith("mlp.") else "attention_bias"
+                    if not config.get(flag, False):
+                        raise ArchitectureError(
+                            f"the weights hold {source}.bias, but {flag} in config.json is not set; "
+                            "transformers would leave it out and llama.cpp not"
+                        )
                     yield TensorSpec(f"blk.{layer}.{role}.bias", f"{source}.bias", shape[:1], layer, rotary_heads)
         yield TensorSpec("output_norm.weight", "model.norm.weight", (width,))
         if not config.get("tie_word_embeddings", False):

@@ -19,4 +19,3 @@ SCORERS: MappingProxyType[str, Scorer] = MappingProxyType(
         "zd": zd.score,
     }
 )
-DEFAULT_SCORER = "lieq"

@@ -99,7 +99,7 @@ def _checked_model(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) -> Js
     if not any(step["type"] == "ByteLevel" for step in steps(tokenizer.pre_tokenizer)):
         raise TokenizerError(
             f"{path}: the BPE tokenizer works neither on bytes (no ByteLevel pre-tokenizer) nor as SentencePiece does "
-            "(no byte_fallback); convert the model with llama.cpp's own converter and give the GGUF to lieq-gguf"
+            "(no byte_fallback); llama.cpp's own converter may know this model"
         )
     marks = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if marks:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lieq_gguf.engine import LoadedModel, open_model
 from lieq_gguf.tokenizers.check_texts import CHECK_TEXTS
-from lieq_gguf.tokenizers.pre_tokenizers import pre_tokenizer_caveat
+from lieq_gguf.tokenizers.pre_tokenizers import explained_segments, pre_tokenizer_caveat
 from lieq_gguf.tokenizers.source_tokenizer import SourceTokenizer, load_source_tokenizer
 from lieq_gguf.tokenizers.vocabulary import Vocabulary
 
@@ -72,9 +72,11 @@ def known_deviation(vocabulary: Vocabulary, differences: Sequence[TokenizerDiffe
         vocabulary: what the file says.
         differences: what :func:`tokenizer_differences` has found with it.
     """
+    segments = {d.segment for d in differences}
     if vocabulary.model == "gpt2":
-        return pre_tokenizer_caveat(vocabulary.pre_tokenizer)
-    if {d.segment for d in differences} <= {"special tokens", "blanks"}:
+        explained = segments <= explained_segments(vocabulary.pre_tokenizer)
+        return pre_tokenizer_caveat(vocabulary.pre_tokenizer) if explained else ""
+    if segments <= {"special tokens", "blanks"}:
         return "llama.cpp puts a blank behind special tokens and before leading blanks, where this tokenizer does not"
     return ""
 

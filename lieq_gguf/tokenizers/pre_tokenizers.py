@@ -35,6 +35,9 @@ _GPT_4O = (
 _BYTES = "ByteLevel"
 _GPT_2_WORDS = "ByteLevel(words)"
 _EACH_DIGIT = "Digits(each)"
+# the check's texts in which llama.cpp can differ for the reason of a caveat
+_MARKS = frozenset({"accents, decomposed", "arabic", "hebrew", "devanagari", "thai", "khmer"})
+_CAPITALS = frozenset({"accents, composed", "russian", "greek"})
 _CASE_CAVEAT = "llama.cpp knows capitals only in ASCII here and takes combining marks for punctuation"
 _NFC_CAVEAT = "llama.cpp does not normalise to NFC, so decomposed accents give other tokens"
 
@@ -50,6 +53,7 @@ class PreTokenizer:
         normalizer: what is done before, in the same notation.
         adds_bos: llama.cpp's default where a file does not say whether BOS is automatic.
         caveat: where llama.cpp is known to deviate from the rule; empty if nowhere.
+        caveat_segments: the check's texts that it explains.
     """
 
     name: str
@@ -58,6 +62,7 @@ class PreTokenizer:
     normalizer: tuple[str, ...] = ()
     adds_bos: bool = False
     caveat: str = ""
+    caveat_segments: frozenset[str] = frozenset()
 
 
 TABLE = (
@@ -68,10 +73,19 @@ TABLE = (
     # Llama 3's rule in a file that does not ignore merges
     PreTokenizer("smaug-bpe", (f"Split({_LLAMA_3})", _BYTES)),
     # llama.cpp always ignores merges here; where a file does not, the check tells whether that matters
-    PreTokenizer("tekken", (f"Split({_TEKKEN})", _BYTES), ignore_merges=None, adds_bos=True, caveat=_CASE_CAVEAT),
+    PreTokenizer(
+        "tekken",
+        (f"Split({_TEKKEN})", _BYTES),
+        ignore_merges=None,
+        adds_bos=True,
+        caveat=_CASE_CAVEAT,
+        caveat_segments=_MARKS | _CAPITALS,
+    ),
     PreTokenizer("qwen2", (f"Split({_QWEN_2})", _BYTES)),
-    PreTokenizer("qwen2", (f"Split({_QWEN_2})", _BYTES), normalizer=("NFC",), caveat=_NFC_CAVEAT),
-    PreTokenizer("gpt-4o", (f"Split({_GPT_4O})", _BYTES), caveat=_CASE_CAVEAT),
+    PreTokenizer(
+        "qwen2", (f"Split({_QWEN_2})", _BYTES), normalizer=("NFC",), caveat=_NFC_CAVEAT, caveat_segments=_MARKS
+    ),
+    PreTokenizer("gpt-4o", (f"Split({_GPT_4O})", _BYTES), caveat=_CASE_CAVEAT, caveat_segments=_MARKS | _CAPITALS),
 )
 
 #: further names that llama.cpp takes for byte-level BPE, which a user may ask for
@@ -138,6 +152,11 @@ def adds_bos_by_default(name: str) -> bool:
 def pre_tokenizer_caveat(name: str) -> str:
     """Where llama.cpp is known to deviate from the rule of that name; empty if nowhere."""
     return next((row.caveat for row in TABLE if row.name == name and row.caveat), "")
+
+
+def explained_segments(name: str) -> frozenset[str]:
+    """The check's texts in which a difference is llama.cpp's and not the file's."""
+    return frozenset().union(*(row.caveat_segments for row in TABLE if row.name == name))
 
 
 def describe_steps(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
