@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 
 from lieq_gguf.errors import BudgetError, FormatError
-from lieq_gguf.native_output import native_stdout_to_stderr
+from lieq_gguf.native_output import silenced_native_stdout
 from lieq_gguf.quant_types import DEFAULT_LADDER, F16, F32, QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.plan import QuantPlan
@@ -251,7 +251,7 @@ def full_ladder(
     members = csr_array(
         (np.ones(len(choices)), ([i for i, _ in choices], range(len(choices)))), shape=(len(groups), len(choices))
     )
-    with native_stdout_to_stderr():  # HiGHS prints now and then, even when told to be silent
+    with silenced_native_stdout():  # HiGHS prints now and then, even when told to be silent
         solution = milp(
             damage,
             integrality=np.ones(len(choices)),

@@ -10,19 +10,20 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def native_stdout_to_stderr() -> Iterator[None]:
-    """Send what C code prints to stdout to stderr instead, for the length of a ``with``.
+def silenced_native_stdout() -> Iterator[None]:
+    """Drop what C code prints to stdout for the length of a ``with``.
 
     ``contextlib.redirect_stdout`` only sees Python. C's own buffer is emptied before the file descriptor is put back,
     or the text would come out at exit.
     """
     sys.stdout.flush()
-    kept = os.dup(1)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         if sys.platform != "win32":
             ctypes.CDLL(None).fflush(None)
         os.dup2(kept, 1)
         os.close(kept)
+        os.close(nowhere)
