@@ -137,6 +137,10 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the untrained twin.")
 Threads = Annotated[
     int, typer.Option("--threads", "-t", min=0, help="Threads.", show_default="all cores", callback=_n_threads)
 ]
+ThreadCounts = Annotated[
+    str | None,
+    typer.Option("--threads", "-t", metavar="N,…", help="Numbers of threads to run with.", show_default="all cores"),
+]
 Device = Annotated[str, typer.Option("--device", help="Torch device of the forward pass: cpu, cuda, mps.")]
 PreTokenizer = Annotated[
     str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer, if not recognised.")
@@ -391,7 +395,7 @@ def verify(
     Example: `lieq-gguf verify smollm2.gguf --plan plan.json`
     """
     del debug
-    from lieq_gguf import verification
+    from lieq_gguf import health, verification
     from lieq_gguf.gguf_file import GgufFile
     from lieq_gguf.records.files import SCHEMA_VERSION
     from lieq_gguf.records.plan import QuantPlan
@@ -400,11 +404,14 @@ def verify(
     n_weights = sum(t.spec.n_weights for t in GgufFile(file).tensors)
     with _progress(quiet).stage("verify", "Verifying", n_weights) as advance:
         result = verification.verify(file, types, n_threads=threads, advance=advance)
+    spoken = health.check_file(file, threads)
     if as_json:
-        _print_json({"schema_version": SCHEMA_VERSION, "file": str(file), "ok": True, **vars(result)})
+        document = {"schema_version": SCHEMA_VERSION, "file": str(file), "ok": True, **vars(result)}
+        _print_json(document | {"health": spoken.to_json()})
     else:
         against = "" if plan is None else f", types as in {plan}"
         print(f"{file}: {result.n_tensors} tensors read back, all finite{against}; llama.cpp loads and runs it")
+        print(f"{spoken.n_prompts} short continuations: {spoken.verdict}")
 
 
 @app.command(name="eval")
@@ -414,29 +421,45 @@ def evaluate(
         Path, typer.Option("--reference", metavar="REF", help="What to compare with: an F16 GGUF or a model directory.")
     ],
     text: Annotated[
-        Path, typer.Option("--text", metavar="FILE", help="Text to compare on; not the one calibration has seen.")
-    ],
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Text to compare on; not the one calibration has seen.",
+            show_default="a short one that comes along",
+        ),
+    ] = None,
     n_ctx: Annotated[int, typer.Option("--n-ctx", min=4, help="Tokens of a sequence; its second half counts.")] = 512,
     chunks: Annotated[
         int | None, typer.Option("--chunks", min=1, help="Sequences to use.", show_default="all of the text")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="FILE",
+            help="Multiple-choice questions to answer by likelihood, JSONL; `demo` for the set that comes along.",
+        ),
     ] = None,
     threads: Threads = 0,
     quiet: Quiet = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how far files are from their model: perplexity, KL divergence, same first choice.
+    """Measure how far files are from their model: perplexity, KL divergence, same first choice, loops.
 
     Example: `lieq-gguf eval smollm2-4.5bpw.gguf --reference smollm2-f16.gguf --text wiki.test.raw --chunks 20`
     """
     del debug
     from lieq_gguf import evaluation
     from lieq_gguf.display import evaluation_table
+    from lieq_gguf.tasks import load_questions
 
     content = evaluation.read_text(text)
-    total = evaluation.count_chunks(files[0], content, n_ctx, chunks)
+    questions = () if tasks is None else load_questions(None if tasks == "demo" else Path(tasks))
+    total = evaluation.count_chunks(files[0], content, n_ctx, chunks) + len(questions)
     with _progress(quiet).stage("eval", "Comparing", total) as advance:
-        results = evaluation.evaluate(files, reference, content, n_ctx, chunks, threads, advance)
+        results = evaluation.evaluate(files, reference, content, n_ctx, chunks, threads, advance, questions)
     if as_json:
         documents = [r.to_json() for r in results]
         _print_json(documents[0] if len(documents) == 1 else documents)
@@ -450,25 +473,26 @@ def bench(
     n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", min=1, help="Tokens of the prompt.")] = 512,
     n_generate: Annotated[int, typer.Option("--n-generate", "-n", min=1, help="Tokens generated.")] = 128,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs.")] = 5,
-    threads: Threads = 0,
+    threads: ThreadCounts = None,
     quiet: Quiet = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure prompt and generation speed in llama.cpp.
+    """Measure speed and memory in llama.cpp, and estimate other devices from it.
 
     Example: `lieq-gguf bench smollm2-4.5bpw.gguf smollm2-5.5bpw.gguf`
     """
     del debug
     from lieq_gguf import benchmark
-    from lieq_gguf.display import bench_table
+    from lieq_gguf.display import bench_table, estimate_lines
 
-    with _progress(quiet).stage("bench", "Running", 2 * repetitions * len(files)) as advance:
-        results = [benchmark.bench(f, n_prompt, n_generate, repetitions, threads, advance) for f in files]
+    counts = _thread_counts(threads)
+    with _progress(quiet).stage("bench", "Running", 2 * repetitions * len(files) * len(counts)) as advance:
+        results = [r for f in files for r in benchmark.bench(f, n_prompt, n_generate, repetitions, counts, advance)]
     if as_json:
         _print_json([r.to_json() for r in results])
     else:
-        _stdout().print(bench_table(results))
+        _stdout().print(bench_table(results), "", *estimate_lines(results), sep="\n")
 
 
 @app.command()
@@ -501,6 +525,8 @@ def run(
     print()
 
 
+_WIDTH_WITHOUT_TERMINAL = 160  # a pipe or a file has no width; tables in it should not be folded
+
 _DECIDED_BY_PLAN = (
     "nominal", "method", "scorer", "granularity", "types", "embedding_type", "output_type", "scores",
 )  # fmt: skip
@@ -515,6 +541,16 @@ def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> N
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
+
+
+def _thread_counts(text: str | None) -> tuple[int, ...]:
+    """Numbers of threads, separated by commas; all cores if none is given."""
+    if text is None:
+        return (_n_threads(0),)
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1:
+        raise typer.BadParameter(f"'{text}' are no numbers of threads; expected for example 1,2,4", param_hint="-t")
+    return tuple(dict.fromkeys(counts))
 
 
 def _budget(bits: float | None, nominal: bool) -> BitBudget | None:
@@ -590,7 +626,7 @@ def _progress(quiet: bool) -> Progress:
 def _stdout() -> Console:
     from rich.console import Console
 
-    return Console()
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
 
 
 def _print_json(document: Any) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lieq_gguf.benchmark import Benchmark
     from lieq_gguf.evaluation import Estimate, Evaluation
     from lieq_gguf.records.scores import LayerScores
+    from lieq_gguf.tasks import Answers
 
 # From warm (few bits) to cold (many): the upper end of each band in stored bits per weight.
 _COLOURS = (
@@ -105,10 +106,10 @@ def score_table(scores: LayerScores, scorer: str) -> Table:
 
 
 def bench_table(results: Sequence[Benchmark]) -> Table:
-    """One row a file."""
+    """One row a file and number of threads."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("file")
-    for name in ("MB", "threads", "prompt tok/s", "generate tok/s"):
+    for name in ("MB", "threads", "prompt tok/s", "generate tok/s", "MB/token", "GB/s", "load s", "resident MB"):
         table.add_column(name, justify="right")
     for r in results:
         table.add_row(
@@ -117,22 +118,51 @@ def bench_table(results: Sequence[Benchmark]) -> Table:
             str(r.n_threads),
             f"{r.prompt.mean:.1f} ± {r.prompt.deviation:.1f}",
             f"{r.generation.mean:.1f} ± {r.generation.deviation:.1f}",
+            f"{r.bytes_per_token / 1e6:.1f}",
+            f"{r.bandwidth / 1e9:.1f} of {r.memory_bandwidth / 1e9:.1f}",
+            f"{r.load_seconds:.2f}",
+            f"{r.resident_bytes / 1e6:.0f}",
         )
     return table
+
+
+def estimate_lines(results: Sequence[Benchmark]) -> tuple[Text, Table]:
+    """What other devices may do: one row a device, one column a file, by its run with the most threads."""
+    by_file = {r.file: r for r in sorted(results, key=lambda r: r.n_threads)}
+    chosen = [by_file[file] for file in dict.fromkeys(r.file for r in results)]
+    heading = Text(
+        "estimated tokens/s of generation elsewhere: published bandwidth times the share of it that was reached here; "
+        "slower cores give less",
+        style="dim",
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("device")
+    for r in chosen:
+        table.add_column(r.file.name, justify="right")
+    for estimates in zip(*(r.estimates() for r in chosen), strict=True):
+        cells = [f"~{e.tokens_per_sec:.0f}" if e.fits else "does not fit" for e in estimates]
+        table.add_row(estimates[0].device.name, *cells)
+    needs = [f"{r.needed_bytes / 1e6:.0f} MB" for r in chosen]
+    table.add_row(f"memory with {chosen[0].n_ctx} tokens of context", *needs, style="dim")
+    return heading, table
 
 
 def evaluation_table(results: Sequence[Evaluation]) -> Table:
     """One row a file, the reference's perplexity above."""
     first = results[0]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="dim")
+    table.caption_justify, table.caption_style = "left", "dim"
     table.title = (
         f"{first.n_tokens:,} tokens in {first.n_chunks} sequences; reference perplexity "
         f"{_with_error(first.reference_perplexity, 3)}"
     )
     table.add_column("file")
-    for name in ("MB", "perplexity", "mean KLD", "median", "99 %", "same top"):
+    for name in ("MB", "perplexity", "mean KLD", "median", "99 %", "same top", "health"):
         table.add_column(name, justify="right")
+    if first.answers is not None:
+        table.add_column("right answers", justify="right")
     for r in results:
+        answers = [] if r.answers is None else [_right_answers(r.answers)]
         table.add_row(
             r.file.name,
             f"{r.file.stat().st_size / 1e6:.1f}",
@@ -141,8 +171,20 @@ def evaluation_table(results: Sequence[Evaluation]) -> Table:
             f"{r.kld_median:.4f}",
             f"{r.kld_p99:.3f}",
             f"{r.same_top.value:.1%}",
+            r.health.verdict,
+            *answers,
         )
+    aside = [] if first.reference_health is None else [f"the reference {first.reference_health.verdict}"]
+    if first.reference_answers is not None:
+        aside.append(f"right answers of the reference: {_right_answers(first.reference_answers)}")
+    table.caption = "; ".join(aside) or None
     return table
+
+
+def _right_answers(answers: Answers) -> str:
+    share = answers.to_json()["accuracy"]
+    error = "" if share["stderr"] is None else f" ± {share['stderr']:.1%}"
+    return f"{share['value']:.1%}{error} of {len(answers.right)}"
 
 
 def _with_error(estimate: Estimate, digits: int) -> str:

@@ -7,7 +7,7 @@ it cannot load with no reason. Everything llama.cpp logs is kept, so that an err
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,27 @@ def llama_cpp() -> Any:
     module.llama_log_set(callback, ctypes.c_void_p(0))
     module._lieq_gguf_log_callback = callback  # a callback must outlive its registration
     module.llama_backend_init()
+    if b"AMX_INT8 = 1" in module.llama_print_system_info():
+        _keep_off_amx(module)
     return module
+
+
+def _keep_off_amx(module: Any) -> None:
+    """Load models without llama.cpp's AMX kernels, and with them without its other repacked layouts.
+
+    On virtual machines that announce AMX those kernels end the process at the first quantised matrix
+    (ggml-org/llama.cpp#20824), which no caller could catch. llama_cpp.Llama starts from the same defaults, which it
+    takes from the inner module.
+    """
+    default_params = module.llama_model_default_params
+
+    def params() -> Any:
+        result = default_params()
+        result.use_extra_bufts = False
+        return result
+
+    for place in (module, module.llama_cpp):
+        place.llama_model_default_params = params
 
 
 class LoadedModel:
@@ -59,6 +79,43 @@ class LoadedModel:
                 f"llama.cpp makes {-n} tokens of a text of {len(content)} bytes; please report this"
             )
         return [int(i) for i in ids[:n]]
+
+    def use_threads(self, n_threads: int) -> None:
+        """Run with so many threads from now on."""
+        self._api.llama_set_n_threads(self._context, n_threads, n_threads)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text that tokens stand for; special tokens are left out."""
+        tokens = (self._api.llama_token * len(ids))(*ids)
+        buffer = ctypes.create_string_buffer(1 << 10)
+        n = self._api.llama_detokenize(self._vocabulary, tokens, len(ids), buffer, len(buffer), True, False)
+        if n < 0:  # minus the bytes that are needed
+            buffer = ctypes.create_string_buffer(-n)
+            n = self._api.llama_detokenize(self._vocabulary, tokens, len(ids), buffer, len(buffer), True, False)
+        return buffer.raw[:n].decode(errors="replace")
+
+    def generate(self, ids: Sequence[int], n_tokens: int, pick: Callable[[npt.NDArray[np.float32]], int]) -> list[int]:
+        """Continue a sequence from an empty context, as far as the context reaches or the model ends it.
+
+        Args:
+            ids: The beginning.
+            n_tokens: Tokens to add at most.
+            pick: Chooses a token by the logits ``[n_vocab]`` of the position.
+
+        Raises:
+            VerificationError: if llama.cpp fails.
+        """
+        self.clear()
+        self.decode(ids)
+        result: list[int] = []
+        for _ in range(min(n_tokens, self._n_batch - len(ids))):
+            row = self._api.llama_get_logits_ith(self._context, -1)
+            token = pick(np.ctypeslib.as_array(row, shape=(self.n_vocab,)))
+            if self._api.llama_vocab_is_eog(self._vocabulary, token):
+                break
+            result.append(token)
+            self.decode([token])
+        return result
 
     def clear(self) -> None:
         """Forget all tokens decoded so far."""
@@ -88,6 +145,11 @@ class LoadedModel:
         """The token that goes before every text, or None if none does."""
         adds_bos = self._api.llama_vocab_get_add_bos(self._vocabulary)
         return int(self._api.llama_vocab_bos(self._vocabulary)) if adds_bos else None
+
+    @property
+    def eos_token(self) -> int:
+        """The token that ends a text."""
+        return int(self._api.llama_vocab_eos(self._vocabulary))
 
     def logits(self, ids: Sequence[int], first: int = 0) -> npt.NDArray[np.float32]:
         """Logits of the positions from ``first`` of a sequence run from an empty context.

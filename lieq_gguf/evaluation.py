@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lieq_gguf import health
 from lieq_gguf.engine import LoadedModel, open_model
 from lieq_gguf.errors import EvaluationError
+from lieq_gguf.health import Health
 from lieq_gguf.records.files import SCHEMA_VERSION
 from lieq_gguf.reference import LanguageModel, open_reference
+from lieq_gguf.tasks import Answers, Question, answer, tokens_needed
 
 _ROWS_AT_A_TIME = 32  # bounds the float64 copies to some 100 MB at 150,000 tokens of vocabulary
 _RESAMPLES = 1000
@@ -56,6 +60,10 @@ class Evaluation:
         same_top: Share of tokens for which both put the same token first.
         probability_change: Mean change of the right token's probability, in [-1, 1].
         probability_change_rms: Root of the mean of its square.
+        health: How the file continues a handful of prompts.
+        reference_health: The same of the reference; None if it does not run in llama.cpp.
+        answers: Multiple-choice questions it answered, or None.
+        reference_answers: The same of the reference, or None.
     """
 
     file: Path
@@ -70,10 +78,14 @@ class Evaluation:
     same_top: Estimate
     probability_change: Estimate
     probability_change_rms: float
+    health: Health
+    reference_health: Health | None = None
+    answers: Answers | None = None
+    reference_answers: Answers | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``eval --json`` prints, or an element of its list."""
-        return {
+        document = {
             "schema_version": SCHEMA_VERSION,
             "file": str(self.file),
             "file_bytes": self.file.stat().st_size,
@@ -90,7 +102,13 @@ class Evaluation:
             },
             "same_top": self.same_top.to_json(),
             "probability_change": self.probability_change.to_json() | {"rms": self.probability_change_rms},
+            "health": self.health.to_json(),
+            "reference_health": None if self.reference_health is None else self.reference_health.to_json(),
         }
+        if self.answers is not None and self.reference_answers is not None:
+            document["tasks"] = self.answers.to_json()
+            document["reference_tasks"] = self.reference_answers.to_json()
+        return document
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,7 @@ def evaluate(
     n_chunks: int | None = None,
     n_threads: int = 1,
     advance: Callable[[float], None] = lambda _amount: None,
+    questions: Sequence[Question] = (),
 ) -> list[Evaluation]:
     """Compare files with a reference on a text; the reference runs once for all of them.
 
@@ -149,16 +168,18 @@ def evaluate(
         n_ctx: Tokens of a sequence; the second half is scored.
         n_chunks: Sequences to use, from the start of the text; None for all.
         n_threads: Threads to run with.
-        advance: Called with 1 after each sequence.
+        advance: Called with 1 after each sequence and each question.
+        questions: Multiple-choice questions to answer as well.
 
     Raises:
         EvaluationError: if a file is of another architecture or has another tokenizer than the reference, or the text
             is too short.
         LieqError: if a file or the reference cannot be loaded.
     """
+    n_needed = max(n_ctx, health.N_CTX, _tokens_needed(files[0], questions))
     with ExitStack() as stack:
-        models = [stack.enter_context(open_model(file, n_ctx=n_ctx, n_threads=n_threads)) for file in files]
-        base = stack.enter_context(open_reference(reference, n_ctx, n_threads))
+        models = [stack.enter_context(open_model(file, n_ctx=n_needed, n_threads=n_threads)) for file in files]
+        base = stack.enter_context(open_reference(reference, n_needed, n_threads))
         for file, model in zip(files, models, strict=True):
             if model.architecture != base.architecture:
                 raise EvaluationError(
@@ -175,15 +196,36 @@ def evaluate(
             for model, kept in zip(models, figures, strict=True):
                 kept.append(compare_logits(wanted, model.logits(chunk, first)[:-1], targets))
             advance(1)
-    return [_summary(file, kept) for file, kept in zip(files, figures, strict=True)]
+        reference_health = health.check(base) if isinstance(base, LoadedModel) else None
+        reference_answers = answer(base, questions, advance) if questions else None
+        return [
+            replace(
+                _summary(file, kept, health.check(model)),
+                reference_health=reference_health,
+                answers=answer(model, questions) if questions else None,
+                reference_answers=reference_answers,
+            )
+            for file, model, kept in zip(files, models, figures, strict=True)
+        ]
 
 
-def read_text(file: Path) -> str:
+def _tokens_needed(file: Path, questions: Sequence[Question]) -> int:
+    if not questions:
+        return 0
+    with open_model(file, vocab_only=True) as model:
+        return tokens_needed(model, questions)
+
+
+def read_text(file: Path | None) -> str:
     """The text of a file, byte for byte: a line end turned into another is another text, with other tokens.
+
+    None stands for the short text that comes with the package and is no part of its calibration text.
 
     Raises:
         EvaluationError: if it cannot be read or is not UTF-8.
     """
+    if file is None:
+        return resources.files("lieq_gguf").joinpath("data", "held_out.txt").read_bytes().decode("utf-8")
     try:
         return file.read_bytes().decode("utf-8")
     except OSError as error:
@@ -222,7 +264,7 @@ def _chunks(ids: list[int], n_ctx: int, n_chunks: int | None, bos_token: int | N
         yield chunk if bos_token is None else [bos_token, *chunk[1:]]
 
 
-def _summary(file: Path, chunks: Sequence[TokenFigures]) -> Evaluation:
+def _summary(file: Path, chunks: Sequence[TokenFigures], spoken: Health) -> Evaluation:
     nll = np.array([c.nll.mean() for c in chunks])
     reference_nll = np.array([c.reference_nll.mean() for c in chunks])
     kld = np.concatenate([c.kld for c in chunks])
@@ -240,6 +282,7 @@ def _summary(file: Path, chunks: Sequence[TokenFigures]) -> Evaluation:
         same_top=_estimate(np.array([c.same_top.mean() for c in chunks])),
         probability_change=_estimate(change.reshape(len(chunks), -1).mean(axis=1)),
         probability_change_rms=float(np.sqrt((change**2).mean())),
+        health=spoken,
     )
 
 

@@ -11,6 +11,7 @@ from models import write_model
 from tokenizer_fixtures import ALL_TEXTS, write_llama_3
 from transformers import AutoModelForCausalLM
 
+from lieq_gguf.calibration import read_calibration_text
 from lieq_gguf.engine import open_model
 from lieq_gguf.evaluation import TokenFigures, compare_logits, evaluate, read_text
 
@@ -199,6 +200,29 @@ def test_a_file_that_claims_another_architecture_is_refused(
     )
     said = refused(run_cli, files["Q2_K"], "--reference", other, "--text", text_file)
     assert str(other) in said
+
+
+def test_a_file_of_another_architecture_is_refused(
+    run_cli: RunCli, files: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.gguf"  # gemma has the same tensors and keys under names of the same length
+    other.write_bytes(
+        files["F16"]
+        .read_bytes()
+        .replace(b"llama.", b"gemma.")
+        .replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0gemma")
+    )
+    said = refused(run_cli, files["Q2_K"], "--reference", other, "--text", text_file)
+    assert "is a llama model and" in said
+    assert "a gemma" in said
+
+
+def test_text_that_comes_along_is_no_part_of_the_calibration_text(run_cli: RunCli, files: dict[str, Path]) -> None:
+    paragraphs = [p for p in read_text(None).split("\n\n") if len(p) > 40]
+    assert len(paragraphs) > 20
+    assert not any(p in read_calibration_text(None)[0] for p in paragraphs)
+    done = run_cli("eval", files["Q2_K"], "--reference", files["F16"], "--n-ctx", N_CTX, "--chunks", 2, "--json")
+    assert json.loads(done.stdout)["n_chunks"] == 2
 
 
 def test_short_text_is_refused(run_cli: RunCli, files: dict[str, Path], tmp_path: Path) -> None:

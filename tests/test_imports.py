@@ -11,12 +11,13 @@ import lieq_gguf
 
 PACKAGE = Path(lieq_gguf.__file__).parent
 RANKS = (
-    ("__init__", "errors", "quant_types"),
+    ("__init__", "errors", "quant_types", "devices"),
     ("records",),
     ("ggml", "engine", "gguf_file", "sources", "architectures", "tokenizers", "progress", "native_output"),
     (
         "calibration", "type_errors", "scorers", "allocation", "writer", "verification", "benchmark", "generation",
         "inspection", "display", "reference", "evaluation",
+        "tasks", "health",
     ),
     ("pipeline",),
     ("cli",),
