@@ -79,6 +79,10 @@ class Group:
         """Relative error of the group in a type, weighted by number of weights."""
         return sum(t.n_weights * scores.type_errors[t.name][quant_type.name] for t in self.tensors)
 
+    def block_error(self, scores: LayerScores, quant_type: QuantType) -> float:
+        """How far the layer's output moves, ``mean ‖h' − h‖² / ‖h‖²``, by the relative error of a type."""
+        return sum(scores.sensitivities[t.name] * scores.type_errors[t.name][quant_type.name] for t in self.tensors)
+
 
 def offered_types(types: Sequence[QuantType], has_imatrix: bool) -> tuple[QuantType, ...]:
     """The types that can be made: those that need an importance matrix only if there is one.

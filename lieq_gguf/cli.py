@@ -41,7 +41,6 @@ app = typer.Typer(
 )
 _debug = False
 
-ScorerName = Literal["lieq", "lieq-qkv", "energy-gain", "lim", "zd"]
 MethodName = Literal["best", "lieq-ladder", "lieq"]
 Granularity = Literal["layer", "tensor"]
 
@@ -69,6 +68,14 @@ def _set_debug(value: bool) -> None:
 def _finite(value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and value > 0):
         raise typer.BadParameter(f"{value} is not a number of bits above 0")
+    return value
+
+
+def _scorer_name(value: str | None) -> str | None:
+    from lieq_gguf.scorers import scorers
+
+    if value is not None and value not in scorers():
+        raise typer.BadParameter(f"'{value}' is no scorer; the scorers are {', '.join(scorers())}")
     return value
 
 
@@ -102,10 +109,13 @@ Method = Annotated[
     ),
 ]
 Scorer = Annotated[
-    ScorerName | None,
+    str | None,
     typer.Option(
         "--scorer",
-        help="Layer score that ranks or weighs the layers.",
+        metavar="NAME",
+        callback=_scorer_name,
+        help="Layer score that ranks or weighs the layers: lieq, lieq-qkv, energy-gain, lim, zd, block-error, "
+        "perplexity-drop (costs a run without each layer), or one of another package.",
         show_default="lim for best, lieq for the others",
     ),
 ]
@@ -140,6 +150,9 @@ Threads = Annotated[
 ThreadCounts = Annotated[
     str | None,
     typer.Option("--threads", "-t", metavar="N,…", help="Numbers of threads to run with.", show_default="all cores"),
+]
+Float32 = Annotated[
+    bool, typer.Option("--float32", help="Multiply in float32 even where bfloat16 is fast; the same on every machine.")
 ]
 Device = Annotated[str, typer.Option("--device", help="Torch device of the forward pass: cpu, cuda, mps.")]
 PreTokenizer = Annotated[
@@ -187,6 +200,7 @@ def convert(
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
+    float32: Float32 = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, write nothing.")] = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -209,7 +223,7 @@ def convert(
 
     budget = _budget(bits, nominal)
     allocation = _allocation(method, scorer, granularity, types, embedding_type, output_type)
-    options = _calibration(calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device)
+    options = _calibration(calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device, float32, scorer)
     progress = _progress(quiet)
     target = output or Path(_default_name(source, bits, nominal, plan))
     if dry_run:
@@ -235,7 +249,12 @@ def convert(
 @app.command()
 def score(
     source: Source,
-    scorer: Annotated[ScorerName, typer.Option("--scorer", help="Score to show first and draw.")] = "lieq",
+    scorer: Annotated[
+        str, typer.Option("--scorer", metavar="NAME", callback=_scorer_name, help="Score to show first and draw.")
+    ] = "lieq",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Measure every score, and show how their orders agree (Spearman).")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep scores and type errors as JSON.")
     ] = None,
@@ -246,6 +265,7 @@ def score(
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
+    float32: Float32 = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -258,11 +278,13 @@ def score(
     del debug
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
+    from lieq_gguf.scorers import NEEDS_REMOVAL
     from lieq_gguf.sources.model_directory import ModelDirectory
 
     if output is not None:
         check_output(output, force)
-    options = _calibration(calibration, n_tokens, imatrix, False, None, seed, threads, device)
+    measured = NEEDS_REMOVAL if compare else scorer
+    options = _calibration(calibration, n_tokens, imatrix, False, None, seed, threads, device, float32, measured)
     known = pipeline.learn(ModelDirectory(source), _types("--types", types), options, _progress(quiet))
     assert known.scores is not None
     if output is not None:
@@ -270,9 +292,11 @@ def score(
     if as_json:
         _print_json(known.scores.to_json(scorer))
     else:
-        from lieq_gguf.display import score_table
+        from lieq_gguf.display import agreement_table, score_table
 
         _stdout().print(score_table(known.scores, scorer))
+        if compare:
+            _stdout().print("", "Spearman correlation of the orders", agreement_table(known.scores), sep="\n")
 
 
 @app.command()
@@ -283,6 +307,7 @@ def imatrix(
     n_tokens: NTokens = 16384,
     threads: Threads = 0,
     device: Device = "cpu",
+    float32: Float32 = False,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -297,7 +322,7 @@ def imatrix(
     from lieq_gguf.sources.model_directory import ModelDirectory
 
     check_output(output, force)
-    options = _calibration(calibration, n_tokens, None, False, None, 0, threads, device)
+    options = _calibration(calibration, n_tokens, None, False, None, 0, threads, device, float32)
     known = pipeline.learn(ModelDirectory(source), (), options, _progress(quiet), scores=False)
     assert known.importance is not None
     known.importance.save(output)
@@ -328,6 +353,7 @@ def plan(
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
+    float32: Float32 = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -350,7 +376,7 @@ def plan(
         ModelDirectory(source),
         _budget(bits, nominal),
         _allocation(method, scorer, granularity, types, embedding_type, output_type),
-        _calibration(calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device),
+        _calibration(calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device, float32, scorer),
         _progress(quiet),
         pre_tokenizer=pre_tokenizer,
         command_line=_command_line(),
@@ -532,7 +558,7 @@ _DECIDED_BY_PLAN = (
 )  # fmt: skip
 
 
-_ONLY_FOR_A_PASS = ("calibration", "n_tokens", "seed", "device")
+_ONLY_FOR_A_PASS = ("calibration", "n_tokens", "seed", "device", "float32")
 
 
 def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
@@ -600,12 +626,26 @@ def _calibration(
     seed: int,
     n_threads: int,
     device: str,
+    in_float32: bool,
+    scorer: str | None = None,
 ) -> CalibrationOptions:
     from lieq_gguf.pipeline import CalibrationOptions
+    from lieq_gguf.scorers import NEEDS_REMOVAL
 
     if no_imatrix and imatrix_file is not None:
         raise typer.BadParameter("give --imatrix or --no-imatrix, not both", param_hint="--imatrix")
-    return CalibrationOptions(text_file, n_tokens, imatrix_file, not no_imatrix, scores_file, seed, n_threads, device)
+    return CalibrationOptions(
+        text_file=text_file,
+        n_tokens=n_tokens,
+        imatrix_file=imatrix_file,
+        use_imatrix=not no_imatrix,
+        scores_file=scores_file,
+        seed=seed,
+        n_threads=n_threads,
+        device=device,
+        in_float32=in_float32,
+        removal=scorer == NEEDS_REMOVAL,
+    )
 
 
 def _default_name(source: Path, bits: float | None, nominal: bool, plan_file: Path | None) -> str:

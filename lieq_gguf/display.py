@@ -105,6 +105,21 @@ def score_table(scores: LayerScores, scorer: str) -> Table:
     return table
 
 
+def agreement_table(scores: LayerScores) -> Table:
+    """Rank correlation of every pair of scores."""
+    from scipy.stats import spearmanr
+
+    names = list(scores.by_scorer)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for a in names:
+        row = [float(spearmanr(scores.by_scorer[a], scores.by_scorer[b]).statistic) for b in names]
+        table.add_row(a, *(f"{value:+.2f}" for value in row))
+    return table
+
+
 def bench_table(results: Sequence[Benchmark]) -> Table:
     """One row a file and number of threads."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

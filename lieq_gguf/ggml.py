@@ -11,9 +11,9 @@ import ctypes
 import importlib.util
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
-_CHUNK_WEIGHTS = 1 << 17  # weights a thread takes at a time: long enough to amortise the call, short enough to balance
+_CHUNK_WEIGHTS = 1 << 14  # weights a thread takes at a time: milliseconds, so that no thread waits long for the last
 _init_lock = threading.Lock()
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -93,6 +93,24 @@ def type_traits(quant_type: QuantType) -> tuple[str, int, int]:
     """The library's own name (lower case), block size and block bytes of a type, to hold our table against."""
     traits = _library().ggml_get_type_traits(quant_type.ggml_id).contents
     return traits.type_name.decode(), int(traits.block_size), int(traits.type_size)
+
+
+def prepare(types: Sequence[QuantType]) -> None:
+    """Make the tables that some encoders need, in the background; they take seconds of one core.
+
+    All encoders wait for ggml's lock meanwhile, so call this when there is other work to do first.
+    """
+    with_tables = [t for t in types if t.name.startswith(("IQ1", "IQ2", "IQ3"))]
+    if with_tables:
+        work = partial(_prepare_now, with_tables)
+        threading.Thread(target=work, name="ggml-tables", daemon=True).start()
+
+
+def _prepare_now(types: Sequence[QuantType]) -> None:
+    library = _library()
+    for quant_type in types:
+        with _init_lock:
+            library.ggml_quantize_init(quant_type.ggml_id)
 
 
 def quantize(

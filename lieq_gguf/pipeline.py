@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lieq_gguf import ggml
 from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types
 from lieq_gguf.errors import BudgetError, CalibrationError, TokenizerError
 from lieq_gguf.progress import Progress
@@ -46,6 +47,8 @@ class CalibrationOptions:
         seed: Seed of the untrained twin.
         n_threads: Threads of everything.
         device: Torch device of the forward pass.
+        in_float32: Whether to multiply in float32 even where the device is fast in bfloat16.
+        removal: Whether to measure the perplexity without each layer as well.
     """
 
     text_file: Path | None = None
@@ -56,6 +59,8 @@ class CalibrationOptions:
     seed: int = 0
     n_threads: int = 1
     device: str = "cpu"
+    in_float32: bool = False
+    removal: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,31 +266,37 @@ def learn(
     if not needs_scores and (given is not None or not options.use_imatrix or not imatrix):
         return Knowledge(known_scores, given if options.use_imatrix else None)
 
+    ggml.prepare(types if needs_scores else ())
     # The heavy imports wait until a forward pass is certain.
-    from lieq_gguf.calibration import calibrate, read_calibration_text, tokenize
-    from lieq_gguf.scorers import SCORERS
+    from lieq_gguf.calibration import PassOptions, calibrate, read_calibration_text, tokenize
+    from lieq_gguf.scorers import score_layers
 
     text, dataset = read_calibration_text(options.text_file)
     tokens = tokenize(text, dataset, load_source_tokenizer(source.path), options.n_tokens)
     if tokens.ids.size < min(_FEW_TOKENS, options.n_tokens) and progress is not None:
         progress.warn(f"{dataset} gives only {tokens.ids.size} tokens to calibrate on; some thousands are better")
-    result = calibrate(
-        source,
-        tokens,
+    wanted = PassOptions(
         measure=needs_scores,
+        removal=options.removal,
         error_types=types if needs_scores else (),
         importance=given,
         weigh_errors=options.use_imatrix,
         seed=options.seed,
         device=options.device,
         n_threads=options.n_threads,
-        progress=progress,
+        in_float32=options.in_float32,
     )
+    result = calibrate(source, tokens, wanted, progress)
     importance = (given or result.importance) if options.use_imatrix else None
     if needs_scores:
-        by_scorer = {name: scorer(result.measurements) for name, scorer in SCORERS.items()}
         known_scores = LayerScores(
-            source.spec.name, tokens.ids.size, dataset, options.seed, by_scorer, result.type_errors
+            model=source.spec.name,
+            n_tokens=tokens.ids.size,
+            dataset=dataset,
+            seed=options.seed,
+            by_scorer=score_layers(result.measurements),
+            type_errors=result.type_errors,
+            sensitivities=result.sensitivities,
         )
     return Knowledge(known_scores, importance)
 

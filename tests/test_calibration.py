@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,27 +13,31 @@ from safetensors.torch import load_file, save_file
 from tokenizer_fixtures import write_llama_3
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lieq_gguf import calibration
+from lieq_gguf import calibration, layer_model
 from lieq_gguf.calibration import (
     CHUNK_SIZE,
     SHIPPED_TEXT,
     Calibration,
     CalibrationTokens,
+    PassOptions,
     calibrate,
     read_calibration_text,
     tokenize,
 )
 from lieq_gguf.errors import CalibrationError
-from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.scorers import lieq
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
-from lieq_gguf.type_errors import relative_errors
+from lieq_gguf.type_errors import probe_matrix, relative_errors
 
 N_SCORE_TOKENS = 256
 PREFIX_ROWS, PREFIX_LENGTH = [0, 4], 128  # the sequences and heads that 256 tokens of five sequences are taken from
+DAMAGE_ROWS, DAMAGE_LENGTH = [0, 4], 256
 MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -59,7 +63,7 @@ class WholeModel:
         model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).model
         self.inputs: dict[str, torch.Tensor] = {}
         self.projections: dict[str, torch.Tensor] = {}
-        self.n_layers = len(model.layers)
+        self.layers, self.rotary, self.n_layers = model.layers, model.rotary_emb, len(model.layers)
         last: list[torch.Tensor] = []
         for layer, module in enumerate(model.layers):
             for role, name in MODULES.items():
@@ -84,6 +88,22 @@ class WholeModel:
     def input_sums(self) -> dict[str, npt.NDArray[np.float64]]:
         return {key: (x.double() ** 2).sum(dim=(0, 1)).numpy() for key, x in self.inputs.items()}
 
+    def block_error(self, layer: int, role: str, importance: ImportanceMatrix) -> float:
+        """Change of a layer's output on the first token heads, with one matrix at the probe type."""
+        module, name = self.layers[layer], f"blk.{layer}.{role}.weight"
+        before = self.hidden[layer][DAMAGE_ROWS, :DAMAGE_LENGTH]
+        positions = torch.arange(before.shape[1])[None]
+        linear = module.get_submodule(MODULES[role])
+        exact = linear.weight.detach().clone()
+        with torch.inference_mode():
+            embeddings = self.rotary(before, positions)
+            wanted = module(before, position_embeddings=embeddings)
+            linear.weight.copy_(torch.from_numpy(probe_matrix(exact.numpy(), importance.mean(name)).decoded))
+            found = module(before, position_embeddings=embeddings)
+            linear.weight.copy_(exact)
+        change = (found - wanted).double().square().sum(-1) / wanted.double().square().sum(-1)
+        return float(change.mean())
+
     def spectrum(self, key: str) -> npt.NDArray[np.float64]:
         head = self.projections[key][PREFIX_ROWS, :PREFIX_LENGTH].double()
         energies = torch.linalg.svdvals(head.reshape(-1, head.shape[-1])) ** 2
@@ -98,7 +118,13 @@ def random_tokens(n_vocab: int, shape: tuple[int, int] = (5, 512)) -> Calibratio
 def run(model_dir: Path, tokens: CalibrationTokens | None = None, seed: int = 0) -> Calibration:
     source = ModelDirectory(model_dir)
     tokens = tokens or random_tokens(source.spec.config["vocab_size"])
-    return calibrate(source, tokens, n_score_tokens=N_SCORE_TOKENS, seed=seed)
+    return calibrate(source, tokens, PassOptions(n_score_tokens=N_SCORE_TOKENS, seed=seed, in_float32=True))
+
+
+def errors_of(
+    source: ModelDirectory, tensor: TensorSpec, mean: npt.NDArray[np.float32] | None, types: Sequence[QuantType]
+) -> dict[str, float]:
+    return relative_errors([probe_matrix(source.read(tensor).float().numpy(), mean)], types)[0]
 
 
 def small_tokens(model_dir: Path) -> CalibrationTokens:
@@ -199,8 +225,8 @@ def test_the_twin_is_not_the_trained_model(streamed: Calibration) -> None:
 
 @pytest.mark.parametrize("initializer_range", [0.05, 0.005])
 def test_twin_has_the_initialisers_weights(tmp_path: Path, initializer_range: float) -> None:
-    config = calibration._model_config(write_model(tmp_path, initializer_range=initializer_range))
-    twin = calibration._OneLayerModel(config, torch.device("cpu"), seed=3)
+    config = layer_model.model_config(write_model(tmp_path, initializer_range=initializer_range))
+    twin = layer_model.LayerModel(config, torch.device("cpu"), seed=3)
     for module in MODULES.values():
         weight = twin.weight(module)
         standard_error = initializer_range / weight.numel() ** 0.5
@@ -209,8 +235,8 @@ def test_twin_has_the_initialisers_weights(tmp_path: Path, initializer_range: fl
 
 
 def test_layers_of_the_twin_differ(tiny_model: Path) -> None:
-    config = calibration._model_config(tiny_model)
-    first, second = (calibration._OneLayerModel(config, torch.device("cpu"), seed=seed) for seed in (1, 2))
+    config = layer_model.model_config(tiny_model)
+    first, second = (layer_model.LayerModel(config, torch.device("cpu"), seed=seed) for seed in (1, 2))
     assert not torch.allclose(first.weight("mlp.up_proj"), second.weight("mlp.up_proj"))
 
 
@@ -224,7 +250,7 @@ def test_the_callers_random_numbers_are_left_alone(tiny_model: Path) -> None:
 def test_result_does_not_depend_on_threads(tiny_model: Path) -> None:
     source = ModelDirectory(tiny_model)
     tokens = random_tokens(source.spec.config["vocab_size"])
-    one, two = (calibrate(source, tokens, n_score_tokens=64, n_threads=n) for n in (1, 2))
+    one, two = (calibrate(source, tokens, PassOptions(n_score_tokens=64, n_threads=n, in_float32=True)) for n in (1, 2))
     for name, sums in one.importance.in_sum2.items():
         np.testing.assert_allclose(two.importance.in_sum2[name], sums, rtol=1e-6)
     for first, second in zip(one.measurements, two.measurements, strict=True):
@@ -235,7 +261,9 @@ def test_result_does_not_depend_on_threads(tiny_model: Path) -> None:
 
 def test_importance_alone_is_the_same_and_measures_nothing(streamed: Calibration, tiny_model: Path) -> None:
     source = ModelDirectory(tiny_model)
-    alone = calibrate(source, random_tokens(source.spec.config["vocab_size"]), measure=False)
+    alone = calibrate(
+        source, random_tokens(source.spec.config["vocab_size"]), PassOptions(measure=False, in_float32=True)
+    )
     assert alone.measurements == ()
     for name, sums in streamed.importance.in_sum2.items():
         np.testing.assert_array_equal(alone.importance.in_sum2[name], sums)
@@ -243,10 +271,10 @@ def test_importance_alone_is_the_same_and_measures_nothing(streamed: Calibration
 
 def test_type_errors_are_weighted_by_the_importance_of_the_pass(tiny_model: Path) -> None:
     source, types = ModelDirectory(tiny_model), [QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"]]
-    result = calibrate(source, small_tokens(tiny_model), measure=False, error_types=types)
+    result = calibrate(source, small_tokens(tiny_model), PassOptions(measure=False, error_types=types))
     for tensor in (t for layer in source.spec.layer_matrices for t in layer):
         mean = result.importance.mean(tensor.name)
-        assert result.type_errors[tensor.name] == relative_errors(source.read(tensor), mean, types)
+        assert result.type_errors[tensor.name] == errors_of(source, tensor, mean, types)
 
 
 def test_type_errors_are_weighted_by_a_given_importance_matrix(tiny_model: Path) -> None:
@@ -255,22 +283,114 @@ def test_type_errors_are_weighted_by_a_given_importance_matrix(tiny_model: Path)
     numbers = np.random.default_rng(0)
     sums = {t.name: numbers.lognormal(0, 3, t.shape[1]).astype(np.float32) for t in matrices}
     given = ImportanceMatrix(sums, 10, 10, "given")
-    result = calibrate(source, small_tokens(tiny_model), measure=False, error_types=types, importance=given)
+    options = PassOptions(measure=False, error_types=types, importance=given)
+    result = calibrate(source, small_tokens(tiny_model), options)
     for tensor in matrices:
-        assert result.type_errors[tensor.name] == relative_errors(source.read(tensor), given.mean(tensor.name), types)
+        assert result.type_errors[tensor.name] == errors_of(source, tensor, given.mean(tensor.name), types)
 
 
 def test_type_errors_can_be_unweighted(tiny_model: Path) -> None:
     source, types = ModelDirectory(tiny_model), [QUANT_TYPES["Q2_K"]]
-    result = calibrate(source, small_tokens(tiny_model), measure=False, error_types=types, weigh_errors=False)
+    options = PassOptions(measure=False, error_types=types, weigh_errors=False)
+    result = calibrate(source, small_tokens(tiny_model), options)
     for tensor in (t for layer in source.spec.layer_matrices for t in layer):
-        assert result.type_errors[tensor.name] == relative_errors(source.read(tensor), None, types)
+        assert result.type_errors[tensor.name] == errors_of(source, tensor, None, types)
+
+
+def test_block_errors_are_those_of_the_whole_model(pair: Pair) -> None:
+    for m in pair.streamed.measurements:
+        assert m.block_errors.keys() == MODULES.keys()
+        for role in ("attn_v", "ffn_gate"):
+            expected = pair.whole.block_error(m.layer, role, pair.streamed.importance)
+            assert m.block_errors[role] == pytest.approx(expected, rel=1e-3), (m.layer, role)
+
+
+def test_sensitivity_is_block_error_by_relative_error(streamed: Calibration, tiny_model: Path) -> None:
+    source = ModelDirectory(tiny_model)
+    for m, matrices in zip(streamed.measurements, source.spec.layer_matrices, strict=True):
+        for tensor in matrices:
+            weights = source.read(tensor).float().numpy()
+            probe = probe_matrix(weights, streamed.importance.mean(tensor.name))
+            expected = m.block_errors[tensor.role] / probe.relative_error
+            assert streamed.sensitivities[tensor.name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_perplexity_drops_are_those_of_the_whole_model_without_a_layer(tiny_model: Path) -> None:
+    source = ModelDirectory(tiny_model)
+    tokens = random_tokens(source.spec.config["vocab_size"], (3, 64))
+    result = calibrate(source, tokens, PassOptions(removal=True, n_damage_tokens=192, in_float32=True))
+    intact = perplexity_without(tiny_model, None, tokens.ids)
+    for m in result.measurements:
+        expected = perplexity_without(tiny_model, m.layer, tokens.ids) - intact
+        assert m.perplexity_drop == pytest.approx(expected, rel=1e-3, abs=1e-3 * intact)
+
+
+def perplexity_without(path: Path, layer: int | None, ids: npt.NDArray[np.int64]) -> float:
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if layer is not None:
+        del model.model.layers[layer]
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(ids), use_cache=False).logits[:, :-1]
+    targets = torch.from_numpy(ids[:, 1:]).reshape(-1)
+    return float(nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets).exp())
+
+
+def test_bfloat16_stays_within_a_percent(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ModelDirectory(tiny_model)
+    tokens = random_tokens(source.spec.config["vocab_size"])
+    options = PassOptions(n_score_tokens=N_SCORE_TOKENS)
+    monkeypatch.setattr(calibration, "has_fast_bfloat16", lambda _device: False)
+    exact = calibrate(source, tokens, options)
+    monkeypatch.setattr(calibration, "has_fast_bfloat16", lambda _device: True)
+    rounded = calibrate(source, tokens, options)
+    assert any((exact.importance.in_sum2[n] != s).any() for n, s in rounded.importance.in_sum2.items())
+    for name, sums in exact.importance.in_sum2.items():
+        assert np.median(np.abs(rounded.importance.in_sum2[name] / sums - 1)) < 0.01
+    for a, b in zip(exact.measurements, rounded.measurements, strict=True):
+        assert b.cosine == pytest.approx(a.cosine, rel=0.01)
+        assert lieq.score([b]) == pytest.approx(lieq.score([a]), abs=5e-3)  # of random weights, so near nothing
+        assert sum(b.block_errors.values()) == pytest.approx(sum(a.block_errors.values()), rel=0.01)
+
+
+def whole_twin(path: Path, n_layers: int, ids: npt.NDArray[np.int64], seed: int) -> dict[str, torch.Tensor]:
+    """Projections of an untrained model of all layers at once, by tensor name."""
+    config = layer_model.model_config(path)
+    hidden = layer_model.twin_embedding(config, ids, seed)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(path)).model
+    for layer, module in enumerate(model.layers):
+        twin = layer_model.LayerModel(config, torch.device("cpu"), seed=calibration._twin_seed(seed, layer))
+        module.load_state_dict(twin.layer.state_dict())
+    projections: dict[str, torch.Tensor] = {}
+
+    def keep(key: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: projections.update({key: output.reshape(-1, output.shape[-1])})
+
+    for layer in range(n_layers):
+        for role, name in MODULES.items():
+            model.layers[layer].get_submodule(name).register_forward_hook(keep(f"blk.{layer}.{role}.weight"))
+    with torch.inference_mode():
+        model(inputs_embeds=hidden, use_cache=False)
+    return projections
+
+
+def test_lieq_scores_are_those_of_two_whole_models(streamed: Calibration, tiny_model: Path) -> None:
+    ids = random_tokens(ModelDirectory(tiny_model).spec.config["vocab_size"]).ids
+    trained = WholeModel(tiny_model, ids)
+    twin = whole_twin(tiny_model, trained.n_layers, ids[PREFIX_ROWS, :PREFIX_LENGTH], seed=0)
+    for layer, score in enumerate(lieq.score(streamed.measurements)):
+        gains = []
+        for role in MODULES:
+            key = f"blk.{layer}.{role}.weight"
+            energies = torch.linalg.svdvals(twin[key].double()) ** 2
+            untrained = lieq.compactness((energies / energies.sum()).numpy())
+            gains.append((untrained - lieq.compactness(trained.spectrum(key))) / untrained)
+        assert score == pytest.approx(np.mean(gains), abs=1e-4)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
 def test_device_that_is_not_there_is_refused(tiny_model: Path, device: str) -> None:
     with pytest.raises(CalibrationError, match=device):
-        calibrate(ModelDirectory(tiny_model), small_tokens(tiny_model), device=device)
+        calibrate(ModelDirectory(tiny_model), small_tokens(tiny_model), PassOptions(device=device))
 
 
 def test_layer_that_gives_no_numbers_is_named(tmp_path: Path) -> None:

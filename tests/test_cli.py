@@ -21,7 +21,7 @@ from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.type_errors import relative_errors
+from lieq_gguf.type_errors import probe_matrix, relative_errors
 
 COMMANDS = ("convert", "score", "imatrix", "plan", "inspect", "verify", "eval", "bench", "run")
 FIGURES = {"layer_bpw", "file_bpw", "nominal_bits", "file_bytes"}
@@ -275,7 +275,8 @@ def test_scores_weigh_errors_by_importance(tiny_model: Path, knowledge: list[obj
     importance = ImportanceMatrix.load(Path(str(knowledge[3])))
     types = parse_types(["Q2_K", "Q3_K", "Q4_K"])
     for tensor in (t for layer in source.spec.layer_matrices for t in layer):
-        expected = relative_errors(source.read(tensor), importance.mean(tensor.name), types)
+        probe = probe_matrix(source.read(tensor).float().numpy(), importance.mean(tensor.name))
+        (expected,) = relative_errors([probe], types)
         assert scores.type_errors[tensor.name] == pytest.approx(expected, rel=1e-6)
 
 
@@ -285,7 +286,7 @@ def test_unweighted_conversion_measures_unweighted_errors(
     asked: list[object] = []
 
     def calibrate(*arguments: Any, **options: Any) -> calibration.Calibration:
-        asked.append(options["weigh_errors"])
+        asked.append(arguments[2].weigh_errors)
         return real(*arguments, **options)
 
     real = calibration.calibrate

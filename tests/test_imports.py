@@ -15,9 +15,8 @@ RANKS = (
     ("records",),
     ("ggml", "engine", "gguf_file", "sources", "architectures", "tokenizers", "progress", "native_output"),
     (
-        "calibration", "type_errors", "scorers", "allocation", "writer", "verification", "benchmark", "generation",
-        "inspection", "display", "reference", "evaluation",
-        "tasks", "health",
+        "calibration", "layer_model", "observers", "type_errors", "scorers", "allocation", "writer", "verification",
+        "benchmark", "generation", "inspection", "display", "reference", "evaluation", "tasks", "health",
     ),
     ("pipeline",),
     ("cli",),

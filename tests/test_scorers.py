@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import EntryPoint
 from typing import Any, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ from lieq_gguf import cli
 from lieq_gguf.allocation import METHODS
 from lieq_gguf.errors import ScoringError
 from lieq_gguf.records.measurement import LayerMeasurement, Spectrum
-from lieq_gguf.scorers import SCORERS
+from lieq_gguf.scorers import ENTRY_POINTS, score_layers, scorers
 from lieq_gguf.scorers.energy_gain import top_energy
 from lieq_gguf.scorers.lieq import compactness, compactness_gain
 from lieq_gguf.scorers.spectrum import energy_spectrum
@@ -51,6 +52,8 @@ def measurement(**changes: Any) -> LayerMeasurement:
         "z_share": 0.15,
         "spectra": dict.fromkeys(ROLES, flat(2)),
         "twin_spectra": dict.fromkeys(ROLES, flat(4)),
+        "block_errors": dict.fromkeys(ROLES, 0.1),
+        "perplexity_drop": 1.0,
     }
     return LayerMeasurement(**(values | changes))
 
@@ -135,19 +138,19 @@ def test_top_energy_sums_the_strongest_twentieth(rank: int, k: int) -> None:
 def test_energy_gain_is_the_mean_difference_over_projections() -> None:
     trained = {"attn_q": np.array([0.9, 0.1]), "ffn_up": np.array([0.7, 0.3])}
     twin = {"attn_q": np.array([0.6, 0.4]), "ffn_up": np.array([0.5, 0.5])}
-    (score,) = SCORERS["energy-gain"]([measurement(spectra=trained, twin_spectra=twin)])
+    (score,) = scorers()["energy-gain"]([measurement(spectra=trained, twin_spectra=twin)])
     assert score == pytest.approx((0.3 + 0.2) / 2)
 
 
 def test_lieq_is_the_mean_gain_over_all_projections() -> None:
     spectra = dict.fromkeys(ROLES, flat(2)) | {"ffn_down": flat(4)}
-    (score,) = SCORERS["lieq"]([measurement(spectra=spectra)])
+    (score,) = scorers()["lieq"]([measurement(spectra=spectra)])
     assert score == pytest.approx((6 * 0.5 + 0.0) / 7)
 
 
 def test_lieq_qkv_is_the_mean_gain_over_query_key_and_value() -> None:
     spectra = {"attn_q": flat(1), "attn_k": flat(2), "attn_v": flat(4)} | dict.fromkeys(ROLES[3:], flat(1))
-    (score,) = SCORERS["lieq-qkv"]([measurement(spectra=spectra)])
+    (score,) = scorers()["lieq-qkv"]([measurement(spectra=spectra)])
     assert score == pytest.approx((0.75 + 0.5 + 0.0) / 3)
 
 
@@ -155,7 +158,7 @@ def test_lim_is_minus_the_cosine() -> None:
     before, after = gaussian(6, 16), gaussian(6, 16, seed=1)
     norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
     cosine = float(((before * after).sum(axis=1) / norms).mean())
-    (score,) = SCORERS["lim"]([measurement(cosine=cosine)])
+    (score,) = scorers()["lim"]([measurement(cosine=cosine)])
     assert score == pytest.approx(-cosine)
 
 
@@ -187,17 +190,66 @@ MORE_IMPORTANT: dict[str, Callable[[], LayerMeasurement]] = {
     "energy-gain": lambda: measurement(spectra=dict.fromkeys(ROLES, flat(1))),
     "lim": lambda: measurement(cosine=0.1),
     "zd": lambda: measurement(z_share=0.05),
+    "block-error": lambda: measurement(block_errors=dict.fromkeys(ROLES, 0.2)),
+    "perplexity-drop": lambda: measurement(perplexity_drop=5.0),
 }
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", scorers())
 def test_a_more_important_layer_scores_higher(scorer: str) -> None:
-    ordinary, important = SCORERS[scorer]([measurement(), MORE_IMPORTANT[scorer]()])
+    ordinary, important = scorers()[scorer]([measurement(), MORE_IMPORTANT[scorer]()])
     assert important > ordinary
 
 
-def test_command_line_names_the_scorers() -> None:
-    assert get_args(cli.ScorerName) == tuple(SCORERS)
+def test_block_error_is_the_sum_over_the_matrices() -> None:
+    (score,) = scorers()["block-error"]([measurement(block_errors={"attn_q": 0.25, "ffn_up": 0.5})])
+    assert score == 0.75
+
+
+def test_perplexity_drop_that_was_not_measured_is_left_out() -> None:
+    without = measurement(perplexity_drop=None)
+    assert "perplexity-drop" not in score_layers([without])
+    assert score_layers([measurement()])["perplexity-drop"] == (1.0,)
+    with pytest.raises(ScoringError, match="--scorer perplexity-drop"):
+        scorers()["perplexity-drop"]([without])
+
+
+@pytest.fixture
+def another_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Pretend that another package names a scorer of this module."""
+
+    def announce(name: str) -> None:
+        entry = EntryPoint("mine", f"{__name__}:{name}", ENTRY_POINTS)
+        monkeypatch.setattr("lieq_gguf.scorers.entry_points", lambda group: [entry] if group == ENTRY_POINTS else [])
+        scorers.cache_clear()
+
+    yield announce
+    monkeypatch.undo()
+    scorers.cache_clear()
+
+
+def by_position(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
+    return tuple(float(m.layer) for m in measurements)
+
+
+def without_numbers(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
+    return tuple(float("nan") for _ in measurements)
+
+
+def test_scorer_of_another_package_is_found(another_package: Callable[[str], None]) -> None:
+    another_package("by_position")
+    assert score_layers([measurement(), measurement(layer=1)])["mine"] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("not_there", "cannot be loaded"), ("without_numbers", "finite numbers")]
+)
+def test_bad_scorer_of_another_package_is_named(
+    another_package: Callable[[str], None], name: str, message: str
+) -> None:
+    another_package(name)
+    with pytest.raises(ScoringError, match=f"'mine'.*{message}"):
+        score_layers([measurement()])
 
 
 def test_command_line_names_the_methods() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ class LayerScores:
         dataset: Name of the calibration text.
         seed: Seed of the untrained twin.
         by_scorer: Scorer to one score a layer; higher means protect.
-        type_errors: Tensor name to type name to ``Σ im·(W − Ŵ)² / Σ im·W²``, estimated on a sample of rows.
+        type_errors: Tensor name to type name to ``Σ im·(W − Ŵ)² / Σ im·W²``, estimated on a sample.
+        sensitivities: Tensor name to block error per unit of that error: how far the layer's output moves; empty in
+            files that know none.
     """
 
     model: str
@@ -32,6 +34,7 @@ class LayerScores:
     seed: int
     by_scorer: Mapping[str, tuple[float, ...]]
     type_errors: Mapping[str, Mapping[str, float]]
+    sensitivities: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -71,6 +74,7 @@ class LayerScores:
                 for layer in range(self.n_layers)
             ],
             "scorers": list(self.by_scorer),
+            "sensitivities": dict(self.sensitivities),
             "type_errors": {name: dict(errors) for name, errors in self.type_errors.items()},
         }
 
@@ -99,6 +103,7 @@ class LayerScores:
                     str(name): {str(t): float(e) for t, e in errors.items()}
                     for name, errors in document["type_errors"].items()
                 },
+                sensitivities={str(name): float(s) for name, s in document.get("sensitivities", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(
@@ -112,4 +117,6 @@ class LayerScores:
         for name, errors in scores.type_errors.items():
             if not all(math.isfinite(e) and e >= 0 for e in errors.values()):
                 raise FormatError(f"{file} holds errors of {name} that are no finite numbers; make it again")
+        if not all(math.isfinite(s) and s >= 0 for s in scores.sensitivities.values()):
+            raise FormatError(f"{file} holds sensitivities that are no finite numbers; make it again")
         return scores

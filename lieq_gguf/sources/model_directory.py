@@ -72,6 +72,13 @@ class ModelDirectory:
         loaded: torch.Tensor = self._open[shard].get_tensor(tensor.source_name)
         return loaded
 
+    def release(self) -> None:
+        """Unmap the shards, whose pages count as this process's memory as long as they are mapped.
+
+        Tensors that were read stay valid; the next ``read`` maps again.
+        """
+        self._open.clear()
+
     def _check_headers(self, tensors: tuple[TensorSpec, ...]) -> None:
         wanted: dict[Path, list[TensorSpec]] = {}
         for tensor in tensors:

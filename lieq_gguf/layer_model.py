@@ -1,0 +1,184 @@
+"""One decoder layer at a time: transformers' own arithmetic, weights that come and go, ways to watch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from lieq_gguf.errors import CalibrationError, SourceError
+from lieq_gguf.records.spec import TensorSpec
+
+_BATCH_TOKENS = 2048  # tokens that pass a layer at once; more spill out of the caches
+
+
+class LayerModel:
+    """transformers' own model with one decoder layer: input and output are hidden states.
+
+    With a seed the layer holds the initialiser's random weights, the untrained twin of any layer.
+
+    Attributes:
+        index: Index of the layer whose weights are loaded.
+        tensors: Linear modules by their name inside the layer, and what the model calls their weights.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, device: torch.device, seed: int | None = None, *, in_bfloat16: bool = False
+    ) -> None:
+        self.index = -1
+        self.tensors: Mapping[str, TensorSpec] = {}
+        self.device = device
+        self._in_bfloat16 = in_bfloat16
+        self._model = initialised(config, n_vocab=1, seed=seed or 0).to(device)
+        self._final_norm = self._model.get_submodule("norm")
+        self._model.norm = nn.Identity()  # the norm after the last layer is not part of a layer
+        self.layer = self._model.get_submodule("layers.0")
+
+    def load(self, index: int, tensors: Mapping[str, TensorSpec], weights: Mapping[str, torch.Tensor]) -> None:
+        """Copy a layer's weights in, by their names inside the layer, converting to float32."""
+        result = self.layer.load_state_dict(dict(weights), strict=False)
+        if result.missing_keys or result.unexpected_keys:
+            raise SourceError(f"a layer's tensors do not match transformers' model: {result}")
+        self.index, self.tensors = index, tensors
+
+    def weight(self, module: str) -> torch.Tensor:
+        """``[n_out, n_in]`` float32 weights of a linear module of the layer."""
+        weight: torch.Tensor = self.layer.get_submodule(module).weight  # type: ignore[assignment]
+        return weight.detach()
+
+    @contextmanager
+    def replaced(self, module: str, weight: torch.Tensor) -> Iterator[None]:
+        """Other weights in a linear module for the length of a ``with``."""
+        linear = self.layer.get_submodule(module)
+        kept = linear.weight
+        linear.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+        try:
+            yield
+        finally:
+            linear.weight = kept
+
+    def forward(self, hidden: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """Run the layer in batches.
+
+        Args:
+            hidden: ``[n_chunks, chunk_size, d_model]``.
+            exact: Whether to multiply in float32 even where bfloat16 is in use.
+
+        Returns:
+            The same shape in float32, on the CPU.
+        """
+        result = torch.empty_like(hidden)
+        for rows in self.batches(hidden):
+            result[rows] = self._run(hidden[rows], exact)
+        return result
+
+    def batches(self, hidden: torch.Tensor) -> Iterator[slice]:
+        """Rows of ``hidden`` that pass at once."""
+        step = max(1, _BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, hidden.shape[0], step):
+            yield slice(start, start + step)
+
+    def logits(self, hidden: torch.Tensor, norm: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Logits of final hidden states, by the weights of the final norm and of the output matrix."""
+        self._final_norm.load_state_dict({"weight": norm})
+        normed = self._final_norm(hidden.to(self.device))
+        result: torch.Tensor = nn.functional.linear(normed, output.to(self.device, torch.float32)).cpu()
+        return result
+
+    def watching_inputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
+        """For the length of a ``with``, tell of each linear module's name and input."""
+        return self._watching(lambda name, _module, x, _z: see(name, x))
+
+    def watching_outputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
+        """For the length of a ``with``, tell of each linear module's name and output without bias."""
+        return self._watching(
+            lambda name, module, _x, z: see(name, z - module.bias if isinstance(module.bias, torch.Tensor) else z)
+        )
+
+    @contextmanager
+    def _watching(self, see: Callable[[str, Any, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+        def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+            return lambda module, inputs, output: see(name, module, inputs[0], output)
+
+        linears = {name: module for name, module in self.layer.named_modules() if isinstance(module, nn.Linear)}
+        handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _run(self, hidden: torch.Tensor, exact: bool) -> torch.Tensor:
+        in_bfloat16 = self._in_bfloat16 and not exact
+        precision = torch.autocast(self.device.type, torch.bfloat16) if in_bfloat16 else nullcontext()
+        with precision:
+            output = self._model(inputs_embeds=hidden.to(self.device), use_cache=False).last_hidden_state
+        result: torch.Tensor = output.float().cpu()
+        return result
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware; elsewhere torch emulates them, slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(is_supported() for is_supported in supported if is_supported is not None)
+
+
+def torch_device(name: str) -> torch.device:
+    """A device by name.
+
+    Raises:
+        CalibrationError: if it is not there.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise CalibrationError(f"device '{name}' cannot be used: {first_line}; try --device cpu") from None
+    return device
+
+
+def model_config(path: Path) -> PretrainedConfig:
+    """The configuration that transformers reads from a model directory, for float32.
+
+    Raises:
+        SourceError: if transformers does not read it.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"transformers does not read {path / 'config.json'}: {str(error).splitlines()[0]}") from None
+    config.dtype = torch.float32
+    return config
+
+
+def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
+    """A base model with one layer and a small vocabulary, as the model's own initialiser makes it."""
+    special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # outside of the small vocabulary
+    sizes = {"num_hidden_layers": 1, "vocab_size": n_vocab}
+    small = type(config).from_dict(config.to_dict() | sizes | special_ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    base: nn.Module = model.eval().base_model
+    return base
+
+
+def twin_embedding(config: PretrainedConfig, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:
+    """Rows of a fresh embedding for the tokens that occur; the others would only take memory."""
+    used, positions = np.unique(ids, return_inverse=True)
+    embedding = initialised(config, n_vocab=len(used), seed=seed).get_input_embeddings()  # type: ignore[operator]
+    rows: torch.Tensor = embedding.weight.detach()[torch.from_numpy(positions.reshape(ids.shape))]
+    return rows

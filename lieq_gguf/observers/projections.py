@@ -1,0 +1,80 @@
+"""Spectra of the projections of a layer and of its untrained twin, which LieQ's scores are functions of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.observers import Observer
+from lieq_gguf.records.measurement import Spectrum
+from lieq_gguf.scorers.spectrum import energy_spectrum
+
+
+class Projections(Observer):
+    """Energy spectra by role, of the layer on its own input and of the twin on the twin's.
+
+    The twin is made one layer at a time, by the initialiser of the model's own configuration, and dropped.
+
+    Attributes:
+        spectra: One a layer: role to spectrum.
+        twin_spectra: The same of the twin.
+    """
+
+    def __init__(
+        self,
+        prefixes: tuple[object, slice],
+        twin_hidden: torch.Tensor,
+        make_twin: Callable[[int], LayerModel],
+        n_threads: int,
+    ) -> None:
+        """Watch the sequences' heads.
+
+        Args:
+            prefixes: Index into the hidden states that gives the tokens to look at.
+            twin_hidden: The same tokens in the twin's embedding, ``[n_chunks, length, d_model]``.
+            make_twin: Makes the twin of a layer by its index.
+            n_threads: Eigenproblems solved at a time.
+        """
+        self.spectra: list[dict[str, Spectrum]] = []
+        self.twin_spectra: list[dict[str, Spectrum]] = []
+        self._prefixes = prefixes
+        self._twin_hidden = twin_hidden
+        self._make_twin = make_twin
+        self._n_threads = n_threads
+
+    def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
+        """Run both on their tokens."""
+        projections, _ = _captured(layer, hidden[self._prefixes])  # type: ignore[index]
+        self.spectra.append(_spectra(projections, layer, self._n_threads))
+        twin = self._make_twin(layer.index)
+        projections, self._twin_hidden = _captured(twin, self._twin_hidden)
+        self.twin_spectra.append(_spectra(projections, layer, self._n_threads))
+
+
+def _captured(layer: LayerModel, hidden: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Projections ``Z = X Wᵀ`` ``[n_tokens, n_out]``, without bias, by module; and the layer's output.
+
+    In float32 always: rounding would fill the weak directions of a narrow spectrum.
+    """
+    captured: dict[str, torch.Tensor] = {}
+
+    def keep(module: str, z: torch.Tensor) -> None:
+        captured[module] = z.reshape(-1, z.shape[-1])
+
+    with layer.watching_outputs(keep):
+        output = layer.forward(hidden, exact=True)
+    return captured, output
+
+
+def _spectra(projections: dict[str, torch.Tensor], layer: LayerModel, n_threads: int) -> dict[str, Spectrum]:
+    """Several at a time with one thread each: LAPACK's own threads wait more than they work on matrices this small."""
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            spectra = pool.map(energy_spectrum, projections.values())
+            return {layer.tensors[module].role: s for module, s in zip(projections, spectra, strict=True)}
+    finally:
+        torch.set_num_threads(n_threads)

@@ -1,0 +1,46 @@
+"""What leaving a layer out does to the perplexity: the score of LieQ's first version, and of papers on pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.observers import Observer
+
+
+class Removal(Observer):
+    """Runs the model once for every layer, without it, along with the pass.
+
+    The variant without layer ``l`` starts at layer ``l`` as a copy of its input and then passes the later layers as the
+    others do, so no layer is loaded twice. Costs half as many layer runs on the sample as there are layers, squared.
+
+    Attributes:
+        perplexity_drops: One a layer: perplexity without it minus perplexity, on the sample.
+    """
+
+    def __init__(self, ids: torch.Tensor, sample: tuple[object, slice]) -> None:
+        """Follow ``ids[sample]``, the tokens ``[n_chunks, chunk_size]`` of the pass."""
+        self.perplexity_drops: tuple[float, ...] = ()
+        self._targets = ids[sample][:, 1:]  # type: ignore[index]
+        self._sample = sample
+        self._variants: list[torch.Tensor] = []
+        self._intact: torch.Tensor | None = None
+
+    def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
+        """Take all variants through the layer, and begin the one without it."""
+        before = hidden[self._sample]  # type: ignore[index]
+        self._variants = [layer.forward(variant) for variant in self._variants]
+        self._variants.append(before)
+        self._intact = layer.forward(before)
+
+    def conclude(self, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Compare the perplexities."""
+        assert self._intact is not None
+        intact = self._perplexity(logits_of(self._intact))
+        self.perplexity_drops = tuple(self._perplexity(logits_of(v)) - intact for v in self._variants)
+
+    def _perplexity(self, logits: torch.Tensor) -> float:
+        flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+        return float(torch.nn.functional.cross_entropy(flat, self._targets.reshape(-1)).exp())
