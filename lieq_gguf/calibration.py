@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +34,6 @@ from lieq_gguf.tokenizers import SourceTokenizer
 CHUNK_SIZE = 512
 """Tokens in a calibration sequence, as in llama-imatrix."""
 
-SHIPPED_TEXT = "shipped"
 _MIN_CHUNK_SIZE = 16
 _SCORE_PREFIX = 128  # tokens at the head of a sequence that stand for it: attention is causal, so a prefix can
 _DAMAGE_PREFIX = 256
@@ -101,28 +98,6 @@ class Calibration:
     measurements: tuple[LayerMeasurement, ...]
     type_errors: dict[str, dict[str, float]]
     sensitivities: dict[str, float]
-
-
-def read_calibration_text(file: Path | None) -> tuple[str, str]:
-    """The text of a file, or the one this package ships, and its name.
-
-    Raises:
-        CalibrationError: if the file cannot be read, is not UTF-8, or is empty.
-    """
-    if file is None:
-        text = resources.files("lieq_gguf").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
-        return text, SHIPPED_TEXT
-    try:
-        text = file.read_bytes().decode("utf-8")  # bytes, since text mode would change line ends
-    except FileNotFoundError:
-        raise CalibrationError(f"the calibration file {file} does not exist") from None
-    except OSError as error:
-        raise CalibrationError(f"the calibration file {file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"the calibration file {file} is not UTF-8 text (byte {error.start})") from None
-    if not text.strip():
-        raise CalibrationError(f"the calibration file {file} is empty; expected text, at least a few pages")
-    return text, file.name
 
 
 def tokenize(text: str, dataset: str, tokenizer: SourceTokenizer, n_tokens: int) -> CalibrationTokens:

@@ -154,6 +154,9 @@ ThreadCounts = Annotated[
 Float32 = Annotated[
     bool, typer.Option("--float32", help="Multiply in float32 even where bfloat16 is fast; the same on every machine.")
 ]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Measure anew, and keep nothing; else what a pass learns is used again.")
+]
 Device = Annotated[str, typer.Option("--device", help="Torch device of the forward pass: cpu, cuda, mps.")]
 PreTokenizer = Annotated[
     str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer, if not recognised.")
@@ -201,6 +204,7 @@ def convert(
     threads: Threads = 0,
     device: Device = "cpu",
     float32: Float32 = False,
+    no_cache: NoCache = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, write nothing.")] = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -223,7 +227,9 @@ def convert(
 
     budget = _budget(bits, nominal)
     allocation = _allocation(method, scorer, granularity, types, embedding_type, output_type)
-    options = _calibration(calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device, float32, scorer)
+    options = _calibration(
+        calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device, float32, no_cache, scorer
+    )
     progress = _progress(quiet)
     target = output or Path(_default_name(source, bits, nominal, plan))
     if dry_run:
@@ -266,6 +272,7 @@ def score(
     threads: Threads = 0,
     device: Device = "cpu",
     float32: Float32 = False,
+    no_cache: NoCache = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -284,7 +291,9 @@ def score(
     if output is not None:
         check_output(output, force)
     measured = NEEDS_REMOVAL if compare else scorer
-    options = _calibration(calibration, n_tokens, imatrix, False, None, seed, threads, device, float32, measured)
+    options = _calibration(
+        calibration, n_tokens, imatrix, False, None, seed, threads, device, float32, no_cache, measured
+    )
     known = pipeline.learn(ModelDirectory(source), _types("--types", types), options, _progress(quiet))
     assert known.scores is not None
     if output is not None:
@@ -308,6 +317,7 @@ def imatrix(
     threads: Threads = 0,
     device: Device = "cpu",
     float32: Float32 = False,
+    no_cache: NoCache = False,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -322,7 +332,7 @@ def imatrix(
     from lieq_gguf.sources.model_directory import ModelDirectory
 
     check_output(output, force)
-    options = _calibration(calibration, n_tokens, None, False, None, 0, threads, device, float32)
+    options = _calibration(calibration, n_tokens, None, False, None, 0, threads, device, float32, no_cache)
     known = pipeline.learn(ModelDirectory(source), (), options, _progress(quiet), scores=False)
     assert known.importance is not None
     known.importance.save(output)
@@ -354,6 +364,7 @@ def plan(
     threads: Threads = 0,
     device: Device = "cpu",
     float32: Float32 = False,
+    no_cache: NoCache = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -376,7 +387,9 @@ def plan(
         ModelDirectory(source),
         _budget(bits, nominal),
         _allocation(method, scorer, granularity, types, embedding_type, output_type),
-        _calibration(calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device, float32, scorer),
+        _calibration(
+            calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device, float32, no_cache, scorer
+        ),
         _progress(quiet),
         pre_tokenizer=pre_tokenizer,
         command_line=_command_line(),
@@ -558,7 +571,7 @@ _DECIDED_BY_PLAN = (
 )  # fmt: skip
 
 
-_ONLY_FOR_A_PASS = ("calibration", "n_tokens", "seed", "device", "float32")
+_ONLY_FOR_A_PASS = ("calibration", "n_tokens", "seed", "device", "float32", "no_cache")
 
 
 def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
@@ -627,6 +640,7 @@ def _calibration(
     n_threads: int,
     device: str,
     in_float32: bool,
+    no_cache: bool,
     scorer: str | None = None,
 ) -> CalibrationOptions:
     from lieq_gguf.pipeline import CalibrationOptions
@@ -645,6 +659,7 @@ def _calibration(
         device=device,
         in_float32=in_float32,
         removal=scorer == NEEDS_REMOVAL,
+        use_cache=not no_cache,
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lieq_gguf import ggml
+from lieq_gguf import __version__, ggml
 from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types
+from lieq_gguf.cache import CacheEntry
+from lieq_gguf.calibration_text import read_calibration_text
 from lieq_gguf.errors import BudgetError, CalibrationError, TokenizerError
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
@@ -49,6 +52,7 @@ class CalibrationOptions:
         device: Torch device of the forward pass.
         in_float32: Whether to multiply in float32 even where the device is fast in bfloat16.
         removal: Whether to measure the perplexity without each layer as well.
+        use_cache: Whether to use what an earlier pass has learnt, and to keep what this one learns.
     """
 
     text_file: Path | None = None
@@ -61,6 +65,7 @@ class CalibrationOptions:
     device: str = "cpu"
     in_float32: bool = False
     removal: bool = False
+    use_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,24 +261,57 @@ def learn(
         imatrix: Whether an importance matrix is wanted for itself; off, none is measured where scores are given.
     """
     options = options or CalibrationOptions()
-    known_scores = LayerScores.load(options.scores_file) if scores and options.scores_file else None
+    given_scores = LayerScores.load(options.scores_file) if scores and options.scores_file else None
     given = ImportanceMatrix.load(options.imatrix_file) if options.imatrix_file else None
-    if known_scores is not None:
-        known_scores.check(source.spec)
+    if given_scores is not None:
+        given_scores.check(source.spec, source.fingerprint)
     if given is not None:
         given.check(source.spec)
-    needs_scores = scores and known_scores is None
+    needs_scores = scores and given_scores is None
     if not needs_scores and (given is not None or not options.use_imatrix or not imatrix):
-        return Knowledge(known_scores, given if options.use_imatrix else None)
+        return Knowledge(given_scores, given if options.use_imatrix else None)
+    measured_scores, measured = _measure(source, types, options, given, needs_scores, progress or Progress())
+    importance = (given or measured) if options.use_imatrix else None
+    return Knowledge(given_scores or measured_scores, importance)
+
+
+def _measure(
+    source: ModelDirectory,
+    types: tuple[QuantType, ...],
+    options: CalibrationOptions,
+    given: ImportanceMatrix | None,
+    needs_scores: bool,
+    progress: Progress,
+) -> tuple[LayerScores | None, ImportanceMatrix]:
+    """Scores, if they are needed, and importance matrix, by a pass or from the cache of passes made before."""
+    text, dataset = read_calibration_text(options.text_file)
+    entry = CacheEntry.of(
+        version=__version__,
+        model=source.fingerprint,
+        tokenizer=source.tokenizer_fingerprint,
+        text=hashlib.sha256(text.encode()).hexdigest(),
+        dataset=dataset,
+        n_tokens=options.n_tokens,
+        types=[t.name for t in types] if needs_scores else None,
+        importance=None if given is None else given.digest(),
+        weighed=options.use_imatrix,
+        seed=options.seed if needs_scores else None,
+        device=options.device,
+        in_float32=options.in_float32,
+        removal=options.removal,
+    )
+    kept = entry.load() if options.use_cache else None
+    if kept is not None and (kept[0] is not None) == needs_scores:
+        progress.note(f"what an earlier pass learnt of {source.spec.name} is used again; --no-cache measures anew")
+        return kept
 
     ggml.prepare(types if needs_scores else ())
     # The heavy imports wait until a forward pass is certain.
-    from lieq_gguf.calibration import PassOptions, calibrate, read_calibration_text, tokenize
+    from lieq_gguf.calibration import PassOptions, calibrate, tokenize
     from lieq_gguf.scorers import score_layers
 
-    text, dataset = read_calibration_text(options.text_file)
     tokens = tokenize(text, dataset, load_source_tokenizer(source.path), options.n_tokens)
-    if tokens.ids.size < min(_FEW_TOKENS, options.n_tokens) and progress is not None:
+    if tokens.ids.size < min(_FEW_TOKENS, options.n_tokens):
         progress.warn(f"{dataset} gives only {tokens.ids.size} tokens to calibrate on; some thousands are better")
     wanted = PassOptions(
         measure=needs_scores,
@@ -287,9 +325,9 @@ def learn(
         in_float32=options.in_float32,
     )
     result = calibrate(source, tokens, wanted, progress)
-    importance = (given or result.importance) if options.use_imatrix else None
+    scores = None
     if needs_scores:
-        known_scores = LayerScores(
+        scores = LayerScores(
             model=source.spec.name,
             n_tokens=tokens.ids.size,
             dataset=dataset,
@@ -297,8 +335,11 @@ def learn(
             by_scorer=score_layers(result.measurements),
             type_errors=result.type_errors,
             sensitivities=result.sensitivities,
+            fingerprint=source.fingerprint,
         )
-    return Knowledge(known_scores, importance)
+    if options.use_cache:
+        entry.save(scores, result.importance)
+    return scores, result.importance
 
 
 def check_tokenizer(source_dir: Path, file: Path, vocabulary: Vocabulary, progress: Progress) -> None:

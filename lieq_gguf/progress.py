@@ -37,6 +37,11 @@ class Progress:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def note(self, text: str) -> None:
+        """Say what may interest the user, unless silent."""
+        if not self.silent:
+            print("note:", " ".join(text.split()), file=sys.stderr)
+
     @staticmethod
     def warn(text: str) -> None:
         """Say what the user should know, in one line, silent or not."""

@@ -19,6 +19,12 @@ from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.bits import BitBudget
 
 
+@pytest.fixture(autouse=True)
+def cache_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test sees what another has kept, nor the user's own cache."""
+    monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of three layers whose rows fit 256-weight blocks; read-only."""

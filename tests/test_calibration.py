@@ -18,14 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lieq_gguf import calibration, layer_model
 from lieq_gguf.calibration import (
     CHUNK_SIZE,
-    SHIPPED_TEXT,
     Calibration,
     CalibrationTokens,
     PassOptions,
     calibrate,
-    read_calibration_text,
     tokenize,
 )
+from lieq_gguf.calibration_text import SHIPPED_TEXT, read_calibration_text
 from lieq_gguf.errors import CalibrationError
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix

@@ -11,7 +11,7 @@ from models import write_model
 from tokenizer_fixtures import ALL_TEXTS, write_llama_3
 from transformers import AutoModelForCausalLM
 
-from lieq_gguf.calibration import read_calibration_text
+from lieq_gguf.calibration_text import read_calibration_text
 from lieq_gguf.engine import open_model
 from lieq_gguf.evaluation import TokenFigures, compare_logits, evaluate, read_text
 

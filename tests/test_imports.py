@@ -15,8 +15,9 @@ RANKS = (
     ("records",),
     ("ggml", "engine", "gguf_file", "sources", "architectures", "tokenizers", "progress", "native_output"),
     (
-        "calibration", "layer_model", "observers", "type_errors", "scorers", "allocation", "writer", "verification",
-        "benchmark", "generation", "inspection", "display", "reference", "evaluation", "tasks", "health",
+        "calibration", "calibration_text", "layer_model", "observers", "type_errors", "scorers", "cache", "allocation",
+        "writer", "verification", "benchmark", "generation", "inspection", "display", "reference", "evaluation",
+        "tasks", "health",
     ),
     ("pipeline",),
     ("cli",),

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf.allocation import Allocation
-from lieq_gguf.calibration import read_calibration_text
+from lieq_gguf.calibration_text import read_calibration_text
 from lieq_gguf.engine import open_model
 from lieq_gguf.generation import stream
 from lieq_gguf.gguf_file import GgufFile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,13 @@ class ImportanceMatrix:
         """Mean squared input of each column ``[n_in]``, what ggml's encoders take; None for a tensor without entry."""
         sums = self.in_sum2.get(name)
         return None if sums is None else sums / np.float32(self.n_tokens)
+
+    def digest(self) -> str:
+        """A digest of all sums."""
+        result = hashlib.sha256(str(self.n_tokens).encode())
+        for name in sorted(self.in_sum2):
+            result.update(name.encode() + np.ascontiguousarray(self.in_sum2[name]).tobytes())
+        return result.hexdigest()
 
     def check(self, spec: ModelSpec) -> None:
         """Require an entry of the right width for every matrix of the layers.

@@ -26,6 +26,7 @@ class LayerScores:
         type_errors: Tensor name to type name to ``Σ im·(W − Ŵ)² / Σ im·W²``, estimated on a sample.
         sensitivities: Tensor name to block error per unit of that error: how far the layer's output moves; empty in
             files that know none.
+        fingerprint: Digest of the model's files, to tell another model of the same shape; None if it is not known.
     """
 
     model: str
@@ -35,17 +36,18 @@ class LayerScores:
     by_scorer: Mapping[str, tuple[float, ...]]
     type_errors: Mapping[str, Mapping[str, float]]
     sensitivities: Mapping[str, float] = field(default_factory=dict)
+    fingerprint: str | None = None
 
     @property
     def n_layers(self) -> int:
         """Number of layers scored."""
         return len(next(iter(self.by_scorer.values())))
 
-    def check(self, spec: ModelSpec) -> None:
-        """Require scores of this very model's shape.
+    def check(self, spec: ModelSpec, fingerprint: str | None = None) -> None:
+        """Require scores of this very model.
 
         Raises:
-            FormatError: if layers or matrices differ.
+            FormatError: if layers, matrices or, where both are known, fingerprints differ.
         """
         if self.n_layers != spec.n_layers:
             raise FormatError(
@@ -57,6 +59,10 @@ class LayerScores:
             raise FormatError(
                 f"the scores are of {self.model}, whose matrices are not those of {spec.name}: score it anew"
             )
+        if None not in (fingerprint, self.fingerprint) and fingerprint != self.fingerprint:
+            raise FormatError(
+                f"the scores are of another {self.model}: its weights are not those of {spec.name} now; score it anew"
+            )
 
     def to_json(self, scorer: str) -> dict[str, Any]:
         """The document that ``score --json`` prints, with ``scorer`` as the one called score."""
@@ -64,6 +70,7 @@ class LayerScores:
             "schema_version": SCHEMA_VERSION,
             "kind": "scores",
             "model": self.model,
+            "fingerprint": self.fingerprint,
             "scorer": scorer,
             "n_tokens": self.n_tokens,
             "dataset": self.dataset,
@@ -103,6 +110,7 @@ class LayerScores:
                     str(name): {str(t): float(e) for t, e in errors.items()}
                     for name, errors in document["type_errors"].items()
                 },
+                fingerprint=None if document.get("fingerprint") is None else str(document["fingerprint"]),
                 sensitivities={str(name): float(s) for name, s in document.get("sensitivities", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

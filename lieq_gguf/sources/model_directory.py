@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = ("BF16", "F16", "F32")
+_SAMPLE_BYTES = 1024
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -71,6 +75,35 @@ class ModelDirectory:
             self._open[shard] = safe_open(shard, framework="pt")
         loaded: torch.Tensor = self._open[shard].get_tensor(tensor.source_name)
         return loaded
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of configuration, tensor headers and some bytes of every tensor: another model has another.
+
+        Reads a few kilobytes a tensor, not the model.
+        """
+        digest = hashlib.sha256(json.dumps(dict(self.spec.config), sort_keys=True).encode())
+        for shard in sorted(set(self._shard_of.values())):
+            with shard.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                header = file.read(header_bytes)
+                digest.update(header)
+                for name, entry in sorted(json.loads(header).items()):
+                    if name != "__metadata__":
+                        start, stop = entry["data_offsets"]
+                        for offset in (start, (start + stop) // 2, max(start, stop - _SAMPLE_BYTES)):
+                            file.seek(8 + header_bytes + offset)
+                            digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()[:32]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """A digest of the tokenizer's files."""
+        digest = hashlib.sha256()
+        for name in _TOKENIZER_FILES:
+            file = self.path / name
+            digest.update(file.read_bytes() if file.is_file() else b"none")
+        return digest.hexdigest()[:32]
 
     def release(self) -> None:
         """Unmap the shards, whose pages count as this process's memory as long as they are mapped.

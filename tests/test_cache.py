@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import RunCli
+from safetensors.torch import load_file, save_file
+
+from lieq_gguf import calibration
+from lieq_gguf.cache import _MAX_ENTRIES, CacheEntry, cache_folder
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.scores import LayerScores
+from lieq_gguf.sources.model_directory import ModelDirectory
+
+IMPORTANCE = ImportanceMatrix({"blk.0.attn_q.weight": np.ones(4, dtype=np.float32)}, 16, 16, "text")
+SCORES = LayerScores("tiny", 16, "text", 0, {"lim": (0.5,)}, {"blk.0.attn_q.weight": {"Q2_K": 0.1}})
+
+
+@pytest.fixture
+def n_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many passes were made so far."""
+    made: list[object] = []
+    real = calibration.calibrate
+
+    def counted(*arguments: object, **options: object) -> object:
+        made.append(arguments)
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibration, "calibrate", counted)
+    return lambda: len(made)
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def options(calibration_text: Path) -> list[object]:
+    return ["--calibration", calibration_text, "--n-tokens", 256, "--types", "Q2_K,Q4_K", "--threads", 1, "--json"]
+
+
+def test_second_budget_starts_at_allocation(
+    run_cli: RunCli, model: Path, options: list[object], n_passes: Callable[[], int], tmp_path: Path
+) -> None:
+    first = run_cli("convert", model, "--bits", 3.4, "-o", tmp_path / "a.gguf", *options)
+    assert "is used again" not in first.stderr
+    second = run_cli("convert", model, "--bits", 4, "-o", tmp_path / "b.gguf", *options)
+    assert (first.exit_code, second.exit_code, n_passes()) == (0, 0, 1)
+    assert "is used again" in second.stderr
+
+
+def test_knowledge_from_the_cache_makes_the_same_file(
+    run_cli: RunCli, model: Path, options: list[object], tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        assert run_cli("convert", model, "--bits", 3.4, "-o", tmp_path / "x.gguf", "-f", *options).exit_code == 0
+        shutil.copy(tmp_path / "x.gguf", tmp_path / name)
+    assert (tmp_path / "a").read_bytes()[-1000:] == (tmp_path / "b").read_bytes()[-1000:]
+    assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "change", [["--no-cache"], ["--seed", 1], ["--n-tokens", 128], ["--types", "Q2_K,Q3_K"], ["--no-imatrix"]], ids=str
+)
+def test_what_the_result_depends_on_makes_a_pass_anew(
+    run_cli: RunCli, model: Path, options: list[object], n_passes: Callable[[], int], change: list[object]
+) -> None:
+    for changed in ([], change):
+        assert run_cli("plan", model, "--bits", 3, *options, *changed).exit_code == 0
+    assert n_passes() == 2
+
+
+def test_other_weights_make_a_pass_anew(
+    run_cli: RunCli, model: Path, options: list[object], n_passes: Callable[[], int]
+) -> None:
+    assert run_cli("plan", model, "--bits", 3.4, *options).exit_code == 0
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert run_cli("plan", model, "--bits", 3.4, *options).exit_code == 0
+    assert n_passes() == 2
+
+
+def test_no_cache_keeps_nothing(run_cli: RunCli, model: Path, options: list[object]) -> None:
+    assert run_cli("plan", model, "--bits", 3.4, "--no-cache", *options).exit_code == 0
+    assert not any(cache_folder().iterdir())
+
+
+def test_scores_of_the_model_before_it_was_changed_are_refused_by_name(
+    run_cli: RunCli, model: Path, options: list[object], tmp_path: Path
+) -> None:
+    scores = tmp_path / "scores.json"
+    assert run_cli("score", model, "-o", scores, *options).exit_code == 0
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    done = run_cli("plan", model, "--bits", 3.4, "--scores", scores, "--types", "Q2_K,Q4_K")
+    assert done.exit_code == 1
+    assert "scores are of another model" in done.stderr
+
+
+def test_fingerprint_depends_on_the_weights_and_not_on_the_place(model: Path, tiny_model: Path) -> None:
+    assert ModelDirectory(model).fingerprint == ModelDirectory(tiny_model).fingerprint
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}), encoding="utf-8")
+    assert ModelDirectory(model).fingerprint != ModelDirectory(tiny_model).fingerprint
+
+
+def test_what_is_kept_comes_back() -> None:
+    entry = CacheEntry.of(model="a")
+    assert entry.load() is None
+    entry.save(SCORES, IMPORTANCE)
+    found = CacheEntry.of(model="a").load()
+    assert found is not None
+    assert found[0] == SCORES
+    np.testing.assert_array_equal(found[1].in_sum2["blk.0.attn_q.weight"], 1)
+    assert CacheEntry.of(model="b").load() is None
+
+
+@pytest.mark.parametrize("name", ["scores.json", "imatrix.gguf"])
+def test_damaged_entry_is_as_good_as_none(name: str) -> None:
+    entry = CacheEntry.of(model="a")
+    entry.save(SCORES, IMPORTANCE)
+    (entry.folder / name).write_bytes(b"damaged")
+    assert entry.load() is None
+
+
+def test_entries_used_longest_ago_are_dropped() -> None:
+    first = CacheEntry.of(n=0)
+    first.save(None, IMPORTANCE)
+    os.utime(first.folder, (1, 1))
+    for n in range(1, _MAX_ENTRIES + 1):
+        CacheEntry.of(n=n).save(None, IMPORTANCE)
+    assert first.load() is None
+    assert len(list(cache_folder().iterdir())) == _MAX_ENTRIES
+
+
+def test_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path / "file"))
+    CacheEntry.of(model="a").save(SCORES, IMPORTANCE)
+    assert CacheEntry.of(model="a").load() is None
