@@ -1,14 +1,15 @@
 """One type for every tensor, so that the average meets the budget and never exceeds it.
 
 The full ladder is an exact problem (a multiple-choice knapsack, solved by HiGHS to a gap of 1e-5): choose one type per
-group so that the sum of sensitivity × error is least and the sum of bits stays within the budget. The paper's rule, two
-widths in the order of the layer score, is kept beside it as its own method. Bits are integers throughout.
+group so that the sum of weight × error is least and the sum of bits stays within the budget. The papers' rule, two
+widths in the order of a layer score, is kept beside it as methods of their own. Bits are integers throughout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -75,13 +76,25 @@ class Group:
         """Bits of the budget that the group takes in a type."""
         return sum(budget.cost(quant_type, t) for t in self.tensors)
 
-    def error(self, scores: LayerScores, quant_type: QuantType) -> float:
+    def weighted_error(self, scores: LayerScores, quant_type: QuantType) -> float:
         """Relative error of the group in a type, weighted by number of weights."""
         return sum(t.n_weights * scores.type_errors[t.name][quant_type.name] for t in self.tensors)
 
     def block_error(self, scores: LayerScores, quant_type: QuantType) -> float:
-        """How far the layer's output moves, ``mean ‖h' − h‖² / ‖h‖²``, by the relative error of a type."""
+        """How far the layer's output moves, ``mean ‖h' − h‖² / ‖h‖²``, by the relative error of a type.
+
+        Raises:
+            FormatError: if the scores have no block errors.
+        """
+        unknown = [t.name for t in self.tensors if t.name not in scores.sensitivities]
+        if unknown:
+            raise FormatError(
+                f"the scores have no block error of {unknown[0]}; score again, or use --method lieq-ladder"
+            )
         return sum(scores.sensitivities[t.name] * scores.type_errors[t.name][quant_type.name] for t in self.tensors)
+
+
+Error = Callable[[Group, LayerScores, QuantType], float]
 
 
 def offered_types(types: Sequence[QuantType], has_imatrix: bool) -> tuple[QuantType, ...]:
@@ -212,7 +225,7 @@ def two_levels(
 
     def order_of_merit(plan: tuple[QuantType, ...]) -> tuple[bool, float]:
         used = sum(g.cost(budget, q) for g, q in zip(groups, plan, strict=True))
-        return used < 0.99 * limit, sum(g.error(scores, q) for g, q in zip(groups, plan, strict=True))
+        return used < 0.99 * limit, sum(g.weighted_error(scores, q) for g, q in zip(groups, plan, strict=True))
 
     return min((assign(*pair) for pair in _level_pairs(groups, budget, limit)), key=order_of_merit)
 
@@ -236,20 +249,27 @@ def _level_pairs(groups: Sequence[Group], budget: BitBudget, limit: int) -> list
 
 
 def full_ladder(
-    groups: Sequence[Group], budget: BitBudget, limit: int, scores: LayerScores, scorer: str
+    groups: Sequence[Group],
+    budget: BitBudget,
+    limit: int,
+    scores: LayerScores,
+    scorer: str,
+    *,
+    error: Error = Group.weighted_error,
+    has_weights: bool = True,
 ) -> tuple[QuantType, ...]:
-    """The best choice of one type per group for ``Σ sensitivity · error``, by mixed-integer programming.
+    """The best choice of one type per group for ``Σ weight · error``, by mixed-integer programming.
 
-    The sensitivity of a layer is one plus its score, scaled to [0, 1] over the model: the score tips the balance
-    between layers but cannot outvote the measured error.
+    The weight of a layer is one plus its score, scaled to [0, 1] over the model: the score tips the balance between
+    layers but cannot outvote the measured error. Without ``has_weights`` it is one.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    sensitivity = _sensitivity(scores.by_scorer[scorer])
-    choices = [(i, q) for i, g in enumerate(groups) for q in _undominated(g, budget, scores)]
+    weights = _layer_weights(scores.by_scorer[scorer]) if has_weights else [1.0] * scores.n_layers
+    choices = [(i, q) for i, g in enumerate(groups) for q in _undominated(g, budget, scores, error)]
     costs = np.array([groups[i].cost(budget, q) for i, q in choices], dtype=np.int64)
-    damage = np.array([sensitivity[groups[i].layer] * groups[i].error(scores, q) for i, q in choices])
+    damage = np.array([weights[groups[i].layer] * error(groups[i], scores, q) for i, q in choices])
     damage = damage / max(damage.max(), 1e-30)
     unit = int(np.gcd.reduce(costs))
     members = csr_array(
@@ -274,12 +294,12 @@ def full_ladder(
     return tuple(q for _, q in chosen)
 
 
-def _undominated(group: Group, budget: BitBudget, scores: LayerScores) -> list[QuantType]:
+def _undominated(group: Group, budget: BitBudget, scores: LayerScores, error: Error) -> list[QuantType]:
     """The types of a group that no other beats in both bits and error; of equals, the first in the ladder."""
-    order = sorted(group.choices, key=lambda q: (group.cost(budget, q), group.error(scores, q)))
+    order = sorted(group.choices, key=lambda q: (group.cost(budget, q), error(group, scores, q)))
     best: list[QuantType] = []
     for quant_type in order:
-        if not best or group.error(scores, quant_type) < group.error(scores, best[-1]):
+        if not best or error(group, scores, quant_type) < error(group, scores, best[-1]):
             best.append(quant_type)
     return best
 
@@ -302,9 +322,12 @@ class Method:
 
 
 METHODS = {
-    "best": Method(full_ladder, "tensor", "lim"),
+    "best": Method(partial(full_ladder, error=Group.block_error), "tensor", "energy-gain"),
+    "block-error": Method(partial(full_ladder, error=Group.block_error, has_weights=False), "tensor", "block-error"),
     "lieq-ladder": Method(full_ladder, "layer", "lieq"),
     "lieq": Method(two_levels, "layer", "lieq", _level_pairs),
+    "lim": Method(two_levels, "layer", "lim", _level_pairs),
+    "zd": Method(two_levels, "layer", "zd", _level_pairs),
 }
 
 
@@ -347,7 +370,7 @@ def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> 
                 )
 
 
-def _sensitivity(layer_scores: Sequence[float]) -> list[float]:
+def _layer_weights(layer_scores: Sequence[float]) -> list[float]:
     low, high = min(layer_scores), max(layer_scores)
     return [1.0 + ((s - low) / (high - low) if high > low else 0.0) for s in layer_scores]
 

@@ -41,7 +41,7 @@ app = typer.Typer(
 )
 _debug = False
 
-MethodName = Literal["best", "lieq-ladder", "lieq"]
+MethodName = Literal["best", "block-error", "lieq-ladder", "lieq", "lim", "zd"]
 Granularity = Literal["layer", "tensor"]
 
 
@@ -105,7 +105,8 @@ Method = Annotated[
     MethodName,
     typer.Option(
         "--method",
-        help="`best`: exact, a type per tensor; `lieq-ladder`: a type per layer; `lieq`: the paper's two widths.",
+        help="`best`: block error weighed with LieQ's energy gain, a type per tensor; `block-error`: without a layer score; "
+        "`lieq-ladder`: a type per layer; `lieq`, `lim`, `zd`: the papers' two widths in the order of their score.",
     ),
 ]
 Scorer = Annotated[
@@ -116,7 +117,7 @@ Scorer = Annotated[
         callback=_scorer_name,
         help="Layer score that ranks or weighs the layers: lieq, lieq-qkv, energy-gain, lim, zd, block-error, "
         "perplexity-drop (costs a run without each layer), or one of another package.",
-        show_default="lim for best, lieq for the others",
+        show_default="the method's own; energy-gain for best",
     ),
 ]
 GranularityOption = Annotated[
@@ -124,7 +125,7 @@ GranularityOption = Annotated[
     typer.Option(
         "--granularity",
         help="One type per layer or per tensor.",
-        show_default="tensor for best, layer for the others",
+        show_default="tensor for best and block-error, layer for the others",
     ),
 ]
 Types = Annotated[

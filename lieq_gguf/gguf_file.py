@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf.errors import FormatError
+from lieq_gguf.gguf_header import TensorInfo, read_header
 from lieq_gguf.quant_types import BY_GGML_ID, QuantType
 from lieq_gguf.records.bits import BitMeter, measure_bits
 from lieq_gguf.records.spec import TensorSpec
@@ -51,11 +52,14 @@ class GgufFile:
         if not path.is_file():
             raise FormatError(f"{path} does not exist or is no file; expected a GGUF file")
         try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+            # an empty file cannot be mapped
+            self._content = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, dtype=np.uint8)
+            header = read_header(self._content.data)
+            self._values = header.values
+            self.tensors = tuple(self._stored(t) for t in header.tensors)
+        except (ValueError, OSError) as error:
             size = path.stat().st_size
             raise FormatError(f"{path} is no complete GGUF file ({size:,} bytes: {error}); make it again") from None
-        self.tensors = tuple(self._stored(t) for t in self._reader.tensors)
 
     @property
     def file_bytes(self) -> int:
@@ -79,8 +83,7 @@ class GgufFile:
 
     def value(self, key: str, default: Any = None) -> Any:
         """A value of the metadata."""
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        return self._values.get(key, default)
 
     def bit_meter(self) -> BitMeter:
         """The three figures of the file.
@@ -95,20 +98,30 @@ class GgufFile:
             )
         return measure_bits((t.spec for t in self.tensors), self.types, self.file_bytes)
 
-    @staticmethod
-    def _stored(tensor: gguf.ReaderTensor) -> StoredTensor:
-        quant_type = BY_GGML_ID.get(int(tensor.tensor_type))
+    def _stored(self, tensor: TensorInfo) -> StoredTensor:
+        quant_type = BY_GGML_ID.get(tensor.ggml_id)
         if quant_type is None:
-            raise FormatError(f"{tensor.name} has the type {tensor.tensor_type.name}, which is not supported")
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        if not shape or 0 in shape:
-            raise FormatError(f"{tensor.name} has the shape {shape}; expected at least one weight")
+            raise FormatError(f"{tensor.name} has the type {_type_name(tensor.ggml_id)}, which is not supported")
+        if not tensor.shape or 0 in tensor.shape:
+            raise FormatError(f"{tensor.name} has the shape {tensor.shape}; expected at least one weight")
+        if not quant_type.fits(tensor.shape[-1]):
+            raise FormatError(f"{tensor.name} has rows of {tensor.shape[-1]}, which are no blocks of {quant_type.name}")
         layer = _LAYER.match(tensor.name)
         spec = TensorSpec(
             name=tensor.name,
             source_name=None if tensor.name in _COMPUTED else tensor.name,
-            shape=shape,
+            shape=tensor.shape,
             layer=int(layer.group(1)) if layer else None,
         )
-        data = tensor.data.reshape(-1).view(np.uint8).reshape(-1, quant_type.row_bytes(shape[-1]))
+        stop = tensor.offset + quant_type.tensor_bytes(tensor.shape)
+        if stop > len(self._content):
+            raise ValueError(f"{tensor.name} ends at byte {stop:,}")
+        data = self._content[tensor.offset : stop].reshape(-1, quant_type.row_bytes(tensor.shape[-1]))
         return StoredTensor(spec, quant_type, data)
+
+
+def _type_name(ggml_id: int) -> str:
+    try:
+        return gguf.GGMLQuantizationType(ggml_id).name
+    except ValueError:
+        return f"number {ggml_id}"

@@ -70,7 +70,9 @@ def make_scores(spec: ModelSpec, seed: int = 0, monotone: bool = True) -> LayerS
             for q in QUANT_TYPES.values()
         }
     layer_scores = tuple(float(x) for x in numbers.normal(size=spec.n_layers))
-    return LayerScores("synthetic", 1, "none", 0, {"lieq": layer_scores, "lim": layer_scores[::-1]}, errors)
+    by_scorer = dict.fromkeys(("lieq", "energy-gain", "zd", "block-error"), layer_scores) | {"lim": layer_scores[::-1]}
+    sensitivities = {name: float(numbers.lognormal(0, 1)) for name in errors}
+    return LayerScores("synthetic", 1, "none", 0, by_scorer, errors, sensitivities)
 
 
 def layer_bits(spec: ModelSpec, plan: QuantPlan) -> int:
@@ -97,13 +99,18 @@ def one_type_per_layer(spec: ModelSpec, plan: QuantPlan) -> list[str]:
     return [types.pop() for types in found]
 
 
-def objective(spec: ModelSpec, types: dict[str, str], scores: LayerScores) -> float:
-    """``Σ (1 + scaled score) · n_weights · error``, what the full ladder makes least."""
+def objective(spec: ModelSpec, types: dict[str, str], scores: LayerScores, method: str = "best") -> float:
+    """What a method on the full ladder makes least: ``Σ (1 + scaled score) · factor · error``."""
     layer_scores = np.array(scores.by_scorer["lieq"])
-    sensitivity = 1 + (layer_scores - layer_scores.min()) / (np.ptp(layer_scores) or 1.0)
+    weight = 1 + (layer_scores - layer_scores.min()) / (np.ptp(layer_scores) or 1.0)
+    if method == "block-error":
+        weight[:] = 1
+    factor = {t.name: prod(t.shape) for layer in spec.layer_matrices for t in layer}
+    if method != "lieq-ladder":
+        factor = dict(scores.sensitivities)  # type: ignore[arg-type]
     return float(
         sum(
-            sensitivity[layer] * prod(t.shape) * scores.type_errors[t.name][types[t.name]]
+            weight[layer] * factor[t.name] * scores.type_errors[t.name][types[t.name]]
             for layer, matrices in enumerate(spec.layer_matrices)
             for t in matrices
         )
@@ -112,7 +119,8 @@ def objective(spec: ModelSpec, types: dict[str, str], scores: LayerScores) -> fl
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("granularity", ["layer", "tensor"])
-def test_full_ladder_is_as_good_as_trying_everything(granularity: str, seed: int) -> None:
+@pytest.mark.parametrize("method", ["best", "block-error", "lieq-ladder"])
+def test_full_ladder_is_as_good_as_trying_everything(method: str, granularity: str, seed: int) -> None:
     numbers = np.random.default_rng(seed)
     n_groups, per_group = 5, 2 if granularity == "layer" else 1
     rows = numbers.integers(1, 40, (n_groups, per_group))
@@ -120,18 +128,17 @@ def test_full_ladder_is_as_good_as_trying_everything(granularity: str, seed: int
     spec = spec_of(shapes)
     scores = make_scores(spec, seed, monotone=seed % 2 == 0)
     bits = round(float(numbers.uniform(2.7, 6.4)), 3)
-    plan = allocate(
-        spec, BitBudget("bits", bits), scores, Allocation(types=K_TYPES, granularity=granularity, scorer="lieq")
-    )
+    allocation = Allocation(method=method, types=K_TYPES, granularity=granularity, scorer="lieq")
+    plan = allocate(spec, BitBudget("bits", bits), scores, allocation)
 
     best = np.inf
     for choice in product(K_TYPES, repeat=n_groups):
         types = {t.name: q.name for layer, q in zip(spec.layer_matrices, choice, strict=True) for t in layer}
         candidate = replace(plan, types=dict(plan.types) | types)
         if layer_bits(spec, candidate) <= layer_limit(spec, bits):
-            best = min(best, objective(spec, dict(candidate.types), scores))
+            best = min(best, objective(spec, dict(candidate.types), scores, method))
     assert layer_bits(spec, plan) <= layer_limit(spec, bits)
-    assert objective(spec, dict(plan.types), scores) == pytest.approx(best, rel=1e-4)
+    assert objective(spec, dict(plan.types), scores, method) == pytest.approx(best, rel=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2.07, 2.3, 2.625, 2.7, 3.001, 3.5, 4.25, 5.0, 6.6, 8.2])
@@ -150,6 +157,8 @@ def test_full_ladder_meets_the_target_from_below_within_one_percent(granularity:
         ("lieq-ladder", None, True),
         ("lieq-ladder", "tensor", False),
         ("lieq", None, True),
+        ("lim", None, True),
+        ("zd", None, True),
     ],
 )
 def test_granularity_is_the_methods_own_unless_asked_for(method: str, asked: str | None, is_whole: bool) -> None:
@@ -159,6 +168,14 @@ def test_granularity_is_the_methods_own_unless_asked_for(method: str, asked: str
     found = types_of_layers(spec, plan)
     assert len(set.union(*found)) > 1
     assert all(len(types) == 1 for types in found) == is_whole
+
+
+def test_block_error_method_needs_block_errors() -> None:
+    spec = make_spec(6)
+    scores = replace(make_scores(spec), sensitivities={})
+    with pytest.raises(FormatError, match="no block error of blk"):
+        allocate(spec, BitBudget("bits", 3.1), scores, Allocation())
+    allocate(spec, BitBudget("bits", 3.1), scores, Allocation(method="lieq-ladder"))
 
 
 def test_tensor_granularity_is_never_worse() -> None:
@@ -441,8 +458,8 @@ def test_scores_without_a_type_are_refused_by_its_name() -> None:
 
 def test_scores_without_the_scorer_are_refused_by_its_name() -> None:
     spec = make_spec(3)
-    with pytest.raises(FormatError, match="'zd'"):
-        allocate(spec, BitBudget("bits", 3.0), make_scores(spec), Allocation(scorer="zd", types=K_TYPES))
+    with pytest.raises(FormatError, match="'mine'"):
+        allocate(spec, BitBudget("bits", 3.0), make_scores(spec), Allocation(scorer="mine", types=K_TYPES))
 
 
 def test_what_the_solver_prints_does_not_reach_stdout(capfd: pytest.CaptureFixture[str]) -> None:

@@ -198,3 +198,33 @@ def test_inspect_for_people_shows_every_type(run_cli: RunCli, conversion: pipeli
     done = run_cli("inspect", conversion.output)
     assert (done.exit_code, done.stderr) == (0, "")
     assert all(kind in done.stdout for kind in set(conversion.planned.plan.types.values()) - {"F32"})
+
+
+def test_metadata_is_that_of_ggufs_reader(conversion: pipeline.Conversion) -> None:
+    file, reader = GgufFile(conversion.output), gguf.GGUFReader(conversion.output)
+    keys = [key for key in reader.fields if not key.startswith("GGUF.")]
+    assert len(keys) > 20
+    for key in keys:
+        assert file.value(key) == reader.fields[key].contents(), key
+
+
+def test_tensors_are_those_of_ggufs_reader(conversion: pipeline.Conversion) -> None:
+    theirs = gguf.GGUFReader(conversion.output).tensors
+    ours = GgufFile(conversion.output).tensors
+    assert [t.spec.name for t in ours] == [t.name for t in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.data.tobytes() == b.data.tobytes()
+        assert list(a.spec.shape) == list(reversed(b.shape.tolist()))
+
+
+def test_another_alignment_is_followed(tmp_path: Path) -> None:
+    file = tmp_path / "aligned.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_custom_alignment(256)
+    writer.add_tensor("blk.0.attn_norm.weight", np.arange(3, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = GgufFile(file).tensors
+    np.testing.assert_array_equal(tensor.data.view(np.float32), [[0, 1, 2]])

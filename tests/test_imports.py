@@ -13,7 +13,10 @@ PACKAGE = Path(lieq_gguf.__file__).parent
 RANKS = (
     ("__init__", "errors", "quant_types", "devices"),
     ("records",),
-    ("ggml", "engine", "gguf_file", "sources", "architectures", "tokenizers", "progress", "native_output"),
+    (
+        "ggml", "engine", "gguf_file", "gguf_header", "sources", "architectures", "tokenizers", "progress",
+        "native_output",
+    ),
     (
         "calibration", "calibration_text", "layer_model", "observers", "type_errors", "scorers", "cache", "allocation",
         "writer", "verification", "benchmark", "generation", "inspection", "display", "reference", "evaluation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from lieq_gguf.errors import CalibrationError, FormatError
 from lieq_gguf.records.files import replaced_when_complete
 from lieq_gguf.records.spec import ModelSpec
+
+_DAT_CHUNK_SIZE = 512
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -91,11 +94,13 @@ class ImportanceMatrix:
 
     @classmethod
     def load(cls, file: Path) -> ImportanceMatrix:
-        """Read what llama-imatrix or ``save`` has written.
+        """Read what llama-imatrix or ``save`` has written, in GGUF or in the older ``.dat`` form.
 
         Raises:
-            FormatError: if the file is no importance matrix in GGUF form, or an entry saw no token.
+            FormatError: if the file is no importance matrix, or an entry saw no token.
         """
+        if file.is_file() and not _is_gguf(file):
+            return _read_dat(file)
         try:
             reader = gguf.GGUFReader(file)
         except FileNotFoundError:
@@ -127,6 +132,60 @@ class ImportanceMatrix:
             chunk_size=_value(reader, "imatrix.chunk_size", 512),
             dataset=_dataset(reader),
         )
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
+
+
+def _read_dat(file: Path) -> ImportanceMatrix:
+    """The form of llama-imatrix before August 2025: little-endian counts, names, and means times calls.
+
+    An entry's values are ``Σ x² / n_rows · n_calls``, so that over ``n_calls`` they are the means. It does not tell the
+    number of tokens; a call is a sequence of 512 unless the user said otherwise.
+    """
+    content = file.read_bytes()
+    place = 0
+
+    def number() -> int:
+        nonlocal place
+        place += 4
+        return int(struct.unpack_from("<i", content, place - 4)[0])
+
+    def text() -> str:
+        nonlocal place
+        n_bytes = number()
+        if not 0 < n_bytes <= len(content) - place:
+            raise ValueError(f"a name of {n_bytes} bytes at byte {place}")
+        place += n_bytes
+        return content[place - n_bytes : place].decode("utf-8")
+
+    try:
+        means: dict[str, FloatArray] = {}
+        n_entries, most_calls = number(), 0
+        if n_entries < 1:
+            raise ValueError(f"{n_entries} entries")
+        for _ in range(n_entries):
+            name, n_calls, n_values = text(), number(), number()
+            if n_calls < 1 or n_values < 1:
+                raise ValueError(f"{name} with {n_values} values of {n_calls} calls")
+            values = np.frombuffer(content, dtype="<f4", count=n_values, offset=place)
+            place += values.nbytes
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise ValueError(f"{name} with sums that are no squares")
+            means[name] = (values / np.float32(n_calls)).astype(np.float32)
+            most_calls = max(most_calls, n_calls)
+        has_more = place < len(content)
+        n_chunks = number() if has_more else most_calls
+        dataset = text() if has_more and place < len(content) else "unknown"
+    except (struct.error, ValueError) as error:
+        raise FormatError(
+            f"{file} is not an importance matrix ({error}); expected what llama-imatrix writes, .gguf or .dat"
+        ) from None
+    n_tokens = max(1, n_chunks) * _DAT_CHUNK_SIZE
+    sums = {name: mean * np.float32(n_tokens) for name, mean in means.items()}
+    return ImportanceMatrix(sums, n_tokens, _DAT_CHUNK_SIZE, dataset)
 
 
 def _value(reader: gguf.GGUFReader, key: str, default: int) -> int:
