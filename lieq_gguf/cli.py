@@ -105,8 +105,9 @@ Method = Annotated[
     MethodName,
     typer.Option(
         "--method",
-        help="`best`: block error weighed with LieQ's energy gain, a type per tensor; `block-error`: without a layer score; "
-        "`lieq-ladder`: a type per layer; `lieq`, `lim`, `zd`: the papers' two widths in the order of their score.",
+        help="`best`: block error weighed with LieQ's energy gain, a type per tensor; `block-error`: without "
+        "a layer score; `lieq-ladder`: a type per layer; `lieq`, `lim`, `zd`: the papers' two widths in the order of "
+        "their score.",
     ),
 ]
 Scorer = Annotated[

@@ -15,7 +15,7 @@ from lieq_gguf.cache import CacheEntry
 from lieq_gguf.calibration_text import read_calibration_text
 from lieq_gguf.errors import BudgetError, CalibrationError, TokenizerError
 from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
+from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.files import SCHEMA_VERSION, check_output, replaced_when_complete
 from lieq_gguf.records.importance import ImportanceMatrix
@@ -208,6 +208,8 @@ def make_plan(
     if plan_file is not None:
         plan = QuantPlan.load(plan_file)
         plan.check(spec)
+        if for_writing:
+            ggml.prepare([QUANT_TYPES[name] for name in sorted(set(plan.types.values()))])
         if plan.needs_imatrix and not calibration.use_imatrix:
             raise CalibrationError(f"{plan_file} has types that need an importance matrix; drop --no-imatrix")
         known = Knowledge()

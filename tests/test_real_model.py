@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from whole_model import lieq_scores
 
 from lieq_gguf.allocation import Allocation
+from lieq_gguf.calibration import CHUNK_SIZE, PassOptions, calibrate, tokenize
 from lieq_gguf.calibration_text import read_calibration_text
 from lieq_gguf.engine import open_model
 from lieq_gguf.generation import stream
 from lieq_gguf.gguf_file import GgufFile
+from lieq_gguf.layer_model import has_fast_bfloat16
 from lieq_gguf.pipeline import CalibrationOptions, convert, learn
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.scorers import lieq, score_layers
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer, tokenizer_differences
 
@@ -81,6 +86,21 @@ def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, known: Cali
     assert all(len(types) == 1 for types in layers.values())
     assert len(set.union(*layers.values())) == 2
     assert 0.99 * 2.7 <= GgufFile(output).bit_meter().layer_bpw <= 2.7
+
+
+def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(model: Path) -> None:
+    source = ModelDirectory(model)
+    text, dataset = read_calibration_text(None)
+    tokens = tokenize(text, dataset, load_source_tokenizer(model), 5 * CHUNK_SIZE)
+    options = PassOptions(n_threads=N_THREADS, in_float32=True)
+    exact = calibrate(source, tokens, options)
+    assert lieq.score(exact.measurements) == pytest.approx(lieq_scores(model, tokens.ids, seed=0), abs=1e-4)
+    if not has_fast_bfloat16(torch.device("cpu")):
+        pytest.skip("the processor has no bfloat16; emulation takes minutes")
+    rounded = calibrate(source, tokens, replace(options, in_float32=False))
+    by_scorer, expected = score_layers(rounded.measurements), score_layers(exact.measurements)
+    for name, values in expected.items():
+        assert by_scorer[name] == pytest.approx(values, rel=0.01), name
 
 
 def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None:

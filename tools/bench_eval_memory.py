@@ -13,28 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-
-def write_model(path: Path, n_vocab: int) -> None:
-    """A two-layer Llama of random weights whose byte-level vocabulary is filled up with words that never occur."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: i for i, character in enumerate(["<|endoftext|>", *characters])}
-    vocab["he"] = len(vocab)
-    vocab |= {f"filler{i}": i for i in range(len(vocab), n_vocab)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "e")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")  # type: ignore[no-untyped-call]
-    wrapped.save_pretrained(path)
-    config = LlamaConfig(
-        vocab_size=n_vocab, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(path)
+from random_models import write_random_model
 
 
 def lieq(*arguments: object) -> str:
@@ -49,7 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model, f16, quantised = folder / "model", folder / "f16.gguf", folder / "q4.gguf"
-        write_model(model, n_vocab)
+        write_random_model(model, n_vocab)
         for file, quant_type, bits in ((f16, "F16", 16), (quantised, "Q4_K", 4.5)):
             lieq("convert", model, "--types", quant_type, "--bits", bits, "--no-imatrix", "-o", file, "--quiet")
         # getrusage tells the largest child so far, so this one must be the largest: conversion of a small model is not
