@@ -31,6 +31,7 @@ demo: install $(DEMO)/model.safetensors
 	$(BIN)/lieq-gguf convert $(DEMO) --bits $(DEMO_BITS) -o $(DEMO_FILE) --force
 	$(BIN)/lieq-gguf inspect $(DEMO_FILE)
 	$(BIN)/lieq-gguf run $(DEMO_FILE) "$(PROMPT)"
+	$(BIN)/lieq-gguf eval $(DEMO_FILE) --reference $(DEMO) --chunks 4 --tasks demo
 	$(BIN)/lieq-gguf bench $(DEMO_FILE)
 
 test: install

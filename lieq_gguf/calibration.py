@@ -16,7 +16,7 @@ import torch
 
 from lieq_gguf.errors import CalibrationError
 from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, model_config, torch_device, twin_embedding
-from lieq_gguf.observers import Observer
+from lieq_gguf.observers import Observer, TokenSample
 from lieq_gguf.observers.input_sums import InputSums
 from lieq_gguf.observers.modification import Modification
 from lieq_gguf.observers.projections import Projections
@@ -162,7 +162,7 @@ def calibrate(
     if options.measure:
         projections = Projections(
             prefixes,
-            twin_embedding(config, tokens.ids[prefixes], options.seed),
+            twin_embedding(config, tokens.ids[prefixes[0].numpy(), prefixes[1]], options.seed),
             lambda layer: LayerModel(config, device, seed=_twin_seed(options.seed, layer)),
             options.n_threads,
         )
@@ -262,9 +262,9 @@ def _name_inside(tensor: TensorSpec, layer: int) -> str:
     return tensor.source_name.split(f"layers.{layer}.", 1)[1]
 
 
-def _heads(shape: tuple[int, ...], n_tokens: int, length: int) -> tuple[npt.NDArray[np.int64], slice]:
+def _heads(shape: tuple[int, ...], n_tokens: int, length: int) -> TokenSample:
     """Index of the heads of evenly spread sequences, together about ``n_tokens`` tokens."""
     n_chunks, chunk_size = shape
     length = min(length, chunk_size, n_tokens)
     rows = np.linspace(0, n_chunks - 1, min(n_chunks, max(1, n_tokens // length))).round().astype(int)
-    return rows, slice(0, length)
+    return torch.from_numpy(rows), slice(0, length)

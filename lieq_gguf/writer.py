@@ -119,6 +119,7 @@ def write_file(
                 _write_tensor(file, source, tensor, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads)
             except QuantizationError as error:
                 raise QuantizationError(f"{tensor.name}: {error}") from None
+            source.release()
             advance(tensor.n_weights)
         written = file.tell()
     if written != header.meter.file_bytes:

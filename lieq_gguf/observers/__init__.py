@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from lieq_gguf.layer_model import LayerModel
+
+TokenSample: TypeAlias = tuple[torch.Tensor, slice]
+"""Index into ``[n_chunks, chunk_size, …]``: some sequences, and the head of each."""
 
 
 class Observer:

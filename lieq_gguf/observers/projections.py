@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from lieq_gguf.layer_model import LayerModel
-from lieq_gguf.observers import Observer
+from lieq_gguf.observers import Observer, TokenSample
 from lieq_gguf.records.measurement import Spectrum
 from lieq_gguf.scorers.spectrum import energy_spectrum
 
@@ -25,7 +25,7 @@ class Projections(Observer):
 
     def __init__(
         self,
-        prefixes: tuple[object, slice],
+        prefixes: TokenSample,
         twin_hidden: torch.Tensor,
         make_twin: Callable[[int], LayerModel],
         n_threads: int,
@@ -47,7 +47,7 @@ class Projections(Observer):
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """Run both on their tokens."""
-        projections, _ = _captured(layer, hidden[self._prefixes])  # type: ignore[index]
+        projections, _ = _captured(layer, hidden[self._prefixes])
         self.spectra.append(_spectra(projections, layer, self._n_threads))
         twin = self._make_twin(layer.index)
         projections, self._twin_hidden = _captured(twin, self._twin_hidden)

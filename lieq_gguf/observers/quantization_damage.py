@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from lieq_gguf.layer_model import LayerModel
-from lieq_gguf.observers import Observer
+from lieq_gguf.observers import Observer, TokenSample
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.type_errors import probe_matrix, relative_errors
 
@@ -30,7 +30,7 @@ class QuantizationDamage(Observer):
         self,
         types: Sequence[QuantType],
         importance_of: ImportanceOf,
-        sample: tuple[object, slice] | None,
+        sample: TokenSample | None,
         n_threads: int,
     ) -> None:
         """Measure while the pass goes on.
@@ -61,7 +61,7 @@ class QuantizationDamage(Observer):
         self.type_errors |= dict(zip(names, errors, strict=True))
         if self._sample is None:
             return
-        before = hidden[self._sample]  # type: ignore[index]
+        before = hidden[self._sample]
         wanted = layer.forward(before)
         for module, probe in probes.items():
             with layer.replaced(module, torch.from_numpy(probe.decoded)):

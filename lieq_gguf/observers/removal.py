@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lieq_gguf.layer_model import LayerModel
-from lieq_gguf.observers import Observer
+from lieq_gguf.observers import Observer, TokenSample
 
 
 class Removal(Observer):
@@ -20,17 +20,17 @@ class Removal(Observer):
         perplexity_drops: One a layer: perplexity without it minus perplexity, on the sample.
     """
 
-    def __init__(self, ids: torch.Tensor, sample: tuple[object, slice]) -> None:
+    def __init__(self, ids: torch.Tensor, sample: TokenSample) -> None:
         """Follow ``ids[sample]``, the tokens ``[n_chunks, chunk_size]`` of the pass."""
         self.perplexity_drops: tuple[float, ...] = ()
-        self._targets = ids[sample][:, 1:]  # type: ignore[index]
+        self._targets = ids[sample][:, 1:]
         self._sample = sample
         self._variants: list[torch.Tensor] = []
         self._intact: torch.Tensor | None = None
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """Take all variants through the layer, and begin the one without it."""
-        before = hidden[self._sample]  # type: ignore[index]
+        before = hidden[self._sample]
         self._variants = [layer.forward(variant) for variant in self._variants]
         self._variants.append(before)
         self._intact = layer.forward(before)
