@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from models import write_model
 
 from lieq_gguf import pipeline
@@ -23,6 +24,13 @@ from lieq_gguf.records.bits import BitBudget
 def cache_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test sees what another has kept, nor the user's own cache."""
     monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,6 @@ from lieq_gguf.tokenizers import load_source_tokenizer
 from lieq_gguf.type_errors import probe_matrix, relative_errors
 
 N_SCORE_TOKENS = 256
-
-
-@pytest.fixture(autouse=True)
-def keep_threads() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def random_tokens(n_vocab: int, shape: tuple[int, int] = (5, 512)) -> CalibrationTokens:

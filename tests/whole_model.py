@@ -108,6 +108,7 @@ def lieq_scores(path: Path, ids: npt.NDArray[np.int64], seed: int) -> tuple[floa
     """Compactness gain of every layer, on the heads of the first and the last of five sequences."""
     trained = WholeModel(path, ids)
     twin = whole_twin(path, trained.n_layers, ids[PREFIX_ROWS, :PREFIX_LENGTH], seed)
+    torch.set_num_threads(1)  # more only wait for each other in matrices this small
     scores = []
     for layer in range(trained.n_layers):
         gains = []
