@@ -52,6 +52,18 @@ def verify(
         VerificationError: if a tensor is missing, too many, of another type or shape, or not finite, or llama.cpp does
             not load or run the file.
     """
+    n_tensors, n_weights = _check_tensors(file, types, shapes, n_threads, advance)
+    return Verification(n_tensors, n_weights, _run_in_llama_cpp(file, n_threads))
+
+
+def _check_tensors(
+    file: Path,
+    types: Mapping[str, str] | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    n_threads: int,
+    advance: Callable[[float], None],
+) -> tuple[int, int]:
+    """Number of tensors and weights, all as planned and finite. Unmaps the file before llama.cpp maps it."""
     content = GgufFile(file)
     if types is not None and content.types != dict(types):
         raise VerificationError(f"{file} is not as planned: {_difference(content.types, types)}")
@@ -67,8 +79,7 @@ def verify(
                 "the source's values exceed what the type can scale: choose another with --types"
             )
         advance(tensor.spec.n_weights)
-    n_vocab = _run_in_llama_cpp(file, n_threads)
-    return Verification(len(content.tensors), sum(t.spec.n_weights for t in content.tensors), n_vocab)
+    return len(content.tensors), sum(t.spec.n_weights for t in content.tensors)
 
 
 def _is_finite(tensor: StoredTensor, n_threads: int) -> bool:
