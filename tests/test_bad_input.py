@@ -56,7 +56,9 @@ def documents(conversion: pipeline.Conversion, tmp_path: Path) -> Path:
     planned.plan.save(path / "plan.json", {})
     planned.importance.save(path / "imatrix.gguf")
     errors = {t: {"Q2_K": 0.1, "Q4_K": 0.01} for t in planned.importance.in_sum2}
-    LayerScores("tiny", 512, "text", 0, {"lim": (0.3, 0.2, 0.1)}, errors).save(path / "scores.json", "lim")
+    by_scorer = {"lim": (0.3, 0.2, 0.1), "energy-gain": (0.3, 0.2, 0.1)}
+    scores = LayerScores("tiny", 512, "text", 0, by_scorer, errors, dict.fromkeys(errors, 1.0))
+    scores.save(path / "scores.json", "lim")
     return path
 
 
@@ -486,10 +488,12 @@ BAD_SCORES = BAD_JSON | {
     "no layers": (without("layers"), "is not a complete scores file"),
     "layers of another kind": (edit(layers=[{"layer": 0}]), "is not a complete scores file"),
     "no scorers": (edit(scorers=[]), "scores"),
-    "fewer layers": (edit(layers=[{"layer": 0, "lim": 1.0}]), "with 1 layers"),
+    "fewer layers": (edit(scorers=["lim"], layers=[{"layer": 0, "lim": 1.0}]), "with 1 layers"),
     "other matrices": (edit(type_errors={"blk.0.attn_q.weight": {"Q2_K": 0.1}}), "whose matrices are not those"),
-    "scorer missing": (edit(scorers=["zd"], layers=[{"zd": 0.1}] * 3), "the scores have no 'lim'; they have zd"),
-    "score not finite": (edit(layers=[{"lim": float("nan")}] * 3), "lim"),
+    "scorer missing": (edit(scorers=["zd"], layers=[{"zd": 0.1}] * 3), "the scores have no 'energy-gain'; they have zd"),
+    "sensitivity not finite": (edit(sensitivities={"blk.0.attn_q.weight": float("inf")}), "sensitivities"),
+    "no sensitivities": (edit(sensitivities={}), "the scores have no block error of blk.0.attn_q.weight"),
+    "score not finite": (edit(scorers=["lim"], layers=[{"lim": float("nan")}] * 3), "lim"),
 }  # fmt: skip
 
 
@@ -577,9 +581,9 @@ def into_folder(file: Path) -> None:
 BAD_IMATRICES: dict[str, tuple[Change, str]] = {
     "missing": (lambda f: f.unlink(), "does not exist; expected an importance matrix"),
     "a folder": (into_folder, "is not an importance matrix"),
-    "empty": (write(b""), "is not an importance matrix in GGUF form"),
-    "garbage": (write(bytes(range(256)) * 9), "is not an importance matrix in GGUF form"),
-    "old format": (write(np.arange(500, dtype=np.int32).tobytes()), "is not an importance matrix in GGUF form"),
+    "empty": (write(b""), "is not an importance matrix ("),
+    "garbage": (write(bytes(range(256)) * 9), "is not an importance matrix ("),
+    "numbers": (write(np.arange(500, dtype=np.int32).tobytes()), "is not an importance matrix ("),
     "cut": (cut, "is not an importance matrix in GGUF form"),
     "no counts": (only("blk.1.attn_q.weight.counts", None), "expected a pair in_sum2 and counts"),
     "no sums": (only("blk.1.attn_q.weight.in_sum2", None), "expected a pair in_sum2 and counts"),

@@ -184,7 +184,7 @@ def test_inspect_shows_each_layers_own_types_and_bits(run_cli: RunCli, conversio
 def test_inspect_tells_where_the_file_comes_from(run_cli: RunCli, conversion: pipeline.Conversion) -> None:
     provenance = json.loads(run_cli("inspect", conversion.output, "--json").stdout)["provenance"]
     assert provenance["command_line"] == "lieq-gguf convert tiny --bits 3.4"
-    assert (provenance["method"], provenance["scorer"]) == ("best", "lim")
+    assert (provenance["method"], provenance["scorer"]) == ("best", "energy-gain")
 
 
 def test_inspect_counts_the_cache_and_what_a_token_reads(run_cli: RunCli, conversion: pipeline.Conversion) -> None:

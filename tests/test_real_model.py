@@ -100,7 +100,8 @@ def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(model: Path) 
     rounded = calibrate(source, tokens, replace(options, in_float32=False))
     by_scorer, expected = score_layers(rounded.measurements), score_layers(exact.measurements)
     for name, values in expected.items():
-        assert by_scorer[name] == pytest.approx(values, rel=0.01), name
+        spread = max(values) - min(values)  # a score that is nearly nothing has no percent to stay within
+        assert by_scorer[name] == pytest.approx(values, rel=0.01, abs=0.01 * spread), name
 
 
 def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -437,3 +438,45 @@ def test_output_over_a_file_needs_force(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="--force"):
         check_output(tmp_path / "r.json", force=False)
     check_output(tmp_path / "r.json", force=True)
+
+
+def dat_file(entries: dict[str, tuple[int, list[float]]], tail: bytes = b"") -> bytes:
+    """What llama-imatrix wrote before it wrote GGUF: means times calls, by name."""
+    content = struct.pack("<i", len(entries))
+    for name, (n_calls, values) in entries.items():
+        content += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", n_calls, len(values))
+        content += np.array(values, dtype="<f4").tobytes()
+    return content + tail
+
+
+def test_older_importance_matrix_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "imatrix.dat"
+    tail = struct.pack("<ii", 4, 8) + b"wiki.raw"
+    file.write_bytes(dat_file({"blk.0.attn_q.weight": (4, [8.0, 4.0]), "blk.0.ffn_up.weight": (2, [8.0])}, tail))
+    found = ImportanceMatrix.load(file)
+    assert (found.n_chunks, found.dataset) == (4, "wiki.raw")
+    for name, means in (("blk.0.attn_q.weight", [2.0, 1.0]), ("blk.0.ffn_up.weight", [4.0])):
+        assert np.array_equal(np.asarray(found.mean(name)), means)
+
+
+def test_oldest_importance_matrix_ends_after_its_entries(tmp_path: Path) -> None:
+    file = tmp_path / "imatrix.dat"
+    file.write_bytes(dat_file({"a.weight": (3, [3.0])}))
+    found = ImportanceMatrix.load(file)
+    assert (found.n_chunks, found.dataset) == (3, "unknown")
+    assert np.array_equal(np.asarray(found.mean("a.weight")), [1.0])
+
+
+def test_every_cut_of_an_older_importance_matrix_is_refused(tmp_path: Path) -> None:
+    content = dat_file({"a.weight": (3, [3.0, 1.0]), "b.weight": (3, [1.0])})
+    for n_bytes in range(len(content)):
+        (tmp_path / "cut.dat").write_bytes(content[:n_bytes])
+        with pytest.raises(FormatError, match="is not an importance matrix"):
+            ImportanceMatrix.load(tmp_path / "cut.dat")
+
+
+@pytest.mark.parametrize("values", [[float("nan")], [-1.0], []])
+def test_older_importance_matrix_of_no_squares_is_refused(tmp_path: Path, values: list[float]) -> None:
+    (tmp_path / "bad.dat").write_bytes(dat_file({"a.weight": (3, values)}))
+    with pytest.raises(FormatError, match=r"a\.weight"):
+        ImportanceMatrix.load(tmp_path / "bad.dat")

@@ -88,7 +88,7 @@ def test_figures_in_the_metadata_are_the_bit_meter(conversion: pipeline.Conversi
 def test_provenance_is_in_the_metadata(conversion: pipeline.Conversion) -> None:
     found, plan = keys(conversion.output), conversion.planned.plan
     assert found["lieq.version"] == __version__
-    assert (found["lieq.method"], found["lieq.scorer"]) == ("best", "lim")
+    assert (found["lieq.method"], found["lieq.scorer"]) == ("best", "energy-gain")
     assert (found["lieq.target.kind"], found["lieq.target.value"]) == ("bits", np.float32(3.4))
     assert found["lieq.command_line"] == "lieq-gguf convert tiny --bits 3.4"
     assert found["lieq.layer_scores"] == [np.float32(score) for score in plan.layer_scores]

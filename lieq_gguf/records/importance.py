@@ -180,8 +180,9 @@ def _read_dat(file: Path) -> ImportanceMatrix:
         n_chunks = number() if has_more else most_calls
         dataset = text() if has_more and place < len(content) else "unknown"
     except (struct.error, ValueError) as error:
+        why = f"it ends at byte {len(content)}" if isinstance(error, struct.error) else str(error)
         raise FormatError(
-            f"{file} is not an importance matrix ({error}); expected what llama-imatrix writes, .gguf or .dat"
+            f"{file} is not an importance matrix ({why}); expected what llama-imatrix writes, .gguf or .dat"
         ) from None
     n_tokens = max(1, n_chunks) * _DAT_CHUNK_SIZE
     sums = {name: mean * np.float32(n_tokens) for name, mean in means.items()}
