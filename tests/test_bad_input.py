@@ -490,7 +490,7 @@ BAD_SCORES = BAD_JSON | {
     "no scorers": (edit(scorers=[]), "scores"),
     "fewer layers": (edit(scorers=["lim"], layers=[{"layer": 0, "lim": 1.0}]), "with 1 layers"),
     "other matrices": (edit(type_errors={"blk.0.attn_q.weight": {"Q2_K": 0.1}}), "whose matrices are not those"),
-    "scorer missing": (edit(scorers=["zd"], layers=[{"zd": 0.1}] * 3), "the scores have no 'energy-gain'; they have zd"),
+    "scorer missing": (edit(scorers=["zd"], layers=[{"zd": 0.1}] * 3), "the scores have no 'energy-gain'; they"),
     "sensitivity not finite": (edit(sensitivities={"blk.0.attn_q.weight": float("inf")}), "sensitivities"),
     "no sensitivities": (edit(sensitivities={}), "the scores have no block error of blk.0.attn_q.weight"),
     "score not finite": (edit(scorers=["lim"], layers=[{"lim": float("nan")}] * 3), "lim"),
