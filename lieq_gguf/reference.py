@@ -75,7 +75,9 @@ def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageM
 
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr is for our own
     torch.set_num_threads(n_threads)
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     loaded.train(False)
