@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,9 @@ def bench(
     ]
 
 
+@lru_cache
 def read_bandwidth(n_threads: int) -> float:
-    """Bytes per second that threads together read from memory, the best of some runs."""
+    """Bytes per second that threads together read from memory, the best of some runs; measured once."""
     parts = [np.ones(_PROBE_BYTES // 8) for _ in range(n_threads)]
     best = 0.0
     with ThreadPoolExecutor(n_threads) as pool:

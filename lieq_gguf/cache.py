@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class CacheEntry:
             scores = LayerScores.load(self._scores) if self._scores.is_file() else None
         except LieqError:
             return None
-        os.utime(self.folder)  # entries used last are kept longest
+        with suppress(OSError):  # a cache that cannot be written still can be read
+            os.utime(self.folder)  # entries used last are kept longest
         return scores, importance
 
     def save(self, scores: LayerScores | None, importance: ImportanceMatrix) -> None:

@@ -145,15 +145,14 @@ def calibrate(
     torch.set_num_threads(options.n_threads)
     config = model_config(source.path)
     device = torch_device(options.device)
-    n_tokens = tokens.ids.size
     sums, modification, weight_shape = InputSums(), Modification(), WeightShape()
 
+    # grows with the pass: a layer's entries are there when the layer is done
+    measured = ImportanceMatrix(sums.in_sum2, tokens.ids.size, tokens.ids.shape[1], tokens.dataset)
+    made_with = options.importance or measured
+
     def importance_of(name: str) -> npt.NDArray[np.float32] | None:
-        if not options.weigh_errors:
-            return None
-        if options.importance is not None:
-            return options.importance.mean(name)
-        return sums.in_sum2[name] / np.float32(n_tokens)
+        return made_with.mean(name) if options.weigh_errors else None
 
     observers: list[Observer] = [sums]
     prefixes = _heads(tokens.ids.shape, options.n_score_tokens, _SCORE_PREFIX)
@@ -194,7 +193,7 @@ def calibrate(
             for i, matrices in enumerate(source.spec.layer_matrices)
         )
     return Calibration(
-        ImportanceMatrix(sums.in_sum2, n_tokens, tokens.ids.shape[1], tokens.dataset),
+        measured,
         measurements,
         damage.type_errors,
         {name: error / (damage.probe_errors[name] or 1.0) for name, error in damage.block_errors.items()},

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import log_softmax
 
 from lieq_gguf import health
 from lieq_gguf.engine import LoadedModel, open_model
@@ -141,7 +142,7 @@ def compare_logits(
     parts = []
     for start in range(0, len(targets), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
-        p, q = _log_softmax(reference[rows]), _log_softmax(candidate[rows])
+        p, q = (log_softmax(logits[rows].astype(np.float64), axis=1) for logits in (reference, candidate))
         at = (np.arange(len(targets[rows])), targets[rows])
         kld = (np.exp(p) * (p - q)).sum(axis=1)
         same = (reference[rows].argmax(axis=1) == candidate[rows].argmax(axis=1)).astype(np.float64)
@@ -293,10 +294,3 @@ def _estimate(chunk_means: FloatArray, transform: Callable[[FloatArray], FloatAr
         return Estimate(value, None)
     draws = np.random.default_rng(0).integers(len(chunk_means), size=(_RESAMPLES, len(chunk_means)))
     return Estimate(value, float(transform(chunk_means[draws].mean(axis=1)).std(ddof=1)))
-
-
-def _log_softmax(logits: npt.NDArray[np.float32]) -> FloatArray:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted

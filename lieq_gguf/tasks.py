@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from scipy.special import log_softmax
 
 from lieq_gguf.errors import EvaluationError
 from lieq_gguf.reference import LanguageModel
@@ -105,6 +107,11 @@ def answer(
     return Answers(tuple(chosen), tuple(chosen_norm), tuple(q.answer for q in questions))
 
 
+def sum_of_log_probabilities(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> float:
+    """Log-probability of tokens one after the other, by the logits ``[n_tokens, n_vocab]`` of the positions before."""
+    return float(log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(targets)), targets].sum())
+
+
 def _log_likelihood(model: LanguageModel, context: str, choice: str) -> float:
     """Sum of the log-probabilities of the choice's tokens.
 
@@ -114,11 +121,7 @@ def _log_likelihood(model: LanguageModel, context: str, choice: str) -> float:
     stripped = context.rstrip(" ")
     n_context = min(len(model.tokenize(stripped, add_special_tokens=True)), len(whole) - 1)
     n_context = max(n_context, 1)  # the first token is never predicted
-    logits = model.logits(whole[:-1], first=n_context - 1).astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    targets = whole[n_context:]
-    chosen = logits[np.arange(len(targets)), targets]
-    return float((chosen - np.log(np.exp(logits).sum(axis=1))).sum())
+    return sum_of_log_probabilities(model.logits(whole[:-1], first=n_context - 1), whole[n_context:])
 
 
 def _context(question: Question) -> str:

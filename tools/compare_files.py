@@ -26,11 +26,9 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, str]]:
     chunks = ["--chunks", arguments.chunks] if arguments.chunks else []
     tasks = ["--tasks", arguments.tasks] if arguments.tasks else []
     files = arguments.files
-    found = lieq(
-        "eval", *files, "--reference", arguments.reference, *text, *chunks, *tasks, "--threads", arguments.threads
-    )
-    evaluations = found if isinstance(found, list) else [found]
     threads = ["--threads", arguments.threads] if arguments.threads else []
+    found = lieq("eval", *files, "--reference", arguments.reference, *text, *chunks, *tasks, *threads)
+    evaluations = found if isinstance(found, list) else [found]
     speeds = [] if arguments.no_bench else lieq("bench", *files, *threads, "-r", 3)
     print(
         f"{evaluations[0]['n_tokens']} tokens, reference perplexity {estimate(evaluations[0], 'reference_perplexity')}"
@@ -42,7 +40,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, str]]:
             "bytes": f"{e['file_bytes']:,}",
             "bits per decoder weight": f"{lieq('inspect', file)['layer_bpw']:.3f}",
             "perplexity": estimate(e, "perplexity"),
-            "KLD": f"{e['kld']['mean']:.4f} ± {e['kld']['stderr']:.4f}",
+            "KLD": f"{e['kld']['mean']:.4f}" + ("" if e["kld"]["stderr"] is None else f" ± {e['kld']['stderr']:.4f}"),
             "same top": f"{e['same_top']['value']:.1%}",
             "loops": f"{e['health']['n_looping']} of {e['health']['n_prompts']}",
         }
@@ -69,7 +67,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tasks")
     parser.add_argument("--chunks", type=int)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--no-bench", action="store_true")
     table = rows(parser.parse_args())
     print("\n| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
-import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from lieq_gguf.engine import LoadedModel, open_model
+from lieq_gguf.tasks import sum_of_log_probabilities
 
 
 class GgufModel(TemplateLM):  # type: ignore[misc]
@@ -44,11 +44,9 @@ class GgufModel(TemplateLM):  # type: ignore[misc]
     def _log_likelihood(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         """Sum of the continuation's log-probabilities, and whether each of its tokens is the likeliest."""
         ids = [*context, *continuation][-self.max_length - 1 :]
-        logits = self._model.logits(ids[:-1], first=len(ids) - len(continuation) - 1).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        chosen = logits[np.arange(len(continuation)), continuation]
-        total = float((chosen - np.log(np.exp(logits).sum(axis=1))).sum())
-        return total, bool((logits.argmax(axis=1) == continuation).all())
+        logits = self._model.logits(ids[:-1], first=len(ids) - len(continuation) - 1)
+        is_greedy = bool((logits.argmax(axis=1) == continuation).all())
+        return sum_of_log_probabilities(logits, continuation), is_greedy
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
         """Log-likelihood of whole texts, in windows of the context."""

@@ -99,9 +99,9 @@ class ImportanceMatrix:
         Raises:
             FormatError: if the file is no importance matrix, or an entry saw no token.
         """
-        if file.is_file() and not _is_gguf(file):
-            return _read_dat(file)
         try:
+            if file.is_file() and not _is_gguf(file):
+                return _read_dat(file)
             reader = gguf.GGUFReader(file)
         except FileNotFoundError:
             raise FormatError(f"{file} does not exist; expected an importance matrix") from None
