@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, model_config, t
 from lieq_gguf.observers import Observer, TokenSample
 from lieq_gguf.observers.input_sums import InputSums
 from lieq_gguf.observers.modification import Modification
+from lieq_gguf.observers.outer_damage import OuterDamage
 from lieq_gguf.observers.projections import Projections
 from lieq_gguf.observers.quantization_damage import QuantizationDamage
 from lieq_gguf.observers.removal import Removal
@@ -92,12 +92,14 @@ class Calibration:
         measurements: One a layer; empty if only the importance matrix was asked for.
         type_errors: Tensor name to type name to weighted relative error, for the types asked for.
         sensitivities: Tensor name to block error per unit of relative error; empty if nothing was measured.
+        kld_per_block_error: Divergence of the logits, in nats, per block error; None if it was not measured.
     """
 
     importance: ImportanceMatrix
     measurements: tuple[LayerMeasurement, ...]
     type_errors: dict[str, dict[str, float]]
     sensitivities: dict[str, float]
+    kld_per_block_error: float | None = None
 
 
 def tokenize(text: str, dataset: str, tokenizer: SourceTokenizer, n_tokens: int) -> CalibrationTokens:
@@ -174,6 +176,11 @@ def calibrate(
     )
     if options.measure or options.error_types:
         observers.append(damage)
+    outer_damage = None
+    if options.measure:
+        matrices = [(tensor, source.read(tensor)) for tensor in source.spec.other_matrices]
+        outer_damage = OuterDamage(matrices, tokens.ids, sample, damage, options.error_types, options.n_threads)
+        observers.append(outer_damage)
     layer = LayerModel(config, device, in_bfloat16=not options.in_float32 and has_fast_bfloat16(device))
     _stream(source, tokens.ids, layer, observers, progress or Progress())
 
@@ -192,11 +199,15 @@ def calibrate(
             )
             for i, matrices in enumerate(source.spec.layer_matrices)
         )
+    sensitivities = {name: error / (damage.probe_errors[name] or 1.0) for name, error in damage.block_errors.items()}
+    if outer_damage is None:
+        return Calibration(measured, measurements, damage.type_errors, sensitivities)
     return Calibration(
         measured,
         measurements,
-        damage.type_errors,
-        {name: error / (damage.probe_errors[name] or 1.0) for name, error in damage.block_errors.items()},
+        damage.type_errors | outer_damage.type_errors,
+        sensitivities | outer_damage.sensitivities,
+        outer_damage.kld_per_block_error,
     )
 
 
@@ -236,18 +247,10 @@ def _stream(
             hidden, output = output, hidden
             advance(1)
         head = tensor_named.get("output.weight", tensor_named["token_embd.weight"])
-        norm = tensor_named["output_norm.weight"]
-        logits_of = partial(_logits, source, layer, norm, head)
+        outer = layer.head(source.read(tensor_named["output_norm.weight"]), source.read(head))
         for observer in observers:
-            observer.conclude(logits_of)
+            observer.conclude(outer, hidden)
         source.release()
-
-
-def _logits(
-    source: ModelDirectory, layer: LayerModel, norm: TensorSpec, head: TensorSpec, hidden: torch.Tensor
-) -> torch.Tensor:
-    """Logits of final hidden states; the head is read when it is needed."""
-    return layer.logits(hidden, source.read(norm), source.read(head))
 
 
 def _twin_seed(seed: int, layer: int) -> int:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,7 +24,7 @@ from lieq_gguf.errors import LieqError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lieq_gguf.allocation import Allocation
+    from lieq_gguf.allocation import Allocation, Pin
     from lieq_gguf.pipeline import CalibrationOptions, Planned
     from lieq_gguf.progress import Progress
     from lieq_gguf.quant_types import QuantType
@@ -43,6 +45,8 @@ _debug = False
 
 MethodName = Literal["best", "block-error", "lieq-ladder", "lieq", "lim", "zd"]
 Granularity = Literal["layer", "tensor"]
+ProfileName = Literal["cpu", "quality", "edge"]
+PlanFormat = Literal["json", "tensor-type-file"]
 
 
 def main() -> None:
@@ -67,7 +71,7 @@ def _set_debug(value: bool) -> None:
 
 def _finite(value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and value > 0):
-        raise typer.BadParameter(f"{value} is not a number of bits above 0")
+        raise typer.BadParameter(f"{value} is not a number above 0")
     return value
 
 
@@ -97,6 +101,36 @@ Source = Annotated[
 Bits = Annotated[
     float | None,
     typer.Option("--bits", help="Average stored bits per decoder weight; never exceeded.", callback=_finite),
+]
+FileBits = Annotated[
+    float | None,
+    typer.Option("--file-bits", help="Average bits of the whole file per weight of the model.", callback=_finite),
+]
+Size = Annotated[
+    str | None,
+    typer.Option("--size", metavar="SIZE", help="Size of the whole file: 80MB, 0.4GiB, or bytes; never exceeded."),
+]
+ProfileOption = Annotated[
+    ProfileName,
+    typer.Option(
+        "--profile",
+        help="`cpu`: tokens as fast as from K types in a file of that size; `quality`: any type, however slow; "
+        "`edge`: K and legacy types only.",
+    ),
+]
+MinTokensPerSec = Annotated[
+    float | None,
+    typer.Option(
+        "--min-tokens-per-sec", metavar="N", help="Keep to this predicted speed of generation.", callback=_finite
+    ),
+]
+Pins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin",
+        metavar="REGEX=TYPE",
+        help="Fix the type of the tensors whose name the expression is found in; counted in the budget. Repeatable.",
+    ),
 ]
 Nominal = Annotated[
     bool, typer.Option("--nominal", help="Count the digit in a type's name as the papers do, Q2_K as 2.")
@@ -183,6 +217,8 @@ def convert(
     context: typer.Context,
     source: Source,
     bits: Bits = None,
+    file_bits: FileBits = None,
+    size: Size = None,
     nominal: Nominal = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write. [default: MODEL-BITSbpw.gguf]")
@@ -191,6 +227,9 @@ def convert(
     scorer: Scorer = None,
     granularity: GranularityOption = None,
     types: Types = None,
+    profile: ProfileOption = "cpu",
+    min_tokens_per_sec: MinTokensPerSec = None,
+    pin: Pins = None,
     embedding_type: EmbeddingType = None,
     output_type: OutputType = None,
     calibration: CalibrationFile = None,
@@ -218,8 +257,8 @@ def convert(
     Example: `lieq-gguf convert ./SmolLM2-135M --bits 4.5 -o smollm2.gguf`
     """
     del debug
-    if (bits is None) == (plan is None):
-        raise typer.BadParameter("give exactly one of --bits and --plan", param_hint="--bits")
+    if sum(target is not None for target in (bits, file_bits, size, plan)) != 1:
+        raise typer.BadParameter("give exactly one of --bits, --file-bits, --size and --plan", param_hint="--bits")
     if plan is not None:
         _refuse_given(context, _DECIDED_BY_PLAN, "the plan decides the types; leave this out, or make another plan")
     if imatrix is not None and (scores is not None or plan is not None):
@@ -227,13 +266,11 @@ def convert(
     from lieq_gguf import pipeline
     from lieq_gguf.sources.model_directory import ModelDirectory
 
-    budget = _budget(bits, nominal)
-    allocation = _allocation(method, scorer, granularity, types, embedding_type, output_type)
-    options = _calibration(
-        calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device, float32, no_cache, scorer
-    )
+    budget = _budget(bits, file_bits, size, nominal)
+    allocation = _allocation(context.params)
+    options = _calibration(context.params)
     progress = _progress(quiet)
-    target = output or Path(_default_name(source, bits, nominal, plan))
+    target = output or Path(_default_name(source, budget, plan))
     if dry_run:
         planned = pipeline.make_plan(
             ModelDirectory(source), budget, allocation, options, progress,
@@ -256,6 +293,7 @@ def convert(
 
 @app.command()
 def score(
+    context: typer.Context,
     source: Source,
     scorer: Annotated[
         str, typer.Option("--scorer", metavar="NAME", callback=_scorer_name, help="Score to show first and draw.")
@@ -292,10 +330,7 @@ def score(
 
     if output is not None:
         check_output(output, force)
-    measured = NEEDS_REMOVAL if compare else scorer
-    options = _calibration(
-        calibration, n_tokens, imatrix, False, None, seed, threads, device, float32, no_cache, measured
-    )
+    options = _calibration(context.params | ({"scorer": NEEDS_REMOVAL} if compare else {}))
     known = pipeline.learn(ModelDirectory(source), _types("--types", types), options, _progress(quiet))
     assert known.scores is not None
     if output is not None:
@@ -312,6 +347,7 @@ def score(
 
 @app.command()
 def imatrix(
+    context: typer.Context,
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
     calibration: CalibrationFile = None,
@@ -334,7 +370,7 @@ def imatrix(
     from lieq_gguf.sources.model_directory import ModelDirectory
 
     check_output(output, force)
-    options = _calibration(calibration, n_tokens, None, False, None, 0, threads, device, float32, no_cache)
+    options = _calibration(context.params)
     known = pipeline.learn(ModelDirectory(source), (), options, _progress(quiet), scores=False)
     assert known.importance is not None
     known.importance.save(output)
@@ -344,16 +380,26 @@ def imatrix(
 
 @app.command()
 def plan(
+    context: typer.Context,
     source: Source,
     bits: Bits = None,
+    file_bits: FileBits = None,
+    size: Size = None,
     nominal: Nominal = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep the plan as JSON for 'convert --plan'.")
     ] = None,
+    format_: Annotated[
+        PlanFormat,
+        typer.Option("--format", help="`json`, or `tensor-type-file` for llama-quantize's option of that name."),
+    ] = "json",
     method: Method = "best",
     scorer: Scorer = None,
     granularity: GranularityOption = None,
     types: Types = None,
+    profile: ProfileOption = "cpu",
+    min_tokens_per_sec: MinTokensPerSec = None,
+    pin: Pins = None,
     embedding_type: EmbeddingType = None,
     output_type: OutputType = None,
     calibration: CalibrationFile = None,
@@ -377,27 +423,32 @@ def plan(
     Example: `lieq-gguf plan ./SmolLM2-135M --bits 4.5 --scores scores.json -o plan.json`
     """
     del debug
-    if bits is None:
-        raise typer.BadParameter("give the target", param_hint="--bits")
+    if sum(target is not None for target in (bits, file_bits, size)) != 1:
+        raise typer.BadParameter("give exactly one of --bits, --file-bits and --size", param_hint="--bits")
     from lieq_gguf import pipeline
-    from lieq_gguf.records.files import check_output
+    from lieq_gguf.records.files import check_output, replaced_when_complete
     from lieq_gguf.sources.model_directory import ModelDirectory
 
     if output is not None:
         check_output(output, force)
     planned = pipeline.make_plan(
         ModelDirectory(source),
-        _budget(bits, nominal),
-        _allocation(method, scorer, granularity, types, embedding_type, output_type),
-        _calibration(
-            calibration, n_tokens, imatrix, no_imatrix, scores, seed, threads, device, float32, no_cache, scorer
-        ),
+        _budget(bits, file_bits, size, nominal),
+        _allocation(context.params),
+        _calibration(context.params),
         _progress(quiet),
         pre_tokenizer=pre_tokenizer,
         command_line=_command_line(),
         for_writing=False,
     )
-    if output is not None:
+    if format_ == "tensor-type-file":
+        lines = planned.plan.tensor_type_lines()
+        if output is None:
+            print(lines, end="")
+            return
+        with replaced_when_complete(output) as temporary:
+            temporary.write_text(lines, encoding="utf-8")
+    elif output is not None:
         planned.plan.save(output, planned.header.meter.to_json())
     _show_plan(planned, as_json)
 
@@ -510,7 +561,17 @@ def evaluate(
 
 @app.command()
 def bench(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="GGUF files.", show_default=False)],
+    context: typer.Context,
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE…]", help="GGUF files.", show_default=False)
+    ] = None,
+    types: Annotated[
+        bool,
+        typer.Option(
+            "--types",
+            help="Measure what decoding costs by type on this machine, and keep it for plans; some minutes, no file.",
+        ),
+    ] = False,
     n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", min=1, help="Tokens of the prompt.")] = 512,
     n_generate: Annotated[int, typer.Option("--n-generate", "-n", min=1, help="Tokens generated.")] = 128,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs.")] = 5,
@@ -528,6 +589,14 @@ def bench(
     from lieq_gguf.display import bench_table, estimate_lines
 
     counts = _thread_counts(threads)
+    if types:
+        if files or len(counts) > 1:
+            raise typer.BadParameter("takes no file and one number of threads", param_hint="--types")
+        _refuse_given(context, ("n_prompt", "n_generate", "repetitions"), "--types has runs of its own; leave this out")
+        _bench_types(counts[0], quiet, as_json)
+        return
+    if not files:
+        raise typer.BadParameter("give a file, or --types to measure the tensor types", param_hint="FILE")
     with _progress(quiet).stage("bench", "Running", 2 * repetitions * len(files) * len(counts)) as advance:
         results = [r for f in files for r in benchmark.bench(f, n_prompt, n_generate, repetitions, counts, advance)]
     if as_json:
@@ -566,10 +635,26 @@ def run(
     print()
 
 
+def _bench_types(n_threads: int, quiet: bool, as_json: bool) -> None:
+    from lieq_gguf.display import costs_table
+    from lieq_gguf.quant_types import DEFAULT_LADDER
+    from lieq_gguf.type_speed import measure_decode_costs
+
+    with _progress(quiet).stage("bench", "Running", len(DEFAULT_LADDER)) as advance:
+        costs = measure_decode_costs(DEFAULT_LADDER, n_threads, advance)
+    kept = costs.save()
+    if as_json:
+        _print_json(costs.to_json())
+        return
+    _stdout().print(costs_table(costs))
+    print(f"kept in {kept}; plans for this machine use it from now on")
+
+
 _WIDTH_WITHOUT_TERMINAL = 160  # a pipe or a file has no width; tables in it should not be folded
 
 _DECIDED_BY_PLAN = (
-    "nominal", "method", "scorer", "granularity", "types", "embedding_type", "output_type", "scores",
+    "nominal", "method", "scorer", "granularity", "types", "profile", "min_tokens_per_sec", "pin", "embedding_type",
+    "output_type", "scores",
 )  # fmt: skip
 
 
@@ -594,30 +679,55 @@ def _thread_counts(text: str | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(counts))
 
 
-def _budget(bits: float | None, nominal: bool) -> BitBudget | None:
-    from lieq_gguf.records.bits import BitBudget
+def _budget(bits: float | None, file_bits: float | None, size: str | None, nominal: bool) -> BitBudget | None:
+    from lieq_gguf.records.bits import BitBudget, parse_size
 
+    if nominal and (file_bits is not None or size is not None):
+        raise typer.BadParameter("goes with --bits: a file has no nominal size", param_hint="--nominal")
+    if size is not None:
+        try:
+            return BitBudget("size", parse_size(size))
+        except LieqError as error:
+            raise typer.BadParameter(str(error), param_hint="--size") from None
+    if file_bits is not None:
+        return BitBudget("file-bits", file_bits)
     return None if bits is None else BitBudget("nominal" if nominal else "bits", bits)
 
 
-def _allocation(
-    method: str,
-    scorer: str | None,
-    granularity: str | None,
-    types: str | None,
-    embedding_type: str | None,
-    output_type: str | None,
-) -> Allocation:
+def _allocation(given: Mapping[str, Any]) -> Allocation:
+    """How to divide the bits, by the options of a command."""
     from lieq_gguf.allocation import Allocation
+    from lieq_gguf.decode_costs import decode_costs
+
+    def one_type(name: str) -> QuantType | None:
+        return None if given[name] is None else _types(f"--{name.replace('_', '-')}", given[name])[0]
 
     return Allocation(
-        method=method,
-        scorer=scorer,
-        granularity=granularity,
-        types=_types("--types", types),
-        embedding_type=None if embedding_type is None else _types("--embedding-type", embedding_type)[0],
-        output_type=None if output_type is None else _types("--output-type", output_type)[0],
+        method=given["method"],
+        scorer=given["scorer"],
+        granularity=given["granularity"],
+        types=_types("--types", given["types"]),
+        embedding_type=one_type("embedding_type"),
+        output_type=one_type("output_type"),
+        pins=tuple(_pin(text) for text in given["pin"] or ()),
+        profile=given["profile"],
+        min_tokens_per_sec=given["min_tokens_per_sec"],
+        costs=decode_costs(),
     )
+
+
+def _pin(text: str) -> Pin:
+    """A type fixed by hand, ``REGEX=TYPE``."""
+    from lieq_gguf.allocation import Pin
+
+    pattern, _, name = text.rpartition("=")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise typer.BadParameter(f"'{pattern}' is no regular expression ({error})", param_hint="--pin") from None
+    if not pattern:
+        raise typer.BadParameter(f"'{text}' is no pin; expected for example 'ffn_down=Q4_K'", param_hint="--pin")
+    return Pin(pattern, _types("--pin", name)[0])
 
 
 def _types(option: str, names: str | None) -> tuple[QuantType, ...]:
@@ -632,42 +742,40 @@ def _types(option: str, names: str | None) -> tuple[QuantType, ...]:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
-def _calibration(
-    text_file: Path | None,
-    n_tokens: int,
-    imatrix_file: Path | None,
-    no_imatrix: bool,
-    scores_file: Path | None,
-    seed: int,
-    n_threads: int,
-    device: str,
-    in_float32: bool,
-    no_cache: bool,
-    scorer: str | None = None,
-) -> CalibrationOptions:
+def _calibration(given: Mapping[str, Any]) -> CalibrationOptions:
+    """How to learn about the model, by the options of a command; each command has some of them."""
     from lieq_gguf.pipeline import CalibrationOptions
     from lieq_gguf.scorers import NEEDS_REMOVAL
 
-    if no_imatrix and imatrix_file is not None:
+    no_imatrix = given.get("no_imatrix", False)
+    if no_imatrix and given["imatrix"] is not None:
         raise typer.BadParameter("give --imatrix or --no-imatrix, not both", param_hint="--imatrix")
     return CalibrationOptions(
-        text_file=text_file,
-        n_tokens=n_tokens,
-        imatrix_file=imatrix_file,
+        text_file=given["calibration"],
+        n_tokens=given["n_tokens"],
+        imatrix_file=given.get("imatrix"),
         use_imatrix=not no_imatrix,
-        scores_file=scores_file,
-        seed=seed,
-        n_threads=n_threads,
-        device=device,
-        in_float32=in_float32,
-        removal=scorer == NEEDS_REMOVAL,
-        use_cache=not no_cache,
+        scores_file=given.get("scores"),
+        seed=given.get("seed", 0),
+        n_threads=given["threads"],
+        device=given["device"],
+        in_float32=given["float32"],
+        removal=given.get("scorer") == NEEDS_REMOVAL,
+        use_cache=not given["no_cache"],
     )
 
 
-def _default_name(source: Path, bits: float | None, nominal: bool, plan_file: Path | None) -> str:
-    size = f"{plan_file.stem}" if plan_file is not None else f"{bits:g}{'-nominal' if nominal else 'bpw'}"
-    return f"{source.resolve().name}-{size}.gguf"
+_TARGET_NAMES = {"bits": "bpw", "nominal": "-nominal", "file-bits": "bpw-file"}
+
+
+def _default_name(source: Path, budget: BitBudget | None, plan_file: Path | None) -> str:
+    if budget is None:
+        target = plan_file.stem if plan_file is not None else "gguf"
+    elif budget.kind == "size":
+        target = f"{budget.value / 1e6:g}MB"
+    else:
+        target = f"{budget.value:g}{_TARGET_NAMES[budget.kind]}"
+    return f"{source.resolve().name}-{target}.gguf"
 
 
 def _command_line() -> str:
@@ -694,9 +802,11 @@ def _show_plan(planned: Planned, as_json: bool) -> None:
     if as_json:
         _print_json(planned.to_json())
         return
-    from lieq_gguf.display import layer_map, meter_lines, outer_types
+    from lieq_gguf.display import forecast_line, layer_map, meter_lines, outer_types
 
     out, made, tensors = _stdout(), planned.plan, planned.spec.tensors
     out.print(layer_map(tensors, made.types, made.layer_scores))
     out.print(outer_types(tensors, made.types))
-    out.print(meter_lines(planned.header.meter, f" (target {made.budget.value:g})"))
+    target = "" if made.budget.covers_file else f" (target {made.budget.value:g})"
+    out.print(meter_lines(planned.header.meter, target))
+    out.print(forecast_line(made.expected_kld, planned.tokens_per_sec, planned.costs))

@@ -14,6 +14,7 @@ from lieq_gguf.records.spec import TensorSpec
 
 if TYPE_CHECKING:
     from lieq_gguf.benchmark import Benchmark
+    from lieq_gguf.decode_costs import DecodeCosts
     from lieq_gguf.evaluation import Estimate, Evaluation
     from lieq_gguf.records.scores import LayerScores
     from lieq_gguf.tasks import Answers
@@ -90,6 +91,17 @@ def meter_lines(meter: BitMeter, target: str = "") -> Text:
     return text.append(f", {share:.0%} of it embedding and output", style="dim")
 
 
+def forecast_line(expected_kld: float | None, tokens_per_sec: float | None, costs: DecodeCosts | None) -> Text:
+    """What the scores and the decode costs foretell."""
+    parts = []
+    if expected_kld is not None:
+        parts.append(f"expected KLD about {expected_kld:.2g}")
+    if tokens_per_sec is not None and costs is not None:
+        where = "here" if costs.is_own else f"on {costs.machine}; bench --types measures this machine"
+        parts.append(f"about {tokens_per_sec:.0f} tokens/s {where}")
+    return Text("; ".join(parts), style="dim")
+
+
 def score_table(scores: LayerScores, scorer: str) -> Table:
     """One row a layer, one column a scorer, the chosen one first and drawn."""
     names = [scorer, *(name for name in scores.by_scorer if name != scorer)]
@@ -138,6 +150,19 @@ def bench_table(results: Sequence[Benchmark]) -> Table:
             f"{r.load_seconds:.2f}",
             f"{r.resident_bytes / 1e6:.0f}",
         )
+    return table
+
+
+def costs_table(costs: DecodeCosts) -> Table:
+    """One row a type, the cheapest to decode first."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="dim")
+    table.title = f"{costs.machine}: {costs.source}"
+    table.add_column("type")
+    for name in ("bits per weight", "ps per weight", "GB/s"):
+        table.add_column(name, justify="right")
+    for name, cost in sorted(costs.picoseconds.items(), key=lambda pair: pair[1]):
+        bits = QUANT_TYPES[name].bits_per_weight
+        table.add_row(_coloured(name), f"{bits:.4g}", f"{cost:.1f}", f"{bits / 8 / cost * 1000:.1f}")
     return table
 
 

@@ -86,12 +86,10 @@ class LayerModel:
         for start in range(0, hidden.shape[0], step):
             yield slice(start, start + step)
 
-    def logits(self, hidden: torch.Tensor, norm: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Logits of final hidden states, by the weights of the final norm and of the output matrix."""
+    def head(self, norm: torch.Tensor, matrix: torch.Tensor) -> OutputHead:
+        """What comes after the last layer, by the weights of the final norm ``[d_model]`` and of the output matrix."""
         self._final_norm.load_state_dict({"weight": norm})
-        normed = self._final_norm(hidden.to(self.device))
-        result: torch.Tensor = nn.functional.linear(normed, output.to(self.device, torch.float32)).cpu()
-        return result
+        return OutputHead(self._final_norm, matrix, self.device)
 
     def watching_inputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
         """For the length of a ``with``, tell of each linear module's name and input."""
@@ -123,6 +121,59 @@ class LayerModel:
             output = self._model(inputs_embeds=hidden.to(self.device), use_cache=False).last_hidden_state
         result: torch.Tensor = output.float().cpu()
         return result
+
+
+class OutputHead:
+    """Final norm and output matrix. The matrix stays where it is and is converted some rows at a time."""
+
+    def __init__(self, norm: nn.Module, matrix: torch.Tensor, device: torch.device) -> None:
+        self._norm = norm
+        self._matrix = matrix
+        self._device = device
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of final hidden states ``[…, d_model]``, on the CPU."""
+        normed = self._normed(hidden)
+        return torch.cat([(normed @ rows.T).cpu() for rows in self._row_batches()], dim=-1)
+
+    def divergence(
+        self,
+        hidden: torch.Tensor,
+        other: torch.Tensor | None = None,
+        change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> float:
+        """Mean over tokens of ``KL(p ‖ q)``, ``p`` the next-token distribution of ``hidden`` ``[…, d_model]``.
+
+        Args:
+            hidden: Final hidden states.
+            other: The ones ``q`` comes from; None for the same.
+            change: What is done to rows ``[n, d_model]`` of the output matrix for ``q``; None for nothing.
+
+        The sums over the vocabulary run along with its rows, so no more than a batch of logits is ever held.
+        """
+        normed = self._normed(hidden).flatten(0, -2)
+        other_normed = normed if other is None else self._normed(other).flatten(0, -2)
+        top = torch.full((normed.shape[0],), -torch.inf, dtype=torch.float64)
+        total, other_total, gap = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        for rows in self._row_batches():
+            z = (normed @ rows.T).cpu().double()
+            other_z = (other_normed @ (rows if change is None else change(rows)).T).cpu().double()
+            new_top = torch.maximum(top, torch.maximum(z, other_z).amax(dim=-1))
+            shrink = (top - new_top).exp()
+            p = (z - new_top[:, None]).exp()
+            gap = gap * shrink + (p * (z - other_z)).sum(dim=-1)
+            total = total * shrink + p.sum(dim=-1)
+            other_total = other_total * shrink + (other_z - new_top[:, None]).exp().sum(dim=-1)
+            top = new_top
+        return float((gap / total - total.log() + other_total.log()).mean())
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._norm(hidden.to(self._device))
+        return result
+
+    def _row_batches(self) -> Iterator[torch.Tensor]:
+        for start in range(0, self._matrix.shape[0], _BATCH_TOKENS):
+            yield self._matrix[start : start + _BATCH_TOKENS].to(self._device, torch.float32)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -13,9 +13,10 @@ from lieq_gguf import __version__, ggml
 from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types
 from lieq_gguf.cache import CacheEntry
 from lieq_gguf.calibration_text import read_calibration_text
+from lieq_gguf.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError, CalibrationError, TokenizerError
 from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES, QuantType
+from lieq_gguf.quant_types import DEFAULT_LADDER, F32, QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.files import SCHEMA_VERSION, check_output, replaced_when_complete
 from lieq_gguf.records.importance import ImportanceMatrix
@@ -31,10 +32,11 @@ from lieq_gguf.tokenizers import (
     tokenizer_differences,
 )
 from lieq_gguf.verification import verify
-from lieq_gguf.writer import Header, ImatrixNote, Provenance, make_header, write_file
+from lieq_gguf.writer import Header, ImatrixNote, Provenance, header_size, make_header, write_file
 
 DEFAULT_N_TOKENS = 16384
 _FEW_TOKENS = 2048
+_HEADER_SLACK = 4096  # bytes of a file of given size that are left for the longer command line of 'convert --plan'
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Planned:
         vocabulary: The tokenizer as the file has it.
         spec: The model.
         seconds: Stage name to wall-clock seconds, growing as the run goes on.
+        costs: What decoding takes by type, or None.
     """
 
     plan: QuantPlan
@@ -100,6 +103,12 @@ class Planned:
     vocabulary: Vocabulary
     spec: ModelSpec
     seconds: Mapping[str, float]
+    costs: DecodeCosts | None = None
+
+    @property
+    def tokens_per_sec(self) -> float | None:
+        """Speed of generation that the decode costs foretell."""
+        return None if self.costs is None else 1 / self.costs.seconds(self.spec, self.plan.types)
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``plan --json`` prints."""
@@ -108,6 +117,10 @@ class Planned:
             | self.header.meter.to_json()
             | {
                 "n_layers": self.spec.n_layers,
+                "predicted": {
+                    "generation_tokens_per_sec": self.tokens_per_sec,
+                    "machine": None if self.costs is None else self.costs.machine,
+                },
                 "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
                 "peak_rss_bytes": peak_rss_bytes(),
             }
@@ -199,12 +212,17 @@ def make_plan(
     With ``for_writing`` off, no importance matrix is measured where scores are given.
     """
     spec = source.spec
-    offered = allocation
+    offered, head = allocation, 0
     if budget is not None:
-        offered = replace(allocation, types=offered_types(allocation.types, calibration.use_imatrix))
+        types = offered_types(allocation.types, calibration.use_imatrix, allocation.profile)
+        offered = replace(allocation, types=types)
         check_reachable(spec, budget, offered)
     with progress.stage("read", "Reading the tokenizer"):
         vocabulary = read_vocabulary(source.path, spec.config["vocab_size"], pre_tokenizer)
+    if budget is not None and budget.covers_file:
+        provenance = Provenance(command_line, _imatrix_note(spec, calibration, None))
+        head = header_size(source, vocabulary, _draft(spec, budget, offered), provenance) + _HEADER_SLACK
+        check_reachable(spec, budget, offered, head)
     if plan_file is not None:
         plan = QuantPlan.load(plan_file)
         plan.check(spec)
@@ -218,16 +236,25 @@ def make_plan(
     else:
         if budget is None:
             raise BudgetError("neither a budget nor a plan is given; give one of them")
-        has_choice = not is_decided(spec, offered)
+        has_choice = not is_decided(spec, offered, budget)
         is_quantized = any(t.is_quantized for t in offered.types)
         known = Knowledge()
         if has_choice or is_quantized:
             known = learn(source, offered.types, calibration, progress, scores=has_choice, imatrix=for_writing)
         with progress.stage("allocate", "Allocating bits"):
-            plan = allocate(spec, budget, known.scores, offered)
+            plan = allocate(spec, budget, known.scores, offered, head)
     note = _imatrix_note(spec, calibration, known.importance) if plan.is_quantized else None
     header = make_header(source, vocabulary, plan, Provenance(command_line, note))
-    return Planned(plan, header, known.importance, vocabulary, spec, progress.seconds)
+    return Planned(plan, header, known.importance, vocabulary, spec, progress.seconds, allocation.costs)
+
+
+def _draft(spec: ModelSpec, budget: BitBudget, allocation: Allocation) -> QuantPlan:
+    """A plan whose file has a header as long as the real one's."""
+    types = {t.name: F32.name for t in spec.tensors}
+    scores = (0.0,) * spec.n_layers
+    return QuantPlan(
+        spec.name, allocation.method, allocation.scorer_used, budget, (0, 0), types, scores, allocation.profile
+    )
 
 
 def _imatrix_note(
@@ -301,6 +328,7 @@ def _measure(
         device=options.device,
         in_float32=options.in_float32,
         removal=options.removal,
+        outer_matrices=needs_scores,
     )
     kept = entry.load() if options.use_cache else None
     if kept is not None and (kept[0] is not None) == needs_scores:
@@ -338,6 +366,7 @@ def _measure(
             type_errors=result.type_errors,
             sensitivities=result.sensitivities,
             fingerprint=source.fingerprint,
+            kld_per_block_error=result.kld_per_block_error,
         )
     if options.use_cache:
         entry.save(scores, result.importance)

@@ -60,6 +60,11 @@ class Probe:
         return float(self.unit_errors.sum()) / self.energy if self.energy > 0 else 0.0
 
 
+def probe_type(n_in: int) -> QuantType:
+    """The type with the fastest encoder that fits rows of ``n_in`` weights."""
+    return next(t for t in _PROBES if t.fits(n_in))
+
+
 def probe_matrix(weights: FloatArray, importance: FloatArray | None, n_threads: int = 1) -> Probe:
     """Quantise a matrix with the fastest type that fits.
 
@@ -69,7 +74,7 @@ def probe_matrix(weights: FloatArray, importance: FloatArray | None, n_threads: 
         n_threads: Threads of the encoder.
     """
     n_out, n_in = weights.shape
-    quant_type = next(t for t in _PROBES if t.fits(n_in))
+    quant_type = probe_type(n_in)
     unit = next((u for u in _UNITS if n_in % u == 0), n_in)
     decoded = np.empty_like(weights)
     errors = np.empty((n_out, n_in // unit))

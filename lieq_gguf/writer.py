@@ -81,10 +81,14 @@ def make_header(source: ModelDirectory, vocabulary: Vocabulary, plan: QuantPlan,
     """
     spec = source.spec
     tensors_bytes = sum(padded(QUANT_TYPES[plan.types[t.name]].tensor_bytes(t.shape)) for t in spec.tensors)
-    unsized = measure_bits(spec.tensors, plan.types, 0)
-    size = len(_header_content(source, vocabulary, plan, provenance, unsized))
+    size = header_size(source, vocabulary, plan, provenance)
     meter = measure_bits(spec.tensors, plan.types, size + tensors_bytes)
     return Header(_header_content(source, vocabulary, plan, provenance, meter), meter)
+
+
+def header_size(source: ModelDirectory, vocabulary: Vocabulary, plan: QuantPlan, provenance: Provenance) -> int:
+    """Bytes before the first tensor; they do not depend on the types."""
+    return len(_header_content(source, vocabulary, plan, provenance, measure_bits(source.spec.tensors, plan.types, 0)))
 
 
 def write_file(
@@ -216,6 +220,7 @@ def _add_provenance(writer: gguf.GGUFWriter, plan: QuantPlan, provenance: Proven
     writer.add_string("lieq.version", __version__)
     writer.add_string("lieq.method", plan.method)
     writer.add_string("lieq.scorer", plan.scorer)
+    writer.add_string("lieq.profile", plan.profile)
     writer.add_array("lieq.layer_scores", [float(score) for score in plan.layer_scores])
     writer.add_string("lieq.target.kind", plan.budget.kind)
     writer.add_float32("lieq.target.value", plan.budget.value)

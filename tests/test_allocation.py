@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -15,12 +15,14 @@ import pytest
 from lieq_gguf.allocation import (
     METHODS,
     Allocation,
+    Pin,
     allocate,
     check_reachable,
     is_decided,
-    make_groups,
+    make_problem,
     offered_types,
 )
+from lieq_gguf.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError, FormatError
 from lieq_gguf.native_output import silenced_native_stdout
 from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES, QuantType, parse_types
@@ -30,6 +32,7 @@ from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 
 K_TYPES = parse_types(["Q2_K", "Q3_K", "Q4_K", "Q6_K"])
+BITS = BitBudget("bits", 3.0)
 LEAST, MOST = 2.0625, 16.0  # bits per weight of the default ladder's IQ2_XXS and F16
 
 
@@ -63,7 +66,7 @@ def make_scores(spec: ModelSpec, seed: int = 0, monotone: bool = True) -> LayerS
     """Errors that fall with bits as real ones do, by about four per bit, or at random."""
     numbers = np.random.default_rng(seed)
     errors = {}
-    for tensor in (t for layer in spec.layer_matrices for t in layer):
+    for tensor in (t for t in spec.tensors if t.is_matrix):
         hardness = numbers.lognormal(0, 0.5)
         errors[tensor.name] = {
             q.name: float(hardness * 4 ** -(q.bits_per_weight - 1) if monotone else numbers.random())
@@ -72,7 +75,7 @@ def make_scores(spec: ModelSpec, seed: int = 0, monotone: bool = True) -> LayerS
     layer_scores = tuple(float(x) for x in numbers.normal(size=spec.n_layers))
     by_scorer = dict.fromkeys(("lieq", "energy-gain", "zd", "block-error"), layer_scores) | {"lim": layer_scores[::-1]}
     sensitivities = {name: float(numbers.lognormal(0, 1)) for name in errors}
-    return LayerScores("synthetic", 1, "none", 0, by_scorer, errors, sensitivities)
+    return LayerScores("synthetic", 1, "none", 0, by_scorer, errors, sensitivities, kld_per_block_error=2.0)
 
 
 def layer_bits(spec: ModelSpec, plan: QuantPlan) -> int:
@@ -352,7 +355,7 @@ def test_refusal_below_blames_rows_that_do_not_fit() -> None:
 
 def test_k_types_are_never_offered_to_rows_that_do_not_fit() -> None:
     spec = make_spec(3, width=288)
-    for group in make_groups(spec, Allocation(granularity="tensor")):
+    for group in make_problem(spec, BITS, Allocation(granularity="tensor")).groups:
         (tensor,) = group.tensors
         assert any(q.block_size == 256 for q in group.choices) == (tensor.role == "ffn_down")
 
@@ -365,7 +368,7 @@ def test_layer_with_a_row_that_does_not_fit_gets_small_blocks_only() -> None:
 
 def test_no_type_that_fits_is_refused_with_types_that_do() -> None:
     with pytest.raises(BudgetError, match=r"288.* weights in layer 0; .*Q4_0"):
-        make_groups(make_spec(3, width=288), Allocation(types=K_TYPES, granularity="layer"))
+        make_problem(make_spec(3, width=288), BITS, Allocation(types=K_TYPES, granularity="layer"))
 
 
 def test_types_that_need_importance_are_not_offered_without() -> None:
@@ -380,8 +383,8 @@ def test_nothing_left_to_offer_is_refused() -> None:
 
 def test_one_type_needs_no_scores() -> None:
     spec = make_spec(3)
-    assert is_decided(spec, Allocation(types=(QUANT_TYPES["Q4_K"],)))
-    assert not is_decided(spec, Allocation(types=K_TYPES))
+    assert is_decided(spec, Allocation(types=(QUANT_TYPES["Q4_K"],)), BITS)
+    assert not is_decided(spec, Allocation(types=K_TYPES), BITS)
 
 
 def outer_types(tied: bool, bits: float = 2.7, width: int = 256, **changes: Any) -> dict[str, str]:
@@ -475,3 +478,190 @@ def test_reachable_is_in_stored_bits_also_for_a_nominal_target() -> None:
     spec = make_spec(3)
     low, high = check_reachable(spec, BitBudget("nominal", 4), Allocation(types=parse_types(["Q4_K"])))
     assert low == high == 4.5
+
+
+def file_bytes(spec: ModelSpec, plan: QuantPlan, header_bytes: int = 0) -> int:
+    """Size of a file from block sizes alone; tensors begin at multiples of 32."""
+    total = header_bytes
+    for tensor in spec.tensors:
+        quant_type = QUANT_TYPES[plan.types[tensor.name]]
+        n_bytes = prod(tensor.shape) // quant_type.block_size * quant_type.block_bytes
+        total += -(-n_bytes // 32) * 32
+    return total
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("tied", [True, False])
+def test_file_is_never_larger_than_asked(method: str, tied: bool) -> None:
+    spec = make_spec(12, tied=tied)
+    scores = make_scores(spec)
+    for share in (0.25, 0.4, 0.5):
+        size = int(share * 2 * spec.n_weights)
+        plan = allocate(spec, BitBudget("size", size), scores, Allocation(method=method), 5000)
+        assert file_bytes(spec, plan, 5000) <= size
+        if METHODS[method].weighs_outer:
+            assert file_bytes(spec, plan, 5000) >= 0.98 * size
+
+
+def test_bits_of_the_file_are_its_size_over_all_weights() -> None:
+    spec = make_spec(12)
+    bits = 4.2
+    plan = allocate(spec, BitBudget("file-bits", bits), make_scores(spec), Allocation(), 5000)
+    size = int(Fraction(str(bits)) * spec.n_weights) // 8
+    assert plan.types == allocate(spec, BitBudget("size", size), make_scores(spec), Allocation(), 5000).types
+
+
+def test_embedding_is_part_of_the_problem_where_the_file_counts() -> None:
+    spec = make_spec(6, tied=False)
+    scores = make_scores(spec)
+    dear = replace(scores, sensitivities=dict(scores.sensitivities) | {"output.weight": 1e3, "token_embd.weight": 1e-6})
+    types = allocate(spec, BitBudget("file-bits", 3.5), dear, Allocation(types=K_TYPES)).types
+    assert (types["token_embd.weight"], types["output.weight"]) == ("Q2_K", "Q6_K")
+    cheap = replace(
+        scores, sensitivities=dict(scores.sensitivities) | {"output.weight": 1e-6, "token_embd.weight": 1e3}
+    )
+    types = allocate(spec, BitBudget("file-bits", 3.5), cheap, Allocation(types=K_TYPES)).types
+    assert (types["token_embd.weight"], types["output.weight"]) == ("Q6_K", "Q2_K")
+
+
+def test_scores_that_do_not_know_the_embedding_are_refused_only_where_they_are_needed() -> None:
+    spec = make_spec(3)
+    scores = make_scores(spec)
+    errors = {name: e for name, e in scores.type_errors.items() if name != "token_embd.weight"}
+    old = replace(scores, type_errors=errors)
+    allocate(spec, BITS, old, Allocation())
+    with pytest.raises(FormatError, match=r"token_embd\.weight.*score again"):
+        allocate(spec, BitBudget("file-bits", 4.0), old, Allocation())
+
+
+def test_too_small_a_file_is_refused_with_range_and_reason() -> None:
+    spec = make_spec(3)
+    with pytest.raises(BudgetError, match=r"--size 100000 .* MB to .* MB; embedding and output are 1\d %|[0-9]+% of"):
+        check_reachable(spec, BitBudget("size", 100_000), Allocation())
+
+
+def test_refusal_names_an_embedding_that_was_fixed() -> None:
+    spec = make_spec(3)
+    allocation = Allocation(types=K_TYPES, embedding_type=QUANT_TYPES["Q8_0"])
+    with pytest.raises(BudgetError, match="fixed at Q8_0"):
+        check_reachable(spec, BitBudget("file-bits", 3.0), allocation)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_pinned_tensors_keep_their_type_and_count(method: str) -> None:
+    spec = make_spec(12)
+    pins = (Pin(r"blk\.3\.ffn_down", QUANT_TYPES["Q8_0"]), Pin("ffn_down", QUANT_TYPES["Q5_K"]))
+    allocation = Allocation(method=method, types=K_TYPES, pins=pins)
+    plan = allocate(spec, BitBudget("bits", 4.1), make_scores(spec), allocation)
+    assert plan.types["blk.3.ffn_down.weight"] == "Q8_0"
+    assert {plan.types[f"blk.{i}.ffn_down.weight"] for i in range(12) if i != 3} == {"Q5_K"}
+    assert layer_bits(spec, plan) <= layer_limit(spec, 4.1)
+
+
+def test_pins_reach_the_embedding() -> None:
+    spec = make_spec(3)
+    plan = allocate(spec, BITS, make_scores(spec), Allocation(pins=(Pin("token_embd", QUANT_TYPES["Q4_K"]),)))
+    assert plan.types["token_embd.weight"] == "Q4_K"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "message"),
+    [
+        ("no_such", "Q4_K", "matches no matrix"),
+        ("attn_norm", "Q4_K", "matches no matrix"),
+        ("attn_q", "Q4_K", "does not fit its rows"),
+        ("token_embd", "IQ2_S", "needs an importance matrix"),
+    ],
+)
+def test_pins_that_cannot_hold_are_refused(pattern: str, name: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        check_reachable(
+            make_spec(3, width=288 if name == "Q4_K" else 256), BitBudget("bits", 5.0),
+            Allocation(pins=(Pin(pattern, QUANT_TYPES[name]),)),
+        )  # fmt: skip
+
+
+def test_a_pin_that_breaks_the_budget_is_refused() -> None:
+    with pytest.raises(BudgetError, match="out of reach"):
+        check_reachable(make_spec(3), BITS, Allocation(pins=(Pin("ffn", QUANT_TYPES["Q8_0"]),)))
+
+
+COSTS = DecodeCosts(
+    "a test", "made up",
+    {"Q2_K": 25, "Q3_K": 40, "Q4_K": 28, "Q5_K": 33, "Q6_K": 40, "Q8_0": 45, "IQ2_XXS": 55, "IQ3_XXS": 60},
+    1e-5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [2.2, 2.65, 3.0, 3.4, 4.3, 5.0])
+def test_cpu_profile_is_as_fast_as_k_types(bits: float) -> None:
+    spec = make_spec(24)
+    scores, budget = make_scores(spec), BitBudget("bits", bits)
+    seconds = {
+        profile: COSTS.seconds(spec, allocate(spec, budget, scores, Allocation(profile=profile, costs=COSTS)).types)
+        for profile in ("cpu", "quality")
+    }
+    assert seconds["cpu"] <= seconds["quality"] * 1.02  # the same plan, or one as good, where speed is no matter
+    if bits >= 2.65:  # between files of Q2_K, Q3_K, Q4_K and Q5_K
+        uniform = {}
+        for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K"):
+            types = {t.name: name for layer in spec.layer_matrices for t in layer} | {"token_embd.weight": "Q6_K"}
+            uniform[QUANT_TYPES[name].bits_per_weight] = COSTS.seconds(spec, types)
+        assert seconds["cpu"] <= np.interp(bits, list(uniform), list(uniform.values())) * (1 + 1e-6)
+
+
+def test_cpu_profile_costs_quality_and_quality_costs_speed() -> None:
+    spec = make_spec(24)
+    scores, budget = make_scores(spec), BitBudget("bits", 2.4)
+    cpu, quality = (
+        allocate(spec, budget, scores, Allocation(profile=profile, costs=COSTS)) for profile in ("cpu", "quality")
+    )
+    assert cpu.expected_kld is not None and quality.expected_kld is not None
+    assert cpu.expected_kld > quality.expected_kld
+    assert COSTS.seconds(spec, cpu.types) < COSTS.seconds(spec, quality.types)
+
+
+def test_edge_profile_has_no_iq_types() -> None:
+    types = offered_types(DEFAULT_LADDER, has_imatrix=True, profile="edge")
+    assert types and not any(q.name.startswith("IQ") for q in types)
+    with pytest.raises(BudgetError, match="--profile edge"):
+        offered_types(parse_types(["IQ4_XS"]), has_imatrix=True, profile="edge")
+
+
+def test_speed_set_by_hand_is_kept() -> None:
+    spec = make_spec(24)
+    scores, budget = make_scores(spec), BitBudget("bits", 3.3)
+    free = allocate(spec, budget, scores, Allocation(costs=COSTS))
+    wanted = 1.1 / COSTS.seconds(spec, free.types)
+    plan = allocate(spec, budget, scores, Allocation(costs=COSTS, min_tokens_per_sec=wanted))
+    assert 1 / COSTS.seconds(spec, plan.types) >= wanted * (1 - 1e-6)
+
+
+def test_speed_out_of_reach_is_refused_with_the_speed_there_is() -> None:
+    with pytest.raises(BudgetError, match=r"can have \d+\.\d tokens/s \(a test\)"):
+        check_reachable(make_spec(3), BITS, Allocation(costs=COSTS, min_tokens_per_sec=1e9))
+    with pytest.raises(BudgetError, match="--method lieq takes no account"):
+        check_reachable(make_spec(3), BITS, Allocation("lieq", costs=COSTS, min_tokens_per_sec=1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("granularity", ["layer", "tensor"])
+def test_more_budget_never_means_more_damage(granularity: str, seed: int) -> None:
+    spec = make_spec(10)
+    scores = make_scores(spec, seed)
+    allocation = Allocation("block-error", granularity=granularity)
+    found = [
+        allocate(spec, BitBudget("bits", bits), scores, allocation).expected_kld
+        for bits in np.arange(2.1, 8, 0.3).round(3)
+    ]
+    assert all(b <= a * (1 + 1e-4) for a, b in pairwise(found))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_scores_foretell_is_the_sum_over_all_matrices(seed: int) -> None:
+    spec = make_spec(4, tied=False)
+    scores = make_scores(spec, seed)
+    plan = allocate(spec, BITS, scores, Allocation(types=K_TYPES))
+    total = sum(scores.sensitivities[t.name] * scores.type_errors[t.name][plan.types[t.name]]
+                for t in spec.tensors if t.is_matrix)  # fmt: skip
+    assert plan.expected_kld == pytest.approx(2.0 * total)

@@ -14,7 +14,7 @@ from tokenizer_fixtures import write_llama_3
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import LlamaForCausalLM
-from whole_model import MODULES, WholeModel, lieq_scores
+from whole_model import MODULES, OuterReference, WholeModel, lieq_scores
 
 from lieq_gguf import calibration, layer_model
 from lieq_gguf.calibration import (
@@ -241,6 +241,44 @@ def test_sensitivity_is_block_error_by_relative_error(streamed: Calibration, tin
             probe = probe_matrix(weights, streamed.importance.mean(tensor.name))
             expected = m.block_errors[tensor.role] / probe.relative_error
             assert streamed.sensitivities[tensor.name] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_outer_sensitivities_are_those_of_whole_models(tmp_path: Path, tied: bool) -> None:
+    path = write_model(tmp_path / "model", tie_word_embeddings=tied)
+    tokens = random_tokens(ModelDirectory(path).spec.config["vocab_size"])
+    found = run(path, tokens)
+    wanted = OuterReference(path, tokens.ids, found.importance)
+    of_decoder = sum(sum(m.block_errors.values()) for m in found.measurements)
+    assert found.kld_per_block_error == pytest.approx(wanted.decoder_kld / of_decoder, rel=1e-3)
+
+    counts = np.bincount(tokens.ids.ravel())
+    frequent = np.argsort(-counts, kind="stable")[:1024]
+    assert found.kld_per_block_error is not None
+    output = wanted.output_kld / found.kld_per_block_error
+    damages = {"token_embd.weight": wanted.embedding_error, "output.weight": output}
+    if tied:
+        damages = {"token_embd.weight": wanted.embedding_error + output}
+    source = ModelDirectory(path)
+    for tensor in source.spec.other_matrices:
+        rows = source.read(tensor)[torch.from_numpy(frequent)].float().numpy()
+        error = probe_matrix(rows, None).relative_error
+        assert found.sensitivities[tensor.name] * error == pytest.approx(damages.pop(tensor.name), rel=1e-3)
+    assert not damages
+
+
+def test_divergence_is_that_of_all_logits_at_once() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    hidden, other = torch.randn(2, 3, 8, generator=numbers), torch.randn(2, 3, 8, generator=numbers)
+    matrix = torch.randn(5000, 8, generator=numbers) * 4
+    head = layer_model.OutputHead(nn.Identity(), matrix, torch.device("cpu"))
+    p, q, r = (torch.log_softmax(z.double() @ m.double().T, -1) for z, m in
+               ((hidden, matrix), (other, matrix), (hidden, matrix * 0.9)))  # fmt: skip
+    assert torch.allclose(head.logits(hidden), hidden @ matrix.T, atol=1e-5)
+    assert head.divergence(hidden, other) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    changed = head.divergence(hidden, change=lambda rows: rows * 0.9)
+    assert changed == pytest.approx(float((p.exp() * (p - r)).sum(-1).mean()), rel=1e-4)
+    assert head.divergence(hidden) == 0
 
 
 def test_perplexity_drops_are_those_of_the_whole_model_without_a_layer(tiny_model: Path) -> None:

@@ -19,6 +19,7 @@ RANKS = (
     ),
     (
         "calibration", "calibration_text", "layer_model", "observers", "type_errors", "scorers", "cache", "allocation",
+        "knapsack", "decode_costs", "type_speed",
         "writer", "verification", "benchmark", "generation", "inspection", "display", "reference", "evaluation",
         "tasks", "health",
     ),

@@ -83,6 +83,57 @@ class WholeModel:
         return np.asarray((energies / energies.sum()).numpy())
 
 
+class OuterReference:
+    """What quantising embedding, output and decoder with the probe does, in whole models.
+
+    Attributes:
+        embedding_error: Relative change of the first layer's output with the embedding quantised.
+        output_kld: Divergence of the logits with the output matrix quantised.
+        decoder_kld: The same with all matrices of the layers quantised.
+    """
+
+    def __init__(self, path: Path, ids: npt.NDArray[np.int64], importance: ImportanceMatrix) -> None:
+        ids = ids[DAMAGE_ROWS, :DAMAGE_LENGTH]
+        model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # apart from the embedding
+        wanted, first = self._run(model, ids)
+        self.output_kld = self._kld(wanted, self._with(model, {"lm_head": None}, ids)[0])
+        found = self._with(model, {"model.embed_tokens": None}, ids)[1]
+        change = (found - first).double().square().sum(-1) / first.double().square().sum(-1)
+        self.embedding_error = float(change.mean())
+        means = {
+            f"model.layers.{layer}.{name}": importance.mean(f"blk.{layer}.{role}.weight")
+            for layer in range(len(model.model.layers))
+            for role, name in MODULES.items()
+        }
+        self.decoder_kld = self._kld(wanted, self._with(model, means, ids)[0])
+
+    def _with(
+        self, model: LlamaForCausalLM, modules: dict[str, npt.NDArray[np.float32] | None], ids: npt.NDArray[np.int64]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = {name: model.get_parameter(f"{name}.weight") for name in modules}
+        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        with torch.no_grad():
+            for name, mean in modules.items():
+                weights[name].copy_(torch.from_numpy(probe_matrix(kept[name].numpy(), mean).decoded))
+        result = self._run(model, ids)
+        with torch.no_grad():
+            for name, weight in kept.items():
+                weights[name].copy_(weight)
+        return result
+
+    @staticmethod
+    def _run(model: LlamaForCausalLM, ids: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.inference_mode():
+            result = model(torch.from_numpy(ids), output_hidden_states=True, use_cache=False)
+        return result.logits[:, ::2], result.hidden_states[1]
+
+    @staticmethod
+    def _kld(wanted: torch.Tensor, found: torch.Tensor) -> float:
+        p, q = (torch.log_softmax(z.double(), dim=-1) for z in (wanted, found))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+
 def whole_twin(path: Path, n_layers: int, ids: npt.NDArray[np.int64], seed: int) -> dict[str, torch.Tensor]:
     """Projections of an untrained model of all layers at once, by tensor name."""
     config = layer_model.model_config(path)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 if TYPE_CHECKING:
-    from lieq_gguf.layer_model import LayerModel
+    from lieq_gguf.layer_model import LayerModel, OutputHead
 
 TokenSample: TypeAlias = tuple[torch.Tensor, slice]
 """Index into ``[n_chunks, chunk_size, …]``: some sequences, and the head of each."""
@@ -35,5 +34,5 @@ class Observer:
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """The layer is done; it may be run again. ``hidden`` are all its inputs ``[n_chunks, chunk_size, d_model]``."""
 
-    def conclude(self, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """All layers are done; ``logits_of`` maps final hidden states to logits."""
+    def conclude(self, head: OutputHead, hidden: torch.Tensor) -> None:
+        """All layers are done; ``hidden`` are their outputs ``[n_chunks, chunk_size, d_model]``."""

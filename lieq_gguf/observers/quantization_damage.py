@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ class QuantizationDamage(Observer):
         block_errors: Tensor name to block error of the probe: mean over tokens of ``‖h' − h‖² / ‖h‖²`` of the layer's
             output, ``h'`` with this one matrix quantised. Empty without ``sample``.
         probe_errors: Tensor name to weighted relative error of the probe.
+        drifted: Hidden states of the sample behind the layers so far, all of them quantised with the probe.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class QuantizationDamage(Observer):
         self.type_errors: dict[str, dict[str, float]] = {}
         self.block_errors: dict[str, float] = {}
         self.probe_errors: dict[str, float] = {}
+        self.drifted: torch.Tensor | None = None
         self._types = types
         self._importance_of = importance_of
         self._sample = sample
@@ -63,12 +66,17 @@ class QuantizationDamage(Observer):
             return
         before = hidden[self._sample]
         wanted = layer.forward(before)
-        for module, probe in probes.items():
-            with layer.replaced(module, torch.from_numpy(probe.decoded)):
-                self.block_errors[layer.tensors[module].name] = _relative_change(wanted, layer.forward(before))
+        decoded = {module: torch.from_numpy(probe.decoded) for module, probe in probes.items()}
+        for module, weights in decoded.items():
+            with layer.replaced(module, weights):
+                self.block_errors[layer.tensors[module].name] = relative_change(wanted, layer.forward(before))
+        with ExitStack() as all_replaced:
+            for module, weights in decoded.items():
+                all_replaced.enter_context(layer.replaced(module, weights))
+            self.drifted = layer.forward(before if self.drifted is None else self.drifted)
 
 
-def _relative_change(wanted: torch.Tensor, found: torch.Tensor) -> float:
+def relative_change(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """Mean over tokens of ``‖found − wanted‖² / ‖wanted‖²``."""
     change = (found - wanted).double().square().sum(dim=-1)
     return float((change / wanted.double().square().sum(dim=-1)).mean())

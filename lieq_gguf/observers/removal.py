@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.layer_model import LayerModel, OutputHead
 from lieq_gguf.observers import Observer, TokenSample
 
 
@@ -26,20 +24,17 @@ class Removal(Observer):
         self._targets = ids[sample][:, 1:]
         self._sample = sample
         self._variants: list[torch.Tensor] = []
-        self._intact: torch.Tensor | None = None
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """Take all variants through the layer, and begin the one without it."""
         before = hidden[self._sample]
         self._variants = [layer.forward(variant) for variant in self._variants]
         self._variants.append(before)
-        self._intact = layer.forward(before)
 
-    def conclude(self, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def conclude(self, head: OutputHead, hidden: torch.Tensor) -> None:
         """Compare the perplexities."""
-        assert self._intact is not None
-        intact = self._perplexity(logits_of(self._intact))
-        self.perplexity_drops = tuple(self._perplexity(logits_of(v)) - intact for v in self._variants)
+        intact = self._perplexity(head.logits(hidden[self._sample]))
+        self.perplexity_drops = tuple(self._perplexity(head.logits(v)) - intact for v in self._variants)
 
     def _perplexity(self, logits: torch.Tensor) -> float:
         flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()

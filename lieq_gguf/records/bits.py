@@ -2,42 +2,106 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
+from lieq_gguf.errors import BudgetError
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 
 GGUF_ALIGNMENT = 32
 
 
+BudgetKind = Literal["bits", "nominal", "file-bits", "size"]
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix.lower() + suffix: base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("b", 1000), ("", 1000), ("ib", 1024))
+}
+
+
 @dataclass(frozen=True)
 class BitBudget:
-    """What the user asks for.
+    """What the user asks for; never exceeded.
 
     Attributes:
-        kind: ``bits``: stored bits per decoder weight; ``nominal``: average digit of the type names.
-        value: The target; never exceeded.
+        kind: ``bits``: stored bits per decoder weight; ``nominal``: average digit of the type names; ``file-bits``:
+            bits of the whole file per weight of the model; ``size``: bytes of the whole file.
+        value: The target.
     """
 
-    kind: Literal["bits", "nominal"]
+    kind: BudgetKind
     value: float
+
+    @property
+    def covers_file(self) -> bool:
+        """Whether all that is in the file counts, not the decoder's matrices alone."""
+        return self.kind in ("file-bits", "size")
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """The target as an average, if it is one."""
+        return None if self.kind == "size" else self.value
 
     def cost(self, quant_type: QuantType, tensor: TensorSpec) -> int:
         """Bits that a tensor takes of the budget in this type."""
+        if self.covers_file:
+            return 8 * padded(quant_type.tensor_bytes(tensor.shape))
+        if tensor.layer is None or not tensor.is_matrix:
+            return 0
         if self.kind == "nominal":
             return quant_type.nominal_bits * tensor.n_weights
         return 8 * quant_type.tensor_bytes(tensor.shape)
 
-    def limit(self, spec: ModelSpec) -> int:
-        """Bits that all decoder matrices may take together."""
+    def limit(self, spec: ModelSpec, header_bytes: int = 0) -> int:
+        """Bits that all tensors may take together.
+
+        Args:
+            spec: The model.
+            header_bytes: What comes before the first tensor; counted where the file is.
+        """
         # Fraction of the decimal, since 2.625 bits of a uniform Q2_K must fit to the last bit.
-        return int(Fraction(str(self.value)) * spec.n_layer_weights)
+        target = Fraction(str(self.value))
+        if self.kind == "size":
+            return 8 * (int(target) - header_bytes)
+        if self.kind == "file-bits":
+            return int(target * spec.n_weights) - 8 * header_bytes
+        return int(target * spec.n_layer_weights)
+
+    def amount(self, bits: int, spec: ModelSpec, header_bytes: int = 0) -> float:
+        """What tensors of so many bits make in the unit of ``value``."""
+        if self.covers_file:
+            total = bits + 8 * header_bytes
+            return total / 8 if self.kind == "size" else total / spec.n_weights
+        return bits / spec.n_layer_weights
+
+    def shown(self, amount: float) -> str:
+        """An amount with its unit, for people."""
+        if self.kind == "size":
+            return f"{amount / 1e6:.2f} MB"
+        return f"{amount:.4f} {'bits of file per weight' if self.kind == 'file-bits' else 'bits per weight'}"
 
     def __str__(self) -> str:
-        return f"--bits {self.value:g}" + (" --nominal" if self.kind == "nominal" else "")
+        if self.kind == "size":
+            return f"--size {self.value:.0f}"
+        option = "--file-bits" if self.kind == "file-bits" else "--bits"
+        return f"{option} {self.value:g}" + (" --nominal" if self.kind == "nominal" else "")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``400MB``, ``0.4GiB`` or a plain number; powers of 1000 but for ``KiB``, ``MiB``, ``GiB``.
+
+    Raises:
+        BudgetError: if the text is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in _UNITS or not (size := int(Fraction(found[1]) * _UNITS[found[2]])):
+        raise BudgetError(f"'{text}' is no size; expected bytes or for example 400MB, 0.4GB, 380MiB")
+    return size
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lieq_gguf.errors import FormatError
 from lieq_gguf.quant_types import QUANT_TYPES
-from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.bits import BitBudget, BudgetKind
 from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
 from lieq_gguf.records.spec import ModelSpec
 
@@ -26,6 +27,8 @@ class QuantPlan:
         reachable_bpw: Least and largest ``layer_bpw`` that the types offered can reach.
         types: Tensor name to type name, for every tensor.
         layer_scores: The score of each layer.
+        profile: What the file is made for.
+        expected_kld: Divergence from the model's next-token distribution that the scores foretell, in nats, or None.
     """
 
     model: str
@@ -35,6 +38,8 @@ class QuantPlan:
     reachable_bpw: tuple[float, float]
     types: Mapping[str, str]
     layer_scores: tuple[float, ...]
+    profile: str = "quality"
+    expected_kld: float | None = None
 
     def check(self, spec: ModelSpec) -> None:
         """Require a type that fits for every tensor of the model.
@@ -82,11 +87,22 @@ class QuantPlan:
             "model": self.model,
             "method": self.method,
             "scorer": self.scorer,
+            "profile": self.profile,
+            "expected_kld": self.expected_kld,
             "target": {"kind": self.budget.kind, "value": self.budget.value},
             "reachable": {"min_layer_bpw": self.reachable_bpw[0], "max_layer_bpw": self.reachable_bpw[1]},
             "layer_scores": list(self.layer_scores),
             "types": dict(self.types),
         }
+
+    def tensor_type_lines(self) -> str:
+        """Lines for ``llama-quantize --tensor-type-file``, one a matrix.
+
+        llama-quantize searches its patterns in names, so each is anchored and escaped. Its options
+        ``--token-embedding-type`` and ``--output-tensor-type`` would come before these lines.
+        """
+        matrices = {name: t for name, t in self.types.items() if t != "F32"}
+        return "".join(f"^{re.escape(name)}$={quant_type}\n" for name, quant_type in matrices.items())
 
     def save(self, target: Path, figures: Mapping[str, Any]) -> None:
         """Write the plan and, for people, the bit meter's ``figures``."""
@@ -102,8 +118,9 @@ class QuantPlan:
         document = read_json(file, "plan")
         try:
             kind = document["target"]["kind"]
-            if kind not in ("bits", "nominal"):
-                raise FormatError(f"{file} has a target of kind '{kind}'; expected bits or nominal")
+            if kind not in get_args(BudgetKind):
+                raise FormatError(f"{file} has a target of kind '{kind}'; expected {', '.join(get_args(BudgetKind))}")
+            kld = document.get("expected_kld")
             plan = cls(
                 model=str(document["model"]),
                 method=str(document["method"]),
@@ -115,6 +132,8 @@ class QuantPlan:
                 ),
                 types={str(name): str(t).upper() for name, t in document["types"].items()},
                 layer_scores=tuple(float(s) for s in document["layer_scores"]),
+                profile=str(document.get("profile", "quality")),
+                expected_kld=None if kld is None else float(kld),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(

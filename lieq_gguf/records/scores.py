@@ -27,6 +27,7 @@ class LayerScores:
         sensitivities: Tensor name to block error per unit of that error: how far the layer's output moves; empty in
             files that know none.
         fingerprint: Digest of the model's files, to tell another model of the same shape; None if it is not known.
+        kld_per_block_error: Divergence of the logits, in nats, that a block error ends in; None if it is not known.
     """
 
     model: str
@@ -37,6 +38,7 @@ class LayerScores:
     type_errors: Mapping[str, Mapping[str, float]]
     sensitivities: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str | None = None
+    kld_per_block_error: float | None = None
 
     @property
     def n_layers(self) -> int:
@@ -55,7 +57,7 @@ class LayerScores:
                 "score it anew"
             )
         names = {t.name for layer in spec.layer_matrices for t in layer}
-        if names != set(self.type_errors):
+        if names != set(self.type_errors) - {t.name for t in spec.other_matrices}:
             raise FormatError(
                 f"the scores are of {self.model}, whose matrices are not those of {spec.name}: score it anew"
             )
@@ -81,6 +83,7 @@ class LayerScores:
                 for layer in range(self.n_layers)
             ],
             "scorers": list(self.by_scorer),
+            "kld_per_block_error": self.kld_per_block_error,
             "sensitivities": dict(self.sensitivities),
             "type_errors": {name: dict(errors) for name, errors in self.type_errors.items()},
         }
@@ -97,6 +100,7 @@ class LayerScores:
             FormatError: if the file is not a complete scores file.
         """
         document = read_json(file, "scores")
+        rate = document.get("kld_per_block_error")
         try:
             scores = cls(
                 model=str(document["model"]),
@@ -112,6 +116,7 @@ class LayerScores:
                 },
                 fingerprint=None if document.get("fingerprint") is None else str(document["fingerprint"]),
                 sensitivities={str(name): float(s) for name, s in document.get("sensitivities", {}).items()},
+                kld_per_block_error=None if rate is None else float(rate),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(
@@ -125,6 +130,7 @@ class LayerScores:
         for name, errors in scores.type_errors.items():
             if not all(math.isfinite(e) and e >= 0 for e in errors.values()):
                 raise FormatError(f"{file} holds errors of {name} that are no finite numbers; make it again")
-        if not all(math.isfinite(s) and s >= 0 for s in scores.sensitivities.values()):
+        rates = () if scores.kld_per_block_error is None else (scores.kld_per_block_error,)
+        if not all(math.isfinite(s) and s >= 0 for s in (*scores.sensitivities.values(), *rates)):
             raise FormatError(f"{file} holds sensitivities that are no finite numbers; make it again")
         return scores

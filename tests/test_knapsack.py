@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from lieq_gguf.errors import BudgetError
+from lieq_gguf.knapsack import GAP, Option, solve
+
+
+def random_groups(seed: int, n_groups: int, n_options: int) -> list[list[Option]]:
+    numbers = np.random.default_rng(seed)
+    return [
+        [
+            Option(float(numbers.random()), int(numbers.integers(1, 50)), float(numbers.random()))
+            for _ in range(n_options)
+        ]
+        for _ in range(n_groups)
+    ]
+
+
+def totals(groups: list[list[Option]], chosen: tuple[int, ...]) -> tuple[float, int, float]:
+    options = [g[k] for g, k in zip(groups, chosen, strict=True)]
+    return sum(o.damage for o in options), sum(o.size for o in options), sum(o.time for o in options)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("timed", [False, True])
+def test_as_good_as_trying_everything(seed: int, timed: bool) -> None:
+    groups = random_groups(seed, 5, 5)
+    time_limit = 2.5 if timed else np.inf
+    every = [totals(groups, c) for c in product(range(5), repeat=5)]
+    allowed = [damage for damage, size, time in every if size <= 100 and time <= time_limit]
+    if not allowed:
+        with pytest.raises(BudgetError):
+            solve(groups, 100, time_limit)
+        return
+    damage, size, time = totals(groups, solve(groups, 100, time_limit))
+    assert size <= 100
+    assert time <= time_limit * (1 + 1e-6)
+    assert damage <= min(allowed) * (1 + 2 * GAP) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_never_worse_than_greedy_and_lagrangian(seed: int) -> None:
+    groups = random_groups(seed, 60, 8)
+    limit = 60 * 20
+    best, size, _ = totals(groups, solve(groups, limit))
+    assert size <= limit
+    assert best <= totals(groups, greedy(groups, limit))[0] * (1 + 2 * GAP)
+    assert best <= totals(groups, lagrangian(groups, limit))[0] * (1 + 2 * GAP)
+
+
+def test_same_input_same_choice_and_the_first_of_equals() -> None:
+    groups = random_groups(0, 40, 6)
+    assert solve(groups, 900) == solve(groups, 900)
+    assert solve([[Option(1, 5), Option(1, 5)]] * 3, 15) == (0, 0, 0)
+
+
+def test_no_choice_within_the_limits_is_refused() -> None:
+    with pytest.raises(BudgetError, match="within the limits"):
+        solve([[Option(1, 5)], [Option(1, 6)]], 10)
+    with pytest.raises(BudgetError, match="within the limits"):
+        solve([[Option(1, 5, 2.0)]], 10, 1.0)
+
+
+def test_nothing_to_choose() -> None:
+    assert solve([], 0) == ()
+
+
+def greedy(groups: list[list[Option]], limit: int) -> tuple[int, ...]:
+    """Smallest options first, then the step that saves most damage per bit, while it fits."""
+    chosen = [min(range(len(g)), key=lambda k: (g[k].size, g[k].damage)) for g in groups]
+    while True:
+        left = limit - sum(g[k].size for g, k in zip(groups, chosen, strict=True))
+        steps = [
+            ((g[chosen[i]].damage - o.damage) / max(o.size - g[chosen[i]].size, 1e-9), i, k)
+            for i, g in enumerate(groups)
+            for k, o in enumerate(g)
+            if o.size - g[chosen[i]].size <= left and o.damage < g[chosen[i]].damage
+        ]
+        if not steps:
+            return tuple(chosen)
+        _, i, k = max(steps)
+        chosen[i] = k
+
+
+def lagrangian(groups: list[list[Option]], limit: int) -> tuple[int, ...]:
+    """Least damage plus price times size, by bisection of the price."""
+    low, high = 0.0, 1e3
+    for _ in range(200):
+        price = (low + high) / 2
+        chosen = tuple(min(range(len(g)), key=lambda k: g[k].damage + price * g[k].size) for g in groups)
+        low, high = (price, high) if totals(groups, chosen)[1] > limit else (low, price)
+    return tuple(min(range(len(g)), key=lambda k: g[k].damage + high * g[k].size) for g in groups)

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Our files against llama.cpp's presets at the size of each: KL divergence and speed, as a Markdown table.
+
+Usage: compare_presets.py MODEL_DIR CALIBRATION TEXT FOLDER [--presets A,B] [--profiles quality,cpu,edge] [--chunks N]
+
+Both sides quantise with the same importance matrix, measured on CALIBRATION; TEXT is what they are compared on. The
+presets are made by the installed library. A file of ours is asked for by --size with the bytes of the preset; the
+column "embedding as preset" fixes the embedding's type as well, so that the two effects are seen apart. Speeds are of
+runs in turn, all files of a row and the K preset nearest in size. Files and evaluations stay in FOLDER and are not
+made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from make_preset import quantize
+
+from lieq_gguf.engine import open_model
+from lieq_gguf.inspection import inspect
+from lieq_gguf.records.importance import ImportanceMatrix
+
+PRESETS = ("Q4_K_M", "Q3_K_M", "Q3_K_S", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")
+K_PRESETS = ("Q4_K_M", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S")
+FIXED = "embedding as preset"
+N_ROUNDS, N_TOKENS = 9, 24
+
+
+def lieq(*arguments: object) -> Any:
+    """The JSON document that a command of lieq-gguf prints."""
+    command = [sys.executable, "-m", "lieq_gguf", *map(str, arguments), "--json"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
+    """Preset to column to file."""
+    folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
+    folder.mkdir(parents=True, exist_ok=True)
+    f16, scores, imatrix = folder / "F16.gguf", folder / "scores.json", folder / "imatrix.gguf"
+    calibration = ["--calibration", arguments.calibration]
+    if not f16.exists():
+        lieq("convert", arguments.model, "--bits", 16, "--types", "F16", "-o", f16, *threads)
+    if not scores.exists():
+        lieq("score", arguments.model, *calibration, "-o", scores, *threads)
+    if not imatrix.exists():
+        command = ["imatrix", arguments.model, *calibration, "-o", imatrix, *threads]
+        subprocess.run([sys.executable, "-m", "lieq_gguf", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    importance = ImportanceMatrix.load(imatrix)
+    files: dict[str, dict[str, Path]] = {}
+    for preset in arguments.presets.split(","):
+        theirs = folder / f"{preset}.gguf"
+        if not theirs.exists():
+            quantize(f16, theirs, preset, importance)
+        files[preset] = {"preset": theirs}
+        size = theirs.stat().st_size
+        embedding = inspect(theirs).types["token_embd.weight"]
+        columns = {p: ["--profile", p] for p in arguments.profiles.split(",")}
+        if arguments.fixed:
+            columns[FIXED] = ["--profile", "quality", "--embedding-type", embedding]
+        for name, options in columns.items():
+            ours = folder / f"{preset}-{name.replace(' ', '-')}.gguf"
+            if not ours.exists():
+                known = ["--scores", scores, "--imatrix", imatrix]
+                lieq("convert", arguments.model, "--size", size, *options, *known, "-o", ours, *threads)
+            assert ours.stat().st_size <= size
+            files[preset][name] = ours
+    return files
+
+
+def divergences(arguments: argparse.Namespace, files: list[Path]) -> dict[Path, float]:
+    """Mean KLD of each file."""
+    store = arguments.folder / f"kld-{arguments.text.stem}-{arguments.chunks}.json"
+    known = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
+    missing = [f for f in files if known.get(f.name, {}).get("written") != f.stat().st_mtime_ns]
+    if missing:
+        options = ["--reference", arguments.folder / "F16.gguf", "--text", arguments.text, "--chunks", arguments.chunks]
+        found = lieq("eval", *missing, *options, "-t", arguments.threads, "-q")
+        for file, result in zip(missing, found if isinstance(found, list) else [found], strict=True):
+            known[file.name] = {"written": file.stat().st_mtime_ns, "kld": result["kld"]["mean"]}
+        store.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    return {f: known[f.name]["kld"] for f in files}
+
+
+def speeds(files: list[Path], n_threads: int) -> dict[Path, float]:
+    """Tokens per second of generation, files taking turns."""
+    seconds: dict[Path, list[float]] = {file: [] for file in files}
+    with ExitStack() as stack:
+        models = {file: stack.enter_context(open_model(file, n_ctx=64, n_threads=n_threads)) for file in files}
+        for round_ in range(N_ROUNDS + 1):
+            for file, model in models.items():
+                model.clear()
+                start = time.perf_counter()
+                for token in range(N_TOKENS):
+                    model.decode([token + 10])
+                if round_:  # the first warms up
+                    seconds[file].append((time.perf_counter() - start) / N_TOKENS)
+    return {file: 1 / statistics.median(times) for file, times in seconds.items()}
+
+
+def geometric_mean(values: list[float]) -> float:
+    """The mean of ratios."""
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    for name in ("model", "calibration", "text", "folder"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--presets", default=",".join(PRESETS))
+    parser.add_argument("--profiles", default="quality,cpu,edge")
+    parser.add_argument("--chunks", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-fixed", dest="fixed", action="store_false", help="leave out the embedding as preset")
+    parser.add_argument("--no-bench", dest="bench", action="store_false")
+    arguments = parser.parse_args()
+    files = make_files(arguments)
+    kld = divergences(arguments, [f for row in files.values() for f in row.values()])
+    columns = list(next(iter(files.values())))
+    print("| size of | bytes | KLD " + " | KLD ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
+    for preset, row in files.items():
+        values = [kld[row[c]] for c in columns]
+        cells = [f"{v:.4f}" + (f" ({v / values[0]:.2f})" if i else "") for i, v in enumerate(values)]
+        print(f"| {preset} | {row['preset'].stat().st_size:,} | " + " | ".join(cells) + " |")
+    means = [geometric_mean([kld[row[c]] / kld[row["preset"]] for row in files.values()]) for c in columns[1:]]
+    print("| geometric mean | | | " + " | ".join(f"{m:.3f}" for m in means) + " |")
+    if not arguments.bench:
+        return
+    k_files = [arguments.folder / f"{p}.gguf" for p in K_PRESETS if (arguments.folder / f"{p}.gguf").exists()]
+    print("\n| size of | K preset nearest | tok/s of it | tok/s " + " | tok/s ".join(columns) + " |")
+    print("|---" * (len(columns) + 3) + "|")
+    for preset, row in files.items():
+        size = row["preset"].stat().st_size
+        k_file = min(k_files, key=lambda f: abs(f.stat().st_size - size))
+        found = speeds(list(dict.fromkeys([k_file, *row.values()])), arguments.threads)
+        cells = [f"{found[row[c]]:.1f} ({found[row[c]] / found[k_file]:.2f})" for c in columns]
+        print(f"| {preset} | {k_file.stem} | {found[k_file]:.1f} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
