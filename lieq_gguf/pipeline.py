@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lieq_gguf import __version__, ggml
-from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types
+from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types, scorer_of
 from lieq_gguf.cache import CacheEntry
 from lieq_gguf.calibration_text import read_calibration_text
 from lieq_gguf.decode_costs import DecodeCosts
@@ -253,7 +253,7 @@ def _draft(spec: ModelSpec, budget: BitBudget, allocation: Allocation) -> QuantP
     types = {t.name: F32.name for t in spec.tensors}
     scores = (0.0,) * spec.n_layers
     return QuantPlan(
-        spec.name, allocation.method, allocation.scorer_used, budget, (0, 0), types, scores, allocation.profile
+        spec.name, allocation.method, scorer_of(allocation), budget, (0, 0), types, scores, allocation.profile
     )
 
 

@@ -1,0 +1,133 @@
+"""The named ways to divide bits, each an objective of its own.
+
+The full ladder is an exact problem (a multiple-choice knapsack): choose one type per group so that the sum of weight ×
+error is least and the sum of bits stays within the budget, and the time of a token within what the profile allows. The
+papers' rule, two widths in the order of a layer score, is kept beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+from lieq_gguf.allocation.problem import Group, Problem
+from lieq_gguf.allocation.speed import options, seconds_allowed
+from lieq_gguf.errors import BudgetError
+from lieq_gguf.knapsack import solve
+from lieq_gguf.quant_types import QuantType
+from lieq_gguf.records.scores import LayerScores
+
+Error = Callable[[Group, LayerScores, QuantType], float]
+
+_WIDTH_PAIRS = ((1, 2), (2, 4), (4, 8), (8, 16))
+
+
+def two_levels(problem: Problem, scores: LayerScores) -> tuple[QuantType, ...]:
+    """The paper's rule: the ``m`` highest-scored layers at the high width, the others at half of it.
+
+    ``m`` is as large as fits. Several llama.cpp types have the same width; of all pairs of the two widths that come
+    within 1 % of the budget, the one with the least weighted error is taken.
+
+    Source: LieQ, arXiv 2508.03332v2, allocation; order and move as in arXiv 2406.17415.
+    """
+    groups, budget, limit = problem.groups, problem.budget, problem.limit
+    layer_scores = scores.by_scorer[problem.scorer]
+    order = sorted(range(len(groups)), key=lambda i: (-layer_scores[groups[i].layer or 0], i))
+
+    def assign(low: QuantType, high: QuantType) -> tuple[QuantType, ...]:
+        left = limit - sum(g.cost(budget, low) for g in groups)
+        result = [low] * len(groups)
+        for i in order:
+            left -= groups[i].cost(budget, high) - groups[i].cost(budget, low)
+            if left < 0:
+                break
+            result[i] = high
+        return tuple(result)
+
+    def order_of_merit(plan: tuple[QuantType, ...]) -> tuple[bool, float]:
+        used = sum(g.cost(budget, q) for g, q in zip(groups, plan, strict=True))
+        return used < 0.99 * limit, sum(g.weighted_error(scores, q) for g, q in zip(groups, plan, strict=True))
+
+    return min((assign(*pair) for pair in _level_pairs(problem)), key=order_of_merit)
+
+
+def _level_pairs(problem: Problem) -> list[tuple[QuantType, QuantType]]:
+    """Types of a width and of its double that fit every group, the low one within the budget; or the user's own two."""
+    groups, budget = problem.groups, problem.budget
+    if not groups:
+        return []
+    common = [q for q in groups[0].choices if all(q in g.choices for g in groups)]
+    pairs = [
+        (low, high)
+        for low, high in product(common, common)
+        if low.bits_per_weight < high.bits_per_weight
+        and ((low.nominal_bits, high.nominal_bits) in _WIDTH_PAIRS or len(common) == 2)
+        and sum(g.cost(budget, low) for g in groups) <= problem.limit
+    ]
+    if not pairs:
+        raise BudgetError(
+            f"{budget} cannot be met with two widths of one type per layer; types that fit all layers: "
+            f"{', '.join(q.name for q in common) or 'none'}; use --method best or name two with --types LOW,HIGH"
+        )
+    return pairs
+
+
+def full_ladder(
+    problem: Problem, scores: LayerScores, *, error: Error = Group.weighted_error, has_weights: bool = True
+) -> tuple[QuantType, ...]:
+    """The best choice of one type per group for ``Σ weight · error``, within size and time.
+
+    The weight of a layer is one plus its score, scaled to [0, 1] over the model: the score tips the balance between
+    layers but cannot outvote the measured error. Without ``has_weights`` it is one. Embedding and output weigh as much
+    as a layer does in the mean.
+    """
+    weights = _layer_weights(scores.by_scorer[problem.scorer]) if has_weights else [1.0]
+    mean = sum(weights) / len(weights)
+
+    def damage(group: Group, quant_type: QuantType) -> float:
+        weight = weights[group.layer] if has_weights and group.layer is not None else mean
+        return weight * error(group, scores, quant_type)
+
+    tried = options(problem, damage)
+    chosen = solve(tried, problem.limit, seconds_allowed(problem))
+    return tuple(g.choices[k] for g, k in zip(problem.groups, chosen, strict=True))
+
+
+def _layer_weights(layer_scores: Sequence[float]) -> list[float]:
+    low, high = min(layer_scores), max(layer_scores)
+    return [1.0 + ((s - low) / (high - low) if high > low else 0.0) for s in layer_scores]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to divide bits.
+
+    Attributes:
+        solve: From problem and scores to one type a group.
+        granularity: Groups it is made for.
+        scorer: Layer score it is made for. For ``best`` the one that won on the table in docs/experiments.md.
+        check: Raises BudgetError if a problem has no solution.
+        weighs_outer: Whether it knows what embedding and output are worth; otherwise a rule gives them their types.
+        minds_speed: Whether it keeps to a time per token.
+    """
+
+    solve: Callable[[Problem, LayerScores], tuple[QuantType, ...]]
+    granularity: str
+    scorer: str
+    check: Callable[[Problem], object] = lambda _problem: None
+    weighs_outer: bool = False
+    minds_speed: bool = True
+
+
+_BLOCK_ERROR = partial(full_ladder, error=Group.block_error)
+
+METHODS = {
+    "best": Method(_BLOCK_ERROR, "tensor", "energy-gain", weighs_outer=True),
+    "block-error": Method(partial(_BLOCK_ERROR, has_weights=False), "tensor", "block-error", weighs_outer=True),
+    "lieq-ladder": Method(full_ladder, "layer", "lieq"),
+    "lieq": Method(two_levels, "layer", "lieq", _level_pairs, minds_speed=False),
+    "lim": Method(two_levels, "layer", "lim", _level_pairs, minds_speed=False),
+    "zd": Method(two_levels, "layer", "zd", _level_pairs, minds_speed=False),
+}
