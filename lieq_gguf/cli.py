@@ -442,7 +442,7 @@ def plan(
         for_writing=False,
     )
     if format_ == "tensor-type-file":
-        lines = planned.plan.tensor_type_lines()
+        lines = planned.plan.tensor_type_lines(planned.spec)
         if output is None:
             print(lines, end="")
             return

@@ -52,11 +52,13 @@ def measure_decode_costs(
             _write_model(wide, quant_type, _WIDE)
             _write_model(narrow, quant_type, _NARROW)
             with open_model(wide, n_ctx=64, n_threads=n_threads) as a, open_model(narrow, n_threads=n_threads) as b:
-                pairs = [(_token_seconds(a), _token_seconds(b)) for _ in range(_RUNS)]
-        cost = statistics.median(slow - fast for slow, fast in pairs) / n_weights
+                # in turn, and the least of each: whatever else the machine does only adds time
+                runs = [(_token_seconds(a), _token_seconds(b)) for _ in range(_RUNS)]
+        slow, fast = (min(seconds) for seconds in zip(*runs, strict=True))
+        cost = (slow - fast) / n_weights
         costs[quant_type.name] = round(max(cost, 1e-15) * 1e12, 2)
         n_left = _N_LAYERS * _WIDTH * (4 * _WIDTH + 3 * _NARROW)
-        layers.append((statistics.median(fast for _, fast in pairs) - cost * n_left) / _N_LAYERS)
+        layers.append((fast - cost * n_left) / _N_LAYERS)
         advance(1)
     return DecodeCosts(
         machine=f"{_processor()}, {n_threads} thread{'s' if n_threads > 1 else ''}",
@@ -76,14 +78,14 @@ def _processor() -> str:
 
 
 def _token_seconds(model: LoadedModel) -> float:
-    """Median seconds of a generated token."""
+    """Least seconds of a generated token."""
     model.clear()
     seconds = []
     for i in range(_N_GENERATE):
         start = time.perf_counter()
         model.decode([i % _N_VOCAB])
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def _write_model(file: Path, quant_type: QuantType, n_ff: int) -> None:

@@ -394,6 +394,71 @@ def test_plan_that_was_kept_is_carried_out(
     )
 
 
+@pytest.mark.parametrize("profile", ["cpu", "quality", "edge"])
+def test_file_of_a_given_size_is_no_larger(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path, profile: str
+) -> None:
+    size = 900_000
+    out = tmp_path / "out.gguf"
+    document = json.loads(
+        succeed(
+            run_cli("convert", tiny_model, "--size", size, "--profile", profile, *cheap, "-q", "--json", "-o", out)
+        ).stdout
+    )
+    assert 0.97 * size < document["file_bytes"] == out.stat().st_size <= size
+    assert document["profile"] == profile
+    assert document["predicted"]["generation_tokens_per_sec"] > 0
+    assert document["expected_kld"] > 0
+
+
+def test_plan_for_a_size_is_carried_out_within_it(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], cheap_pass: list[object], tmp_path: Path
+) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / ("long" * 40 + ".gguf")
+    succeed(run_cli("plan", tiny_model, "--size", "900kB", *cheap, "-q", "-o", plan))
+    succeed(run_cli("convert", tiny_model, "--plan", plan, *cheap_pass, "-q", "-o", out))
+    assert out.stat().st_size <= 900_000
+
+
+def test_bits_of_the_file_are_met_from_below(run_cli: RunCli, tiny_model: Path, cheap: list[object]) -> None:
+    document = json.loads(succeed(run_cli("plan", tiny_model, "--file-bits", 3.5, *cheap, "-q", "--json")).stdout)
+    assert 0.97 * 3.5 < document["file_bpw"] <= 3.5
+
+
+def test_pinned_tensors_have_their_type(run_cli: RunCli, tiny_model: Path, cheap: list[object]) -> None:
+    arguments = ["plan", tiny_model, "--bits", 3.5, *cheap, "--pin", r"blk\.1\.ffn_down=Q4_K", "--pin", "attn_v=q3_k"]
+    types = json.loads(succeed(run_cli(*arguments, "-q", "--json")).stdout)["types"]
+    assert types["blk.1.ffn_down.weight"] == "Q4_K"
+    assert {types[f"blk.{i}.attn_v.weight"] for i in range(3)} == {"Q3_K"}
+
+
+def test_tensor_type_file_anchors_and_escapes_every_name(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path
+) -> None:
+    arguments = ["plan", tiny_model, "--bits", 3.5, *cheap, "-q"]
+    types = json.loads(succeed(run_cli(*arguments, "--json")).stdout)["types"]
+    printed = succeed(run_cli(*arguments, "--format", "tensor-type-file")).stdout
+    file = tmp_path / "types.txt"
+    succeed(run_cli(*arguments, "--format", "tensor-type-file", "-o", file))
+    assert file.read_text() == printed
+    rules = [line.split("=") for line in printed.split()]
+    for name, quant_type in types.items():
+        found = [t for pattern, t in rules if re.search(pattern, name)]
+        assert found == ([] if quant_type == "F32" else [quant_type])
+
+
+def test_costs_measured_here_are_used_from_then_on(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path))
+    monkeypatch.setattr("lieq_gguf.quant_types.DEFAULT_LADDER", parse_types(["Q2_K", "Q3_K", "Q4_K", "Q6_K"]))
+    document = json.loads(succeed(run_cli("bench", "--types", "-t", 1, "-q", "--json")).stdout)
+    assert document["picoseconds_per_weight"].keys() == {"Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0"}
+    assert all(0.1 < cost < 1e5 for cost in document["picoseconds_per_weight"].values())
+    planned = json.loads(succeed(run_cli("plan", tiny_model, "--bits", 3.5, *cheap, "-q", "--json")).stdout)
+    assert planned["predicted"]["machine"] == document["machine"]
+
+
 def test_plan_edited_by_hand_is_carried_out(
     run_cli: RunCli, tiny_model: Path, cheap: list[object], cheap_pass: list[object], tmp_path: Path
 ) -> None:

@@ -5,8 +5,7 @@ The types whose tables ggml takes seconds to make are in the slow test.
 
 import ctypes
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
@@ -20,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from lieq_gguf.engine import llama_cpp
 from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.sources.model_directory import ModelDirectory
 
 ROLES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 MATRICES = tuple(f"blk.{layer}.{role}.weight" for layer in range(3) for role in ROLES)
@@ -30,18 +31,16 @@ SLOW = ("IQ2_S", "IQ2_XS", "IQ1_M", "IQ1_S", "IQ2_XXS", "IQ3_XXS", "IQ3_S")
 Importance = dict[str, npt.NDArray[np.float32]]
 
 
-def llama_quantize(source: Path, target: Path, types: Mapping[str, str], importance: Importance) -> None:
-    """What the llama-quantize program does with --tensor-type for every matrix and --imatrix."""
+def llama_quantize(source: Path, target: Path, tensor_types: str, importance: Importance) -> None:
+    """What the llama-quantize program does with --tensor-type-file and --imatrix."""
     api = llama_cpp()
     parameters = api.llama_model_quantize_default_params()
     parameters.nthread = 2
     parameters.ftype = int(gguf.LlamaFileType.MOSTLY_Q8_0)  # overrides count only where the default is quantised
-    parameters.token_embedding_type = QUANT_TYPES[types["token_embd.weight"]].ggml_id
-    if "output.weight" in types:
-        parameters.output_tensor_type = QUANT_TYPES[types["output.weight"]].ggml_id
-    overrides = (api.llama_model_tensor_override * (len(types) + 1))()  # the last one stays NULL and ends the list
-    for override, (name, quant_type) in zip(overrides, types.items(), strict=False):
-        override.pattern, override.type = f"^{re.escape(name)}$".encode(), QUANT_TYPES[quant_type].ggml_id
+    rules = [line.split("=") for line in tensor_types.split()]
+    overrides = (api.llama_model_tensor_override * (len(rules) + 1))()  # the last one stays NULL and ends the list
+    for override, (pattern, quant_type) in zip(overrides, rules, strict=False):
+        override.pattern, override.type = pattern.encode(), QUANT_TYPES[quant_type].ggml_id
     parameters.tt_overrides = overrides
     entries = (api.llama_model_imatrix_data * (len(importance) + 1))()
     for entry, (name, values) in zip(entries, importance.items(), strict=False):
@@ -102,7 +101,8 @@ def compare(
     ):
         done = run_cli(*command)
         assert done.exit_code == 0, done.stderr
-    llama_quantize(plain, theirs, types, read_importance(imatrix))
+    recipe = QuantPlan.load(plan).tensor_type_lines(ModelDirectory(model).spec)
+    llama_quantize(plain, theirs, recipe, read_importance(imatrix))
     we_wrote, they_wrote = stored(ours), stored(theirs)
     assert {name: kind for name, (kind, _, _) in they_wrote.items()} == types
     assert we_wrote.keys() == they_wrote.keys()

@@ -11,9 +11,9 @@ import gguf
 import numpy as np
 import pytest
 
-from lieq_gguf.errors import CalibrationError, FormatError, OutputError
+from lieq_gguf.errors import BudgetError, CalibrationError, FormatError, OutputError
 from lieq_gguf.quant_types import QUANT_TYPES
-from lieq_gguf.records.bits import BitBudget, measure_bits, padded
+from lieq_gguf.records.bits import BitBudget, measure_bits, padded, parse_size
 from lieq_gguf.records.files import SCHEMA_VERSION, check_output, replaced_when_complete
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
@@ -480,3 +480,32 @@ def test_older_importance_matrix_of_no_squares_is_refused(tmp_path: Path, values
     (tmp_path / "bad.dat").write_bytes(dat_file({"a.weight": (3, values)}))
     with pytest.raises(FormatError, match=r"a\.weight"):
         ImportanceMatrix.load(tmp_path / "bad.dat")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("80000000", 80_000_000),
+        ("80MB", 80_000_000),
+        ("80M", 80_000_000),
+        ("0.4GiB", 429_496_729),
+        ("1.5 kb", 1500),
+        ("380MiB", 380 * 2**20),
+        (".5GB", 500_000_000),
+    ],
+)
+def test_sizes_are_read_with_their_unit(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "80XB", "0", "0.0001B", "1e6", "80 MB of it"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(BudgetError, match="is no size"):
+        parse_size(text)
+
+
+def test_plans_of_every_kind_of_target_are_read_back(tmp_path: Path) -> None:
+    for kind, value in (("bits", 3.7), ("nominal", 2.05), ("file-bits", 4.5), ("size", 80e6)):
+        plan = replace(PLAN, budget=BitBudget(kind, value), profile="edge", expected_kld=0.25)  # type: ignore[arg-type]
+        plan.save(tmp_path / "plan.json", {})
+        assert QuantPlan.load(tmp_path / "plan.json") == plan

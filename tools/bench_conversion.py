@@ -10,9 +10,7 @@ the installed llama-cpp-python. Both sides take 16,384 tokens of TEXT and two th
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -23,6 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_TOKENS, CHUNK_SIZE, N_THREADS = 16384, 512, 2
 
@@ -42,14 +42,6 @@ def timed(name: str, command: list[object], environment: dict[str, str] | None =
         raise SystemExit(f"{name} failed: {' '.join(str(part) for part in command)}")
     print(f"  {name:<20} {seconds:7.1f} s {usage.ru_maxrss * 1024 / 1e6:7.0f} MB", flush=True)
     return seconds
-
-
-def type_options(plan: Path) -> tuple[str, str]:
-    """Lines of a tensor-type file for llama-quantize, and the type of the embedding."""
-    types = json.loads(plan.read_text(encoding="utf-8"))["types"]
-    matrices = {name: t for name, t in types.items() if name.startswith("blk.") and t != "F32"}
-    lines = "".join(f"^{re.escape(name)}$={quant_type}\n" for name, quant_type in matrices.items())
-    return lines, types["token_embd.weight"]
 
 
 def main() -> None:
@@ -72,7 +64,7 @@ def main() -> None:
             [*lieq, "plan", arguments.model, "--bits", arguments.bits, *map(str, pass_options), "-o", plan],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        lines, embedding = type_options(plan)
+        lines = QuantPlan.load(plan).tensor_type_lines(ModelDirectory(arguments.model).spec)
         recipe.write_text(lines, encoding="utf-8")
         for repetition in range(arguments.repetitions):
             print(f"run {repetition + 1}")
@@ -88,8 +80,7 @@ def main() -> None:
             ])  # fmt: skip
             quantize = timed("llama-quantize", [
                 arguments.llama_cpp / "bin" / "llama-quantize", "--imatrix", theirs_imatrix,
-                "--tensor-type-file", recipe, "--token-embedding-type", embedding,
-                f16, folder / "theirs", "Q2_K", N_THREADS,
+                "--tensor-type-file", recipe, f16, folder / "theirs", "Q2_K", N_THREADS,
             ])  # fmt: skip
             written = timed("convert --plan", [
                 *lieq, "convert", arguments.model, "--plan", plan, "--imatrix", theirs_imatrix, "-o", folder / "w",
@@ -105,7 +96,6 @@ def compare_importance(model: Path, text: Path, theirs_file: Path, ours_file: Pa
     """Relative difference of the entries on the same tokens: llama-imatrix takes a text's first sequences."""
     characters = text.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
-        from lieq_gguf.sources.model_directory import ModelDirectory
         from lieq_gguf.tokenizers import load_source_tokenizer
 
         tokenizer = load_source_tokenizer(ModelDirectory(model).path)

@@ -95,14 +95,13 @@ class QuantPlan:
             "types": dict(self.types),
         }
 
-    def tensor_type_lines(self) -> str:
+    def tensor_type_lines(self, spec: ModelSpec) -> str:
         """Lines for ``llama-quantize --tensor-type-file``, one a matrix.
 
         llama-quantize searches its patterns in names, so each is anchored and escaped. Its options
         ``--token-embedding-type`` and ``--output-tensor-type`` would come before these lines.
         """
-        matrices = {name: t for name, t in self.types.items() if t != "F32"}
-        return "".join(f"^{re.escape(name)}$={quant_type}\n" for name, quant_type in matrices.items())
+        return "".join(f"^{re.escape(t.name)}$={self.types[t.name]}\n" for t in spec.tensors if t.is_matrix)
 
     def save(self, target: Path, figures: Mapping[str, Any]) -> None:
         """Write the plan and, for people, the bit meter's ``figures``."""

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_allocation import COSTS, make_spec
+
+from lieq_gguf.decode_costs import DecodeCosts, decode_costs
+from lieq_gguf.errors import FormatError
+from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "arm64", "riscv64"])
+def test_a_table_comes_along_for_every_machine(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    costs = decode_costs()
+    assert not costs.is_own
+    assert all(costs.picoseconds.get(q.name, 1) > 0 for q in DEFAULT_LADDER)
+    assert {q.name for q in DEFAULT_LADDER} <= costs.picoseconds.keys()
+    assert ("ARM" in costs.machine) == (machine in ("aarch64", "arm64"))
+
+
+def test_own_table_comes_first(own_folder: Path) -> None:
+    COSTS.save()
+    assert decode_costs() == replace(COSTS, is_own=True)
+    (own_folder / "decode-costs.json").write_text(json.dumps(COSTS.to_json() | {"picoseconds_per_weight": {"Q2_K": 1}}))
+    with pytest.raises(FormatError, match="Q8_0"):
+        decode_costs()
+
+
+def test_a_token_reads_every_matrix_once_but_an_embedding_that_is_no_output() -> None:
+    for tied in (True, False):
+        spec = make_spec(2, tied=tied)
+        types = {t.name: "Q4_K" for t in spec.tensors if t.is_matrix}
+        read = spec.n_layer_weights + 1000 * 256
+        assert COSTS.seconds(spec, types) == pytest.approx(2 * COSTS.layer_seconds + read * 28e-12)
+
+
+def test_a_type_without_a_figure_costs_by_its_bytes() -> None:
+    spec = make_spec(1)
+    matrix = spec.layer_matrices[0][0]
+    of_q8 = COSTS.matrix_seconds(spec, matrix, QUANT_TYPES["Q8_0"])
+    assert COSTS.matrix_seconds(spec, matrix, QUANT_TYPES["F16"]) == pytest.approx(of_q8 * 16 / 8.5)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"machine": None}, {"picoseconds_per_weight": {"Q8_0": -1}}, {"layer_seconds": "x"}]
+)
+def test_incomplete_tables_are_refused(damage: dict[str, object]) -> None:
+    document = {k: v for k, v in (COSTS.to_json() | damage).items() if v is not None}
+    with pytest.raises(FormatError, match="bench --types"):
+        DecodeCosts.from_json(document, "a table", is_own=True)
