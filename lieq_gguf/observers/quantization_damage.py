@@ -62,9 +62,10 @@ class QuantizationDamage(Observer):
         if self._sample is None:
             return
         before = hidden[self._sample]
-        wanted = layer.forward(before)
+        with layer.recording() as record:
+            wanted = layer.forward(before)
         for module, probe in probes.items():
-            with layer.replaced(module, torch.from_numpy(probe.decoded)):
+            with layer.replaced(module, torch.from_numpy(probe.decoded)), layer.replaying(record, until=module):
                 self.block_errors[layer.tensors[module].name] = _relative_change(wanted, layer.forward(before))
 
 
