@@ -164,7 +164,8 @@ def calibrate(
         projections = Projections(
             prefixes,
             twin_embedding(config, tokens.ids[prefixes[0].numpy(), prefixes[1]], options.seed),
-            lambda layer: LayerModel(config, device, seed=_twin_seed(options.seed, layer)),
+            LayerModel(config, device),
+            partial(_twin_seed, options.seed),
             options.n_threads,
         )
         observers += [modification, weight_shape, projections]

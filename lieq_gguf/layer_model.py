@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,14 @@ from lieq_gguf.records.spec import TensorSpec
 
 _BATCH_TOKENS = 2048  # tokens that pass a layer at once; more spill out of the caches
 
+Recording: TypeAlias = dict[str, list[Any]]
+"""Outputs of a layer's modules, one a batch, by name, in the order in which the modules finish."""
+
 
 class LayerModel:
     """transformers' own model with one decoder layer: input and output are hidden states.
 
-    With a seed the layer holds the initialiser's random weights, the untrained twin of any layer.
+    Until weights are loaded the layer has random ones.
 
     Attributes:
         index: Index of the layer whose weights are loaded.
@@ -30,17 +34,23 @@ class LayerModel:
         device: Where it runs.
     """
 
-    def __init__(
-        self, config: PretrainedConfig, device: torch.device, seed: int | None = None, *, in_bfloat16: bool = False
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, device: torch.device, *, in_bfloat16: bool = False) -> None:
         self.index = -1
         self.tensors: Mapping[str, TensorSpec] = {}
         self.device = device
         self._in_bfloat16 = in_bfloat16
-        self._model = initialised(config, n_vocab=1, seed=seed or 0).to(device)
+        self._model = initialised(config, n_vocab=1, seed=0).to(device)
+        self._init_weights = self._model._init_weights
         self._final_norm = self._model.get_submodule("norm")
         self._model.norm = nn.Identity()  # the norm after the last layer is not part of a layer
         self.layer = self._model.get_submodule("layers.0")
+
+    def initialise(self, seed: int) -> None:
+        """Give the layer random weights from the model's own initialiser, as in an untrained twin."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layer.cpu().apply(self._init_weights)  # type: ignore[arg-type]  # on the CPU: the same on any device
+        self.layer.to(self.device)
 
     def load(self, index: int, tensors: Mapping[str, TensorSpec], weights: Mapping[str, torch.Tensor]) -> None:
         """Copy a layer's weights in, by their names inside the layer, converting to float32."""
@@ -64,6 +74,39 @@ class LayerModel:
             yield
         finally:
             linear.weight = kept
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """For the length of a ``with``, keep what each module inside the layer gives."""
+        record: Recording = {}
+
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _module, _inputs, output: record.setdefault(name, []).append(output)
+
+        with ExitStack() as hooks:
+            for name, module in self.layer.named_modules():
+                if module is not self.layer:
+                    hooks.enter_context(module.register_forward_hook(hook(name)))
+            yield record
+
+    @contextmanager
+    def replaying(self, record: Recording, until: str) -> Iterator[None]:
+        """For the length of a ``with``, modules that had finished before ``until`` ran are not run again.
+
+        They give what was recorded; so the input must be that of the record, and only the weights of ``until`` may be
+        others.
+        """
+
+        def next_of(outputs: Sequence[Any]) -> Callable[..., Any]:
+            remaining = iter(outputs)
+            return lambda *_args, **_kwargs: next(remaining)
+
+        with ExitStack() as stack:
+            for name in takewhile(lambda name: name != until, record):
+                module = self.layer.get_submodule(name)
+                module.forward = next_of(record[name])  # hides the method of the class
+                stack.callback(delattr, module, "forward")
+            yield
 
     def forward(self, hidden: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Run the layer in batches.
@@ -106,13 +149,11 @@ class LayerModel:
         def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
             return lambda module, inputs, output: see(name, module, inputs[0], output)
 
-        linears = {name: module for name, module in self.layer.named_modules() if isinstance(module, nn.Linear)}
-        handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
-        try:
+        with ExitStack() as hooks:
+            for name, module in self.layer.named_modules():
+                if isinstance(module, nn.Linear):
+                    hooks.enter_context(module.register_forward_hook(hook(name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _run(self, hidden: torch.Tensor, exact: bool) -> torch.Tensor:
         in_bfloat16 = self._in_bfloat16 and not exact

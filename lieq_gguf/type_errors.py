@@ -21,10 +21,11 @@ from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 
 FloatArray = npt.NDArray[np.float32]
 
-N_SAMPLED_WEIGHTS = 64 * 256
+N_SAMPLED_WEIGHTS = 48 * 256
 _PROBES = tuple(QUANT_TYPES[name] for name in ("Q3_K", "Q4_0", "F16"))  # the fastest encoders of each block size
 _UNITS = (256, 32)
 _CHUNK_WEIGHTS = 1 << 16  # weights a thread takes at a time
+_TINY = float(np.finfo(np.float64).tiny)  # a unit of nothing but zeros has no error by no energy
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def _errors(probe: Probe, types: Sequence[QuantType]) -> dict[str, Callable[[], 
     chances = probe.unit_errors + probe.unit_energies * (0.05 * probe.relative_error)  # no unit is out of reach
     if not chances.any():  # the probe is exact, so the weights themselves are all there is to go by
         chances = probe.unit_energies
-    drawn = _systematic_sample(chances.ravel(), max(1, N_SAMPLED_WEIGHTS // probe.unit))
+    # Units that are alike to the probe stand side by side, so that even steps take their share of every kind.
+    order = np.argsort(probe.unit_errors.ravel() / (probe.unit_energies.ravel() + _TINY), kind="stable")
+    drawn = order[_systematic_sample(chances.ravel()[order], max(1, N_SAMPLED_WEIGHTS // probe.unit))]
     scale = float(chances.sum()) / len(drawn) / probe.energy
 
     def error(quant_type: QuantType) -> float:

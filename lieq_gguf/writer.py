@@ -7,10 +7,11 @@ temporary name beside the target and takes its place only when the caller is con
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TypeAlias
 
 import gguf
 import numpy as np
@@ -19,7 +20,7 @@ import yaml
 
 from lieq_gguf import __version__, ggml
 from lieq_gguf.errors import OutputError, QuantizationError
-from lieq_gguf.quant_types import QUANT_TYPES, QuantType
+from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.bits import BitMeter, measure_bits, padded
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
@@ -27,7 +28,10 @@ from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import Vocabulary
 
-_CHUNK_WEIGHTS = 1 << 23  # weights held in float32 at a time: 32 MiB
+_CHUNK_WEIGHTS = 1 << 22  # weights converted to float32 at a time: 16 MiB, and as much being read ahead
+
+_Rows: TypeAlias = tuple[TensorSpec, npt.NDArray[np.float32], bool]
+"""A tensor, some rows of it ``[n_rows, n_in]``, and whether they are its last."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +121,15 @@ def write_file(
     """
     with target.open("wb") as file:
         file.write(header.content)
-        for tensor in source.spec.tensors:
+        for tensor, rows, is_last in _read_ahead(_rows_in_order(source)):
             mean = None if importance is None else importance.mean(tensor.name)
             try:
-                _write_tensor(file, source, tensor, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads)
+                file.write(ggml.quantize(rows, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads).data)
             except QuantizationError as error:
                 raise QuantizationError(f"{tensor.name}: {error}") from None
-            source.release()
-            advance(tensor.n_weights)
+            if is_last:
+                file.write(bytes(padded(file.tell()) - file.tell()))
+            advance(rows.size)
         written = file.tell()
     if written != header.meter.file_bytes:
         raise OutputError(f"{target} has {written} bytes, planned were {header.meter.file_bytes}; please report this")
@@ -138,24 +143,28 @@ def rotary_order(n_rows: int, n_heads: int) -> npt.NDArray[np.int64]:
     return np.arange(n_rows).reshape(n_heads, 2, n_rows // n_heads // 2).swapaxes(1, 2).reshape(n_rows)
 
 
-def _write_tensor(
-    file: BinaryIO,
-    source: ModelDirectory,
-    tensor: TensorSpec,
-    quant_type: QuantType,
-    importance: npt.NDArray[np.float32] | None,
-    n_threads: int,
-) -> None:
-    loaded = source.read(tensor)
-    rows = loaded if loaded.ndim > 1 else loaded[None, :]
-    if tensor.rotary_heads and loaded.ndim == 1:  # a bias has its rotary rows in one line
-        rows = rows[:, rotary_order(tensor.shape[0], tensor.rotary_heads)]
-    order = rotary_order(tensor.shape[0], tensor.rotary_heads) if tensor.rotary_heads and loaded.ndim > 1 else None
-    step = max(1, _CHUNK_WEIGHTS // rows.shape[1])
-    for start in range(0, rows.shape[0], step):
-        chunk = rows[start : start + step] if order is None else rows[order[start : start + step]]
-        file.write(ggml.quantize(chunk.float().numpy(), quant_type, importance, n_threads).data)
-    file.write(bytes(padded(file.tell()) - file.tell()))
+def _rows_in_order(source: ModelDirectory) -> Iterator[_Rows]:
+    """All weights as the file has them, some rows at a time."""
+    for tensor in source.spec.tensors:
+        loaded = source.read(tensor)
+        rows = loaded if loaded.ndim > 1 else loaded[None, :]
+        if tensor.rotary_heads and loaded.ndim == 1:  # a bias has its rotary rows in one line
+            rows = rows[:, rotary_order(tensor.shape[0], tensor.rotary_heads)]
+        order = rotary_order(tensor.shape[0], tensor.rotary_heads) if tensor.rotary_heads and loaded.ndim > 1 else None
+        step = max(1, _CHUNK_WEIGHTS // rows.shape[1])
+        for start in range(0, rows.shape[0], step):
+            chunk = rows[start : start + step] if order is None else rows[order[start : start + step]]
+            yield tensor, chunk.float().numpy(), start + step >= rows.shape[0]
+        source.release()
+
+
+def _read_ahead(parts: Iterator[_Rows]) -> Iterator[_Rows]:
+    """The same parts, each read while the one before is being encoded."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, parts, None)
+        while (part := coming.result()) is not None:
+            coming = pool.submit(next, parts, None)
+            yield part
 
 
 def _header_content(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,8 @@ def test_the_twin_is_not_the_trained_model(streamed: Calibration) -> None:
 @pytest.mark.parametrize("initializer_range", [0.05, 0.005])
 def test_twin_has_the_initialisers_weights(tmp_path: Path, initializer_range: float) -> None:
     config = layer_model.model_config(write_model(tmp_path, initializer_range=initializer_range))
-    twin = layer_model.LayerModel(config, torch.device("cpu"), seed=3)
+    twin = layer_model.LayerModel(config, torch.device("cpu"))
+    twin.initialise(3)
     for module in MODULES.values():
         weight = twin.weight(module)
         standard_error = initializer_range / weight.numel() ** 0.5
@@ -164,8 +166,13 @@ def test_twin_has_the_initialisers_weights(tmp_path: Path, initializer_range: fl
 
 def test_layers_of_the_twin_differ(tiny_model: Path) -> None:
     config = layer_model.model_config(tiny_model)
-    first, second = (layer_model.LayerModel(config, torch.device("cpu"), seed=seed) for seed in (1, 2))
-    assert not torch.allclose(first.weight("mlp.up_proj"), second.weight("mlp.up_proj"))
+    twin = layer_model.LayerModel(config, torch.device("cpu"))
+    weights = []
+    for seed in (1, 2, 1):
+        twin.initialise(seed)
+        weights.append(twin.weight("mlp.up_proj").clone())
+    assert not torch.allclose(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
 
 
 def test_the_callers_random_numbers_are_left_alone(tiny_model: Path) -> None:
@@ -231,6 +238,42 @@ def test_block_errors_are_those_of_the_whole_model(pair: Pair) -> None:
         for role in ("attn_v", "ffn_gate"):
             expected = pair.whole.block_error(m.layer, role, pair.streamed.importance)
             assert m.block_errors[role] == pytest.approx(expected, rel=1e-3), (m.layer, role)
+
+
+def loaded_layer(path: Path) -> layer_model.LayerModel:
+    source, layer = ModelDirectory(path), layer_model.LayerModel(layer_model.model_config(path), torch.device("cpu"))
+    matrices = {calibration._name_inside(t, 1).rpartition(".")[0]: t for t in source.spec.layer_matrices[1]}
+    weights = {calibration._name_inside(t, 1): source.read(t) for t in source.spec.tensors if t.layer == 1}
+    layer.load(1, matrices, weights)
+    return layer
+
+
+@torch.inference_mode()
+def test_replayed_layer_gives_what_the_whole_layer_gives(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_model, "_BATCH_TOKENS", 128)  # several batches
+    layer, generator = loaded_layer(tiny_model), torch.Generator().manual_seed(0)
+    hidden = torch.randn((5, 64, 256), generator=generator)
+    with layer.recording() as record:
+        intact = layer.forward(hidden)
+    for module in MODULES.values():
+        weight = layer.weight(module) * 1.1
+        with layer.replaced(module, weight):
+            expected = layer.forward(hidden)
+            with layer.replaying(record, until=module):
+                replayed = layer.forward(hidden)
+        assert torch.equal(replayed, expected), module
+        assert not torch.equal(replayed, intact), module
+    assert torch.equal(layer.forward(hidden), intact)  # nothing is left behind
+
+
+@torch.inference_mode()
+def test_replaying_runs_nothing_upstream(tiny_model: Path) -> None:
+    layer, hidden = loaded_layer(tiny_model), torch.randn((2, 32, 256), generator=torch.Generator().manual_seed(0))
+    with layer.recording() as record:
+        intact = layer.forward(hidden)
+    for upstream, module in pairwise(MODULES.values()):
+        with layer.replaced(upstream, layer.weight(upstream) * float("nan")), layer.replaying(record, until=module):
+            assert torch.equal(layer.forward(hidden), intact), module
 
 
 def test_sensitivity_is_block_error_by_relative_error(streamed: Calibration, tiny_model: Path) -> None:

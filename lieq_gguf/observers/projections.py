@@ -16,7 +16,7 @@ from lieq_gguf.scorers.spectrum import energy_spectrum
 class Projections(Observer):
     """Energy spectra by role, of the layer on its own input and of the twin on the twin's.
 
-    The twin is made one layer at a time, by the initialiser of the model's own configuration, and dropped.
+    The twin is made one layer at a time, by the model's own initialiser.
 
     Attributes:
         spectra: One a layer: role to spectrum.
@@ -27,7 +27,8 @@ class Projections(Observer):
         self,
         prefixes: TokenSample,
         twin_hidden: torch.Tensor,
-        make_twin: Callable[[int], LayerModel],
+        twin: LayerModel,
+        twin_seed: Callable[[int], int],
         n_threads: int,
     ) -> None:
         """Watch the sequences' heads.
@@ -35,22 +36,24 @@ class Projections(Observer):
         Args:
             prefixes: Index into the hidden states that gives the tokens to look at.
             twin_hidden: The same tokens in the twin's embedding, ``[n_chunks, length, d_model]``.
-            make_twin: Makes the twin of a layer by its index.
+            twin: Holds the twin of one layer after the other.
+            twin_seed: Gives the seed of a layer's twin by the layer's index.
             n_threads: Eigenproblems solved at a time.
         """
         self.spectra: list[dict[str, Spectrum]] = []
         self.twin_spectra: list[dict[str, Spectrum]] = []
         self._prefixes = prefixes
         self._twin_hidden = twin_hidden
-        self._make_twin = make_twin
+        self._twin = twin
+        self._twin_seed = twin_seed
         self._n_threads = n_threads
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """Run both on their tokens."""
         projections, _ = _captured(layer, hidden[self._prefixes])
         self.spectra.append(_spectra(projections, layer, self._n_threads))
-        twin = self._make_twin(layer.index)
-        projections, self._twin_hidden = _captured(twin, self._twin_hidden)
+        self._twin.initialise(self._twin_seed(layer.index))
+        projections, self._twin_hidden = _captured(self._twin, self._twin_hidden)
         self.twin_spectra.append(_spectra(projections, layer, self._n_threads))
 
 

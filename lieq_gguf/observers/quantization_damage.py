@@ -65,10 +65,11 @@ class QuantizationDamage(Observer):
         if self._sample is None:
             return
         before = hidden[self._sample]
-        wanted = layer.forward(before)
         decoded = {module: torch.from_numpy(probe.decoded) for module, probe in probes.items()}
+        with layer.recording() as record:
+            wanted = layer.forward(before)
         for module, weights in decoded.items():
-            with layer.replaced(module, weights):
+            with layer.replaced(module, weights), layer.replaying(record, until=module):
                 self.block_errors[layer.tensors[module].name] = relative_change(wanted, layer.forward(before))
         with ExitStack() as all_replaced:
             for module, weights in decoded.items():
