@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""How few tokens, and which seed of the twin, leave the order of layers and matrices as it is.
+
+Usage: measure_token_stability.py MODEL_DIR TEXT
+
+Spearman's rank correlations: of layer scores with those from the most tokens and between seeds of the untrained twin,
+and of matrices' block errors with those from the most tokens. Eight sequences of 512 tokens of TEXT go through the
+model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from lieq_gguf.calibration import CHUNK_SIZE, Calibration, CalibrationTokens, PassOptions, calibrate, tokenize
+from lieq_gguf.calibration_text import read_calibration_text
+from lieq_gguf.scorers import score_layers
+from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.tokenizers import load_source_tokenizer
+
+N_CHUNKS = 8
+SCORE_TOKENS = (64, 128, 256, 512, 1024)
+DAMAGE_TOKENS = (128, 256, 512, 1024, 2048)
+SEEDS = (0, 1, 2)
+SCORES = ("lieq", "energy-gain")
+
+
+def main() -> None:
+    """Run the pass with each setting and print three tables."""
+    path = Path(sys.argv[1])
+    text, dataset = read_calibration_text(Path(sys.argv[2]))
+    source = ModelDirectory(path)
+    tokens = tokenize(text, dataset, load_source_tokenizer(path), N_CHUNKS * CHUNK_SIZE)
+    by_count = [run(source, tokens, *counts) for counts in zip(SCORE_TOKENS, DAMAGE_TOKENS, strict=True)]
+    by_seed = [run(source, tokens, PassOptions.n_score_tokens, DAMAGE_TOKENS[0], seed) for seed in SEEDS]
+
+    header = " | ".join(SCORES)
+    print(f"| tokens of the spectra | {header} |\n|---|{'---|' * len(SCORES)}")
+    for count, result in zip(SCORE_TOKENS, by_count, strict=True):
+        print(f"| {count} | {agreement(result, by_count[-1])} |")
+    print(f"\n| seeds | {header} |\n|---|{'---|' * len(SCORES)}")
+    for (a, first), (b, second) in combinations(zip(SEEDS, by_seed, strict=True), 2):
+        print(f"| {a} and {b} | {agreement(first, second)} |")
+    print("\n| tokens of the block errors | all matrices | matrices of a role, mean |\n|---|---|---|")
+    wanted = block_errors(by_count[-1])
+    for count, result in zip(DAMAGE_TOKENS, by_count, strict=True):
+        found = block_errors(result)
+        of_roles = [spearmanr(found[:, role], wanted[:, role]).statistic for role in range(wanted.shape[1])]
+        whole = spearmanr(found.ravel(), wanted.ravel()).statistic
+        print(f"| {count} | {whole:.3f} | {np.mean(of_roles):.3f} |")
+
+
+def run(
+    source: ModelDirectory, tokens: CalibrationTokens, n_score_tokens: int, n_damage_tokens: int, seed: int = 0
+) -> Calibration:
+    """One pass, announced on stderr."""
+    print(f"{n_score_tokens} and {n_damage_tokens} tokens, seed {seed}", file=sys.stderr, flush=True)
+    options = PassOptions(
+        n_score_tokens=n_score_tokens, n_damage_tokens=n_damage_tokens, seed=seed, n_threads=os.cpu_count() or 1
+    )
+    return calibrate(source, tokens, options)
+
+
+def agreement(found: Calibration, wanted: Calibration) -> str:
+    """Cells of a table row, one for each score."""
+    ours, theirs = score_layers(found.measurements), score_layers(wanted.measurements)
+    return " | ".join(f"{spearmanr(ours[name], theirs[name]).statistic:.3f}" for name in SCORES)
+
+
+def block_errors(result: Calibration) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """``[n_layers, n_roles]``."""
+    return np.array([list(m.block_errors.values()) for m in result.measurements])
+
+
+if __name__ == "__main__":
+    main()
