@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from plain_solvers import greedy, lagrangian, totals
 
 from lieq_gguf.errors import BudgetError
 from lieq_gguf.knapsack import GAP, Option, solve
@@ -18,11 +19,6 @@ def random_groups(seed: int, n_groups: int, n_options: int) -> list[list[Option]
         ]
         for _ in range(n_groups)
     ]
-
-
-def totals(groups: list[list[Option]], chosen: tuple[int, ...]) -> tuple[float, int, float]:
-    options = [g[k] for g, k in zip(groups, chosen, strict=True)]
-    return sum(o.damage for o in options), sum(o.size for o in options), sum(o.time for o in options)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -67,30 +63,3 @@ def test_no_choice_within_the_limits_is_refused() -> None:
 
 def test_nothing_to_choose() -> None:
     assert solve([], 0) == ()
-
-
-def greedy(groups: list[list[Option]], limit: int) -> tuple[int, ...]:
-    """Smallest options first, then the step that saves most damage per bit, while it fits."""
-    chosen = [min(range(len(g)), key=lambda k: (g[k].size, g[k].damage)) for g in groups]
-    while True:
-        left = limit - sum(g[k].size for g, k in zip(groups, chosen, strict=True))
-        steps = [
-            ((g[chosen[i]].damage - o.damage) / max(o.size - g[chosen[i]].size, 1e-9), i, k)
-            for i, g in enumerate(groups)
-            for k, o in enumerate(g)
-            if o.size - g[chosen[i]].size <= left and o.damage < g[chosen[i]].damage
-        ]
-        if not steps:
-            return tuple(chosen)
-        _, i, k = max(steps)
-        chosen[i] = k
-
-
-def lagrangian(groups: list[list[Option]], limit: int) -> tuple[int, ...]:
-    """Least damage plus price times size, by bisection of the price."""
-    low, high = 0.0, 1e3
-    for _ in range(200):
-        price = (low + high) / 2
-        chosen = tuple(min(range(len(g)), key=lambda k: g[k].damage + price * g[k].size) for g in groups)
-        low, high = (price, high) if totals(groups, chosen)[1] > limit else (low, price)
-    return tuple(min(range(len(g)), key=lambda k: g[k].damage + high * g[k].size) for g in groups)

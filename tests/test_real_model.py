@@ -10,20 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from plain_solvers import greedy, lagrangian, totals
 from transformers import AutoModelForCausalLM
 from whole_model import lieq_scores
 
-from lieq_gguf.allocation import Allocation
+from lieq_gguf.allocation import Allocation, make_problem
+from lieq_gguf.allocation.speed import options
 from lieq_gguf.calibration import CHUNK_SIZE, PassOptions, calibrate, tokenize
 from lieq_gguf.calibration_text import read_calibration_text
+from lieq_gguf.decode_costs import decode_costs
 from lieq_gguf.engine import open_model
 from lieq_gguf.generation import stream
 from lieq_gguf.gguf_file import GgufFile
+from lieq_gguf.knapsack import GAP, solve
 from lieq_gguf.layer_model import has_fast_bfloat16
 from lieq_gguf.pipeline import CalibrationOptions, convert, learn
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.scorers import lieq, score_layers
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer, tokenizer_differences
@@ -86,6 +91,32 @@ def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, known: Cali
     assert all(len(types) == 1 for types in layers.values())
     assert len(set.union(*layers.values())) == 2
     assert 0.99 * 2.7 <= GgufFile(output).bit_meter().layer_bpw <= 2.7
+
+
+@pytest.mark.parametrize("size", [70_000_000, 90_000_000, 120_000_000])
+def test_no_plain_solver_finds_better_types(model: Path, known: CalibrationOptions, size: int) -> None:
+    assert known.scores_file is not None
+    scores = LayerScores.load(known.scores_file)
+    problem = make_problem(ModelDirectory(model).spec, BitBudget("size", size), Allocation("block-error"), 2_000_000)
+    groups = options(problem, lambda group, quant_type: group.block_error(scores, quant_type))
+    chosen = solve(groups, problem.limit)
+    best, used, _ = totals(groups, chosen)
+    assert 0.999 * problem.limit < used <= problem.limit
+    for solver in (greedy, lagrangian):
+        assert best <= totals(groups, solver(groups, problem.limit))[0] * (1 + 2 * GAP)
+
+
+@pytest.mark.parametrize("profile", ["cpu", "quality", "edge"])
+def test_file_of_a_given_size_is_no_larger_and_speaks(
+    model: Path, known: CalibrationOptions, tmp_path: Path, profile: str
+) -> None:
+    output, size = tmp_path / "out.gguf", 85_000_000
+    allocation = Allocation(profile=profile, costs=decode_costs())
+    result = convert(model, output, BitBudget("size", size), allocation, known, Progress())
+    assert 0.999 * size < output.stat().st_size <= size
+    types = {name for name in result.planned.plan.types.values() if name.startswith("IQ")}
+    assert bool(types) == (profile != "edge")
+    assert "".join(stream(output, "The capital of France is", 8, 0.0, True, 0, N_THREADS)).strip()
 
 
 def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(model: Path) -> None:
