@@ -48,13 +48,33 @@ def solve(groups: Sequence[Sequence[Option]], size_limit: int, time_limit: float
     Raises:
         BudgetError: if no choice is within both limits.
     """
+    timed = bool(np.isfinite(time_limit))
+    kept = [(i, k) for i, options in enumerate(groups) for k in _undominated(options, timed)]
+    scale = max((groups[i][k].damage for i, k in kept), default=0.0)
+    while True:
+        chosen = _solve(groups, kept, size_limit, time_limit, max(scale, 1e-300))
+        damage = sum(g[k].damage for g, k in zip(groups, chosen, strict=True))
+        # HiGHS stops at 10⁻⁶ of the scale as well: where that is more than the gap, ask again on the scale of what was
+        # found. An option that does more damage than the whole is no part of anything better.
+        if damage >= 1e-6 / GAP * scale or damage == 0:
+            return chosen
+        scale = damage
+        kept = [(i, k) for i, k in kept if groups[i][k].damage <= damage]
+
+
+def _solve(
+    groups: Sequence[Sequence[Option]],
+    kept: Sequence[tuple[int, int]],
+    size_limit: int,
+    time_limit: float,
+    scale: float,
+) -> tuple[int, ...]:
+    """The best of the options ``kept`` (group, index), with damages as multiples of ``scale``."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
     if not groups:
         return ()
-    timed = bool(np.isfinite(time_limit))
-    kept = [(i, k) for i, options in enumerate(groups) for k in _undominated(options, timed)]
     sizes = np.array([groups[i][k].size for i, k in kept], dtype=np.int64)
     damage = np.array([groups[i][k].damage for i, k in kept])
     unit = max(1, int(np.gcd.reduce(sizes)))
@@ -63,12 +83,12 @@ def solve(groups: Sequence[Sequence[Option]], size_limit: int, time_limit: float
         LinearConstraint(members, 1, 1),
         LinearConstraint((sizes // unit)[None, :].astype(float), -np.inf, size_limit // unit),
     ]
-    if timed:
+    if np.isfinite(time_limit):
         times = np.array([groups[i][k].time for i, k in kept])
         constraints.append(LinearConstraint(times[None, :] / time_limit, -np.inf, 1.0))
     with silenced_native_stdout():  # HiGHS prints now and then, even when told to be silent
         solution = milp(
-            damage / max(damage.max(), 1e-30),
+            damage / scale,
             integrality=np.ones(len(kept)),
             bounds=Bounds(0, 1),
             constraints=constraints,

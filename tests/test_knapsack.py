@@ -48,6 +48,20 @@ def test_never_worse_than_greedy_and_lagrangian(seed: int) -> None:
     assert best <= totals(groups, lagrangian(groups, limit))[0] * (1 + 2 * GAP)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_small_damage_beside_options_of_large_damage_is_told_apart(seed: int) -> None:
+    """With nearly enough room for the best of everything, what is left is far below the worst options."""
+    groups = [
+        [Option(o.damage * 1e-6, 30 + o.size, o.time) for o in g] + [Option(10.0, 1)]
+        for g in random_groups(seed, 30, 6)
+    ]
+    limit = 30 * 55
+    best = totals(groups, solve(groups, limit))[0]
+    assert best < 1e-3
+    assert best <= totals(groups, greedy(groups, limit))[0] * (1 + 2 * GAP)
+    assert best <= totals(groups, lagrangian(groups, limit))[0] * (1 + 2 * GAP)
+
+
 def test_same_input_same_choice_and_the_first_of_equals() -> None:
     groups = random_groups(0, 40, 6)
     assert solve(groups, 900) == solve(groups, 900)

@@ -37,7 +37,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         for solver in (greedy, lagrangian):
             damage[solver.__name__] = totals(groups, solver(groups, problem.limit))[0]
-        print(f"| {bits} | " + " | ".join(f"{d:.6f}" for d in damage.values()) + f" | {seconds:.2f} |")
+        print(f"| {bits} | " + " | ".join(f"{d:.4g}" for d in damage.values()) + f" | {seconds:.2f} |")
 
     print(f"\n{N_LAYERS} layers, {N_MATRICES} matrices, {N_TYPES} types; without and with a limit on time")
     for seed in range(3):
