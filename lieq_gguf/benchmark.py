@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from lieq_gguf.decode_costs import decode_costs
 from lieq_gguf.devices import DEVICES, USABLE_SHARE, Device
 from lieq_gguf.engine import LoadedModel, open_model
 from lieq_gguf.inspection import inspect
@@ -73,6 +74,7 @@ class Benchmark:
         memory_bandwidth: Bytes per second that as many threads read from this machine's memory.
         needed_bytes: Weights, buffers and key-value cache at ``n_ctx`` tokens.
         n_ctx: Tokens ``needed_bytes`` holds for.
+        predicted: Tokens per second of generation that the decode costs foretell, for the threads they hold for.
     """
 
     file: Path
@@ -88,6 +90,7 @@ class Benchmark:
     memory_bandwidth: float
     needed_bytes: int
     n_ctx: int
+    predicted: float
 
     @property
     def bandwidth(self) -> float:
@@ -118,6 +121,7 @@ class Benchmark:
             "prompt_deviation": self.prompt.deviation,
             "generation_tokens_per_sec": self.generation.mean,
             "generation_deviation": self.generation.deviation,
+            "predicted_generation_tokens_per_sec": self.predicted,
             "load_seconds": self.load_seconds,
             "resident_bytes": self.resident_bytes,
             "bytes_per_token": self.bytes_per_token,
@@ -191,6 +195,7 @@ def bench(
             memory_bandwidth=read_bandwidth(n_threads),
             needed_bytes=facts.meter.file_bytes + facts.kv_cache_bytes + buffers,
             n_ctx=facts.n_ctx,
+            predicted=1 / decode_costs().seconds(facts.tensors, facts.types),
         )
         for n_threads, prompt_rate, generation_rate in measured
     ]

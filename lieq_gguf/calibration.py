@@ -25,7 +25,7 @@ from lieq_gguf.observers.quantization_damage import QuantizationDamage
 from lieq_gguf.observers.removal import Removal
 from lieq_gguf.observers.weight_shape import WeightShape
 from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import QuantType
+from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.measurement import LayerMeasurement
 from lieq_gguf.records.spec import TensorSpec
@@ -181,7 +181,9 @@ def calibrate(
     outer_damage = None
     if options.measure:
         matrices = [(tensor, source.read(tensor)) for tensor in source.spec.other_matrices]
-        outer_damage = OuterDamage(matrices, tokens.ids, sample, damage, options.error_types, options.n_threads)
+        # by rule, embedding and output can have types that the layers are not offered
+        types = tuple(dict.fromkeys([*options.error_types, *DEFAULT_LADDER]))
+        outer_damage = OuterDamage(matrices, tokens.ids, sample, damage, types, options.n_threads)
         observers.append(outer_damage)
     layer = LayerModel(config, device, in_bfloat16=not options.in_float32 and has_fast_bfloat16(device))
     _stream(source, tokens.ids, layer, observers, progress or Progress())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,7 @@ from lieq_gguf.cache import cache_folder
 from lieq_gguf.errors import FormatError
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
-from lieq_gguf.records.spec import ModelSpec, TensorSpec
+from lieq_gguf.records.spec import TensorSpec
 
 _OWN_FILE = "decode-costs.json"
 _ARM_NAMES = ("aarch64", "arm64")
@@ -42,17 +42,24 @@ class DecodeCosts:
     layer_seconds: float = 0.0
     is_own: bool = False
 
-    def matrix_seconds(self, spec: ModelSpec, tensor: TensorSpec, quant_type: QuantType) -> float:
-        """What a matrix adds to a token; nothing if it is an embedding that only gives a row."""
-        if tensor.name == "token_embd.weight" and not spec.has_tied_embeddings:
+    def matrix_seconds(self, tensor: TensorSpec, quant_type: QuantType, is_tied: bool) -> float:
+        """What a matrix adds to a token: nothing if it is an embedding that only gives rows."""
+        if tensor.name == "token_embd.weight" and not is_tied:
             return 0.0
         return self._per_weight(quant_type) * tensor.n_weights
 
-    def seconds(self, spec: ModelSpec, types: Mapping[str, str]) -> float:
-        """Seconds of a token with the matrices that ``types`` names (tensor name to type name)."""
-        matrices: Iterable[TensorSpec] = (t for t in spec.tensors if t.is_matrix and t.name in types)
-        return self.layer_seconds * spec.n_layers + sum(
-            self.matrix_seconds(spec, t, QUANT_TYPES[types[t.name]]) for t in matrices
+    def seconds(self, tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> float:
+        """Seconds of a token.
+
+        Args:
+            tensors: All of the model.
+            types: Tensor name to type name; matrices it leaves out take no time.
+        """
+        is_tied = all(t.name != "output.weight" for t in tensors)
+        n_layers = len({t.layer for t in tensors} - {None})
+        matrices = [t for t in tensors if t.is_matrix and t.name in types]
+        return self.layer_seconds * n_layers + sum(
+            self.matrix_seconds(t, QUANT_TYPES[types[t.name]], is_tied) for t in matrices
         )
 
     def _per_weight(self, quant_type: QuantType) -> float:

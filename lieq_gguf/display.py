@@ -136,7 +136,17 @@ def bench_table(results: Sequence[Benchmark]) -> Table:
     """One row a file and number of threads."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("file")
-    for name in ("MB", "threads", "prompt tok/s", "generate tok/s", "MB/token", "GB/s", "load s", "resident MB"):
+    for name in (
+        "MB",
+        "threads",
+        "prompt tok/s",
+        "generate tok/s",
+        "foretold",
+        "MB/token",
+        "GB/s",
+        "load s",
+        "resident MB",
+    ):
         table.add_column(name, justify="right")
     for r in results:
         table.add_row(
@@ -145,6 +155,7 @@ def bench_table(results: Sequence[Benchmark]) -> Table:
             str(r.n_threads),
             f"{r.prompt.mean:.1f} ± {r.prompt.deviation:.1f}",
             f"{r.generation.mean:.1f} ± {r.generation.deviation:.1f}",
+            f"{r.predicted:.1f}",
             f"{r.bytes_per_token / 1e6:.1f}",
             f"{r.bandwidth / 1e9:.1f} of {r.memory_bandwidth / 1e9:.1f}",
             f"{r.load_seconds:.2f}",

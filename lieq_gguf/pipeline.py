@@ -108,7 +108,7 @@ class Planned:
     @property
     def tokens_per_sec(self) -> float | None:
         """Speed of generation that the decode costs foretell."""
-        return None if self.costs is None else 1 / self.costs.seconds(self.spec, self.plan.types)
+        return None if self.costs is None else 1 / self.costs.seconds(self.spec.tensors, self.plan.types)
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``plan --json`` prints."""

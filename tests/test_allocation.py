@@ -598,7 +598,9 @@ def test_cpu_profile_is_as_fast_as_k_types(bits: float) -> None:
     spec = make_spec(24)
     scores, budget = make_scores(spec), BitBudget("bits", bits)
     seconds = {
-        profile: COSTS.seconds(spec, allocate(spec, budget, scores, Allocation(profile=profile, costs=COSTS)).types)
+        profile: COSTS.seconds(
+            spec.tensors, allocate(spec, budget, scores, Allocation(profile=profile, costs=COSTS)).types
+        )
         for profile in ("cpu", "quality")
     }
     assert seconds["cpu"] <= seconds["quality"] * 1.02  # the same plan, or one as good, where speed is no matter
@@ -606,7 +608,7 @@ def test_cpu_profile_is_as_fast_as_k_types(bits: float) -> None:
         uniform = {}
         for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K"):
             types = {t.name: name for layer in spec.layer_matrices for t in layer} | {"token_embd.weight": "Q6_K"}
-            uniform[QUANT_TYPES[name].bits_per_weight] = COSTS.seconds(spec, types)
+            uniform[QUANT_TYPES[name].bits_per_weight] = COSTS.seconds(spec.tensors, types)
         assert seconds["cpu"] <= np.interp(bits, list(uniform), list(uniform.values())) * (1 + 1e-6)
 
 
@@ -618,7 +620,7 @@ def test_cpu_profile_costs_quality_and_quality_costs_speed() -> None:
     )
     assert cpu.expected_kld is not None and quality.expected_kld is not None
     assert cpu.expected_kld > quality.expected_kld
-    assert COSTS.seconds(spec, cpu.types) < COSTS.seconds(spec, quality.types)
+    assert COSTS.seconds(spec.tensors, cpu.types) < COSTS.seconds(spec.tensors, quality.types)
 
 
 def test_edge_profile_has_no_iq_types() -> None:
@@ -632,9 +634,9 @@ def test_speed_set_by_hand_is_kept() -> None:
     spec = make_spec(24)
     scores, budget = make_scores(spec), BitBudget("bits", 3.3)
     free = allocate(spec, budget, scores, Allocation(costs=COSTS))
-    wanted = 1.1 / COSTS.seconds(spec, free.types)
+    wanted = 1.1 / COSTS.seconds(spec.tensors, free.types)
     plan = allocate(spec, budget, scores, Allocation(costs=COSTS, min_tokens_per_sec=wanted))
-    assert 1 / COSTS.seconds(spec, plan.types) >= wanted * (1 - 1e-6)
+    assert 1 / COSTS.seconds(spec.tensors, plan.types) >= wanted * (1 - 1e-6)
 
 
 def test_speed_out_of_reach_is_refused_with_the_speed_there_is() -> None:

@@ -42,14 +42,14 @@ def test_a_token_reads_every_matrix_once_but_an_embedding_that_is_no_output() ->
         spec = make_spec(2, tied=tied)
         types = {t.name: "Q4_K" for t in spec.tensors if t.is_matrix}
         read = spec.n_layer_weights + 1000 * 256
-        assert COSTS.seconds(spec, types) == pytest.approx(2 * COSTS.layer_seconds + read * 28e-12)
+        assert COSTS.seconds(spec.tensors, types) == pytest.approx(2 * COSTS.layer_seconds + read * 28e-12)
 
 
 def test_a_type_without_a_figure_costs_by_its_bytes() -> None:
     spec = make_spec(1)
     matrix = spec.layer_matrices[0][0]
-    of_q8 = COSTS.matrix_seconds(spec, matrix, QUANT_TYPES["Q8_0"])
-    assert COSTS.matrix_seconds(spec, matrix, QUANT_TYPES["F16"]) == pytest.approx(of_q8 * 16 / 8.5)
+    of_q8 = COSTS.matrix_seconds(matrix, QUANT_TYPES["Q8_0"], True)
+    assert COSTS.matrix_seconds(matrix, QUANT_TYPES["F16"], True) == pytest.approx(of_q8 * 16 / 8.5)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,11 @@ class Problem:
     def seconds(self, group: Group, quant_type: QuantType) -> float:
         """What a group adds to the time of a token."""
         costs = self.allocation.costs
-        return 0.0 if costs is None else sum(costs.matrix_seconds(self.spec, t, quant_type) for t in group.tensors)
+        return (
+            0.0
+            if costs is None
+            else sum(costs.matrix_seconds(t, quant_type, self.spec.has_tied_embeddings) for t in group.tensors)
+        )
 
 
 def offered_types(types: Sequence[QuantType], has_imatrix: bool, profile: str = "quality") -> tuple[QuantType, ...]:

@@ -29,7 +29,7 @@ def seconds_allowed(problem: Problem) -> float:
     costs, allocation = problem.allocation.costs, problem.allocation
     if costs is None or (allocation.profile != "cpu" and allocation.min_tokens_per_sec is None):
         return float("inf")
-    taken = costs.seconds(problem.spec, {name: q.name for name, q in problem.fixed.items()})
+    taken = costs.seconds(problem.spec.tensors, {name: q.name for name, q in problem.fixed.items()})
     if allocation.min_tokens_per_sec is not None:
         return 1 / allocation.min_tokens_per_sec - taken
     of_groups = problem.budget.limit(problem.spec, problem.header_bytes)
@@ -52,7 +52,7 @@ def _k_file_seconds(problem: Problem, costs: DecodeCosts, limit: int) -> float:
         for tensor in spec.other_matrices:
             types[tensor.name] = _k_type(tensor, 6).name if budget.covers_file else problem.fixed[tensor.name].name
         size = sum(budget.cost(QUANT_TYPES[types[t.name]], t) for t in spec.tensors if t.name in types)
-        points.append((size, costs.seconds(spec, types)))
+        points.append((size, costs.seconds(spec.tensors, types)))
     sizes, seconds = zip(*sorted(points), strict=True)
     return float(np.interp(limit, sizes, seconds))
 
@@ -72,7 +72,7 @@ def fastest(problem: Problem) -> tuple[QuantType, ...]:
 def seconds(problem: Problem, chosen: Sequence[QuantType]) -> float:
     """Seconds of a token."""
     assert problem.allocation.costs is not None
-    return problem.allocation.costs.seconds(problem.spec, problem.types(chosen))
+    return problem.allocation.costs.seconds(problem.spec.tensors, problem.types(chosen))
 
 
 def check_speed(problem: Problem) -> None:
