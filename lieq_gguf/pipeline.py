@@ -240,11 +240,18 @@ def make_plan(
         is_quantized = any(t.is_quantized for t in offered.types)
         known = Knowledge()
         if has_choice or is_quantized:
-            known = learn(source, offered.types, calibration, progress, scores=has_choice, imatrix=for_writing)
+            measured = offered_types(
+                allocation.types, calibration.use_imatrix
+            )  # another profile finds them in the cache
+            known = learn(source, measured, calibration, progress, scores=has_choice, imatrix=for_writing)
         with progress.stage("allocate", "Allocating bits"):
             plan = allocate(spec, budget, known.scores, offered, head)
     note = _imatrix_note(spec, calibration, known.importance) if plan.is_quantized else None
     header = make_header(source, vocabulary, plan, Provenance(command_line, note))
+    if budget is not None and budget.covers_file and 8 * header.meter.file_bytes > budget.limit(spec):
+        raise BudgetError(
+            f"the file would have {header.meter.file_bytes} bytes, more than {budget}; please report this"
+        )
     return Planned(plan, header, known.importance, vocabulary, spec, progress.seconds, allocation.costs)
 
 
