@@ -74,7 +74,8 @@ class Benchmark:
         memory_bandwidth: Bytes per second that as many threads read from this machine's memory.
         needed_bytes: Weights, buffers and key-value cache at ``n_ctx`` tokens.
         n_ctx: Tokens ``needed_bytes`` holds for.
-        predicted: Tokens per second of generation that the decode costs foretell, for the threads they hold for.
+        predicted: Tokens per second of generation that the decode costs foretell; None for a mixture of experts.
+        predicted_for: The machine and number of threads that they hold for.
     """
 
     file: Path
@@ -90,7 +91,8 @@ class Benchmark:
     memory_bandwidth: float
     needed_bytes: int
     n_ctx: int
-    predicted: float
+    predicted: float | None
+    predicted_for: str
 
     @property
     def bandwidth(self) -> float:
@@ -121,7 +123,7 @@ class Benchmark:
             "prompt_deviation": self.prompt.deviation,
             "generation_tokens_per_sec": self.generation.mean,
             "generation_deviation": self.generation.deviation,
-            "predicted_generation_tokens_per_sec": self.predicted,
+            "predicted": {"generation_tokens_per_sec": self.predicted, "machine": self.predicted_for},
             "load_seconds": self.load_seconds,
             "resident_bytes": self.resident_bytes,
             "bytes_per_token": self.bytes_per_token,
@@ -162,6 +164,8 @@ def bench(
         VerificationError: if llama.cpp does not load or run it.
     """
     facts = inspect(file)
+    costs = decode_costs()
+    is_dense = all(len(t.shape) <= 2 for t in facts.tensors)  # of experts only some are read for a token
     process = psutil.Process()
     before = process.memory_info().rss
     start = time.perf_counter()
@@ -195,7 +199,8 @@ def bench(
             memory_bandwidth=read_bandwidth(n_threads),
             needed_bytes=facts.meter.file_bytes + facts.kv_cache_bytes + buffers,
             n_ctx=facts.n_ctx,
-            predicted=1 / decode_costs().seconds(facts.tensors, facts.types),
+            predicted=1 / costs.seconds(facts.tensors, facts.types) if is_dense else None,
+            predicted_for=costs.machine,
         )
         for n_threads, prompt_rate, generation_rate in measured
     ]

@@ -425,6 +425,8 @@ def plan(
     del debug
     if sum(target is not None for target in (bits, file_bits, size)) != 1:
         raise typer.BadParameter("give exactly one of --bits, --file-bits and --size", param_hint="--bits")
+    if format_ != "json" and as_json and output is None:
+        raise typer.BadParameter("stdout is the recipe; give it a file with -o beside --json", param_hint="--json")
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output, replaced_when_complete
     from lieq_gguf.sources.model_directory import ModelDirectory
@@ -700,7 +702,7 @@ def _allocation(given: Mapping[str, Any]) -> Allocation:
     from lieq_gguf.decode_costs import decode_costs
 
     def one_type(name: str) -> QuantType | None:
-        return None if given[name] is None else _types(f"--{name.replace('_', '-')}", given[name])[0]
+        return None if given[name] is None else _one_type(f"--{name.replace('_', '-')}", given[name])
 
     return Allocation(
         method=given["method"],
@@ -727,7 +729,15 @@ def _pin(text: str) -> Pin:
         raise typer.BadParameter(f"'{pattern}' is no regular expression ({error})", param_hint="--pin") from None
     if not pattern:
         raise typer.BadParameter(f"'{text}' is no pin; expected for example 'ffn_down=Q4_K'", param_hint="--pin")
-    return Pin(pattern, _types("--pin", name)[0])
+    return Pin(pattern, _one_type("--pin", name))
+
+
+def _one_type(option: str, name: str) -> QuantType:
+    """A type by name; several are wrong usage."""
+    found = _types(option, name)
+    if len(found) > 1:
+        raise typer.BadParameter(f"'{name}' are {len(found)} types; expected one", param_hint=option)
+    return found[0]
 
 
 def _types(option: str, names: str | None) -> tuple[QuantType, ...]:

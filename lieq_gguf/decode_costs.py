@@ -32,14 +32,12 @@ class DecodeCosts:
         machine: What it was measured on, with the number of threads.
         source: Where the figures come from, and when.
         picoseconds: Type name to 10⁻¹² seconds per weight.
-        layer_seconds: Seconds that a decoder layer takes beside its matrices.
         is_own: Whether it was measured on this machine.
     """
 
     machine: str
     source: str
     picoseconds: Mapping[str, float]
-    layer_seconds: float = 0.0
     is_own: bool = False
 
     def matrix_seconds(self, tensor: TensorSpec, quant_type: QuantType, is_tied: bool) -> float:
@@ -56,11 +54,8 @@ class DecodeCosts:
             types: Tensor name to type name; matrices it leaves out take no time.
         """
         is_tied = all(t.name != "output.weight" for t in tensors)
-        n_layers = len({t.layer for t in tensors} - {None})
         matrices = [t for t in tensors if t.is_matrix and t.name in types]
-        return self.layer_seconds * n_layers + sum(
-            self.matrix_seconds(t, QUANT_TYPES[types[t.name]], is_tied) for t in matrices
-        )
+        return sum(self.matrix_seconds(t, QUANT_TYPES[types[t.name]], is_tied) for t in matrices)
 
     def _per_weight(self, quant_type: QuantType) -> float:
         """Seconds of a weight; for a type that was not measured, by its bytes beside Q8_0."""
@@ -77,7 +72,6 @@ class DecodeCosts:
             "kind": "decode-costs",
             "machine": self.machine,
             "source": self.source,
-            "layer_seconds": self.layer_seconds,
             "picoseconds_per_weight": dict(self.picoseconds),
         }
 
@@ -100,7 +94,6 @@ class DecodeCosts:
                 machine=str(document["machine"]),
                 source=str(document["source"]),
                 picoseconds={str(k): float(v) for k, v in document["picoseconds_per_weight"].items()},
-                layer_seconds=float(document["layer_seconds"]),
                 is_own=is_own,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -134,7 +134,9 @@ def agreement_table(scores: LayerScores) -> Table:
 
 def bench_table(results: Sequence[Benchmark]) -> Table:
     """One row a file and number of threads."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="dim")
+    table.caption_justify, table.caption_style = "left", "dim"
+    table.caption = f"foretold for {results[0].predicted_for}"
     table.add_column("file")
     for name in (
         "MB",
@@ -155,7 +157,7 @@ def bench_table(results: Sequence[Benchmark]) -> Table:
             str(r.n_threads),
             f"{r.prompt.mean:.1f} ± {r.prompt.deviation:.1f}",
             f"{r.generation.mean:.1f} ± {r.generation.deviation:.1f}",
-            f"{r.predicted:.1f}",
+            "" if r.predicted is None else f"{r.predicted:.1f}",
             f"{r.bytes_per_token / 1e6:.1f}",
             f"{r.bandwidth / 1e9:.1f} of {r.memory_bandwidth / 1e9:.1f}",
             f"{r.load_seconds:.2f}",

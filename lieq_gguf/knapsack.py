@@ -46,7 +46,7 @@ def solve(groups: Sequence[Sequence[Option]], size_limit: int, time_limit: float
         An index into each group. The same for the same input.
 
     Raises:
-        BudgetError: if no choice is within both limits.
+        BudgetError: if no choice is within both limits, or none is found in a minute.
     """
     timed = bool(np.isfinite(time_limit))
     kept = [(i, k) for i, options in enumerate(groups) for k in _undominated(options, timed)]
@@ -83,9 +83,10 @@ def _solve(
         LinearConstraint(members, 1, 1),
         LinearConstraint((sizes // unit)[None, :].astype(float), -np.inf, size_limit // unit),
     ]
-    if np.isfinite(time_limit):
-        times = np.array([groups[i][k].time for i, k in kept])
-        constraints.append(LinearConstraint(times[None, :] / time_limit, -np.inf, 1.0))
+    times = np.array([groups[i][k].time for i, k in kept])
+    if np.isfinite(time_limit) and times.any():
+        slowest = times.max()
+        constraints.append(LinearConstraint(times[None, :] / slowest, -np.inf, time_limit / slowest))
     with silenced_native_stdout():  # HiGHS prints now and then, even when told to be silent
         solution = milp(
             damage / scale,
@@ -94,6 +95,8 @@ def _solve(
             constraints=constraints,
             options={"mip_rel_gap": GAP, "time_limit": _SECONDS},
         )
+    if solution.status == 1:
+        raise BudgetError(f"no plan was found in {_SECONDS:.0f} s; offer fewer types, or choose --granularity layer")
     if solution.x is None:
         raise BudgetError(f"no choice of types is within the limits: {solution.message}")
     chosen = [pair for pair, x in zip(kept, solution.x, strict=True) if x > 0.5]

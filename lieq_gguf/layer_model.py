@@ -206,7 +206,7 @@ class OutputHead:
             total = total * shrink + p.sum(dim=-1)
             other_total = other_total * shrink + (other_z - new_top[:, None]).exp().sum(dim=-1)
             top = new_top
-        return float((gap / total - total.log() + other_total.log()).mean())
+        return max(0.0, float((gap / total - total.log() + other_total.log()).mean()))
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self._norm(hidden.to(self._device))

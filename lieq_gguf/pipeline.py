@@ -216,6 +216,11 @@ def make_plan(
     if budget is not None:
         types = offered_types(allocation.types, calibration.use_imatrix, allocation.profile)
         offered = replace(allocation, types=types)
+        for pin in allocation.pins:
+            if pin.quant_type.needs_imatrix and not calibration.use_imatrix:
+                raise BudgetError(
+                    f"--pin '{pin.pattern}={pin.quant_type.name}' needs an importance matrix; drop --no-imatrix"
+                )
         check_reachable(spec, budget, offered)
     with progress.stage("read", "Reading the tokenizer"):
         vocabulary = read_vocabulary(source.path, spec.config["vocab_size"], pre_tokenizer)
@@ -231,13 +236,13 @@ def make_plan(
         if plan.needs_imatrix and not calibration.use_imatrix:
             raise CalibrationError(f"{plan_file} has types that need an importance matrix; drop --no-imatrix")
         known = Knowledge()
-        if plan.is_quantized and for_writing:
+        if _quantizes_layers(plan, spec) and for_writing:
             known = learn(source, (), calibration, progress, scores=False)
     else:
         if budget is None:
             raise BudgetError("neither a budget nor a plan is given; give one of them")
         has_choice = not is_decided(spec, offered, budget)
-        is_quantized = any(t.is_quantized for t in offered.types)
+        is_quantized = any(t.is_quantized for t in (*offered.types, *(pin.quant_type for pin in offered.pins)))
         known = Knowledge()
         if has_choice or is_quantized:
             measured = offered_types(
@@ -246,13 +251,19 @@ def make_plan(
             known = learn(source, measured, calibration, progress, scores=has_choice, imatrix=for_writing)
         with progress.stage("allocate", "Allocating bits"):
             plan = allocate(spec, budget, known.scores, offered, head)
-    note = _imatrix_note(spec, calibration, known.importance) if plan.is_quantized else None
+    note = _imatrix_note(spec, calibration, known.importance) if _quantizes_layers(plan, spec) else None
     header = make_header(source, vocabulary, plan, Provenance(command_line, note))
-    if budget is not None and budget.covers_file and 8 * header.meter.file_bytes > budget.limit(spec):
-        raise BudgetError(
-            f"the file would have {header.meter.file_bytes} bytes, more than {budget}; please report this"
-        )
+    if plan.budget.covers_file and 8 * header.meter.file_bytes > plan.budget.limit(spec):
+        found = f"the file has {header.meter.file_bytes} bytes, more than {plan.budget}"
+        if budget is not None:
+            raise BudgetError(f"{found}; please report this")
+        progress.warn(f"{found}, which {plan_file} was made for")  # edited by hand, which is welcome
     return Planned(plan, header, known.importance, vocabulary, spec, progress.seconds, allocation.costs)
+
+
+def _quantizes_layers(plan: QuantPlan, spec: ModelSpec) -> bool:
+    """Whether any matrix of the layers has a type with blocks, and with it a use for importance."""
+    return any(QUANT_TYPES[plan.types[t.name]].is_quantized for layer in spec.layer_matrices for t in layer)
 
 
 def _draft(spec: ModelSpec, budget: BitBudget, allocation: Allocation) -> QuantPlan:

@@ -2,16 +2,16 @@
 
 The model has random weights, no vocabulary to speak of, and matrices of the sizes of a small language model. It is run
 with wide and with narrow feed-forward matrices; the difference in time, over the difference in weights, is what a
-weight costs, and what is left is what a layer costs beside its matrices.
+weight costs.
 """
 
 from __future__ import annotations
 
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy as np
 from lieq_gguf import ggml
 from lieq_gguf.decode_costs import DecodeCosts
 from lieq_gguf.engine import LoadedModel, open_model
+from lieq_gguf.errors import VerificationError
 from lieq_gguf.quant_types import DEFAULT_LADDER, F32, QUANT_TYPES, QuantType
 
 _N_LAYERS, _WIDTH, _WIDE, _NARROW, _N_VOCAB, _HEAD = 16, 1024, 4096, 256, 32, 64
@@ -41,32 +42,35 @@ def measure_decode_costs(
         advance: Called with 1 after each type.
 
     Raises:
-        VerificationError: if llama.cpp does not run a model.
+        VerificationError: if llama.cpp does not run a model, or no time can be told from the noise.
     """
     wanted = list(dict.fromkeys([*types, QUANT_TYPES["Q8_0"]]))
     n_weights = 3 * _N_LAYERS * _WIDTH * (_WIDE - _NARROW)
-    costs, layers = {}, []
+    costs = {}
     for quant_type in wanted:
         with tempfile.TemporaryDirectory() as scratch:
             wide, narrow = Path(scratch) / "wide.gguf", Path(scratch) / "narrow.gguf"
             _write_model(wide, quant_type, _WIDE)
             _write_model(narrow, quant_type, _NARROW)
-            with open_model(wide, n_ctx=64, n_threads=n_threads) as a, open_model(narrow, n_threads=n_threads) as b:
+            with _opened(wide, n_threads) as a, _opened(narrow, n_threads) as b:
                 # in turn, and the least of each: whatever else the machine does only adds time
                 runs = [(_token_seconds(a), _token_seconds(b)) for _ in range(_RUNS)]
         slow, fast = (min(seconds) for seconds in zip(*runs, strict=True))
-        cost = (slow - fast) / n_weights
-        costs[quant_type.name] = round(max(cost, 1e-15) * 1e12, 2)
-        n_left = _N_LAYERS * _WIDTH * (4 * _WIDTH + 3 * _NARROW)
-        layers.append((fast - cost * n_left) / _N_LAYERS)
+        cost = round(1e12 * (slow - fast) / n_weights, 2)
+        if cost <= 0:
+            raise VerificationError(f"{quant_type.name} cannot be timed beside what else this machine does; try again")
+        costs[quant_type.name] = cost
         advance(1)
     return DecodeCosts(
         machine=f"{_processor()}, {n_threads} thread{'s' if n_threads > 1 else ''}",
         source=f"bench --types, {datetime.now(timezone.utc):%Y-%m-%d}",
         picoseconds=costs,
-        layer_seconds=round(max(0.0, statistics.median(layers)), 7),
         is_own=True,
     )
+
+
+def _opened(file: Path, n_threads: int) -> AbstractContextManager[LoadedModel]:
+    return open_model(file, n_ctx=64, n_threads=n_threads)
 
 
 def _processor() -> str:

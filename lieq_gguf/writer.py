@@ -232,7 +232,7 @@ def _add_provenance(writer: gguf.GGUFWriter, plan: QuantPlan, provenance: Proven
     writer.add_string("lieq.profile", plan.profile)
     writer.add_array("lieq.layer_scores", [float(score) for score in plan.layer_scores])
     writer.add_string("lieq.target.kind", plan.budget.kind)
-    writer.add_float32("lieq.target.value", plan.budget.value)
+    writer.add_float64("lieq.target.value", plan.budget.value)  # a size needs more digits
     writer.add_float32("lieq.layer_bpw", meter.layer_bpw)
     writer.add_float32("lieq.file_bpw", meter.file_bpw)
     writer.add_float32("lieq.nominal_bits", meter.nominal_bits)

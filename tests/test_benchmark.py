@@ -15,7 +15,7 @@ from lieq_gguf.inspection import inspect
 GOOD = Benchmark(
     file=Path("model.gguf"), file_bytes=10**9, n_threads=4, n_prompt=512, n_generate=128, prompt=Rate(100, 1),
     generation=Rate(10, 0.1), load_seconds=1.0, resident_bytes=2 * 10**9, bytes_per_token=8 * 10**8,
-    memory_bandwidth=16e9, needed_bytes=3 * 10**9, n_ctx=4096, predicted=9.0,
+    memory_bandwidth=16e9, needed_bytes=3 * 10**9, n_ctx=4096, predicted=9.0, predicted_for="a test",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ Both sides quantise with the same importance matrix, measured on CALIBRATION; TE
 presets are made by the installed library. A file of ours is asked for by --size with the bytes of the preset; the
 column "embedding as preset" fixes the embedding's type as well, so that the two effects are seen apart. Speeds are of
 runs in turn, all files of a row and the K preset nearest in size. Files and evaluations stay in FOLDER and are not
-made again.
+made again: take a new one for another text or after a change.
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
         subprocess.run([sys.executable, "-m", "lieq_gguf", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     importance = ImportanceMatrix.load(imatrix)
     files: dict[str, dict[str, Path]] = {}
-    for preset in arguments.presets.split(","):
+    wanted = arguments.presets.split(",")
+    for preset in dict.fromkeys([*wanted, *K_PRESETS]):
+        if not (folder / f"{preset}.gguf").exists():
+            quantize(f16, folder / f"{preset}.gguf", preset, importance)
+    for preset in wanted:
         theirs = folder / f"{preset}.gguf"
-        if not theirs.exists():
-            quantize(f16, theirs, preset, importance)
         files[preset] = {"preset": theirs}
         size = theirs.stat().st_size
         embedding = inspect(theirs).types["token_embd.weight"]
@@ -135,7 +137,7 @@ def main() -> None:
     print("| geometric mean | | | " + " | ".join(f"{m:.3f}" for m in means) + " |")
     if not arguments.bench:
         return
-    k_files = [arguments.folder / f"{p}.gguf" for p in K_PRESETS if (arguments.folder / f"{p}.gguf").exists()]
+    k_files = [arguments.folder / f"{p}.gguf" for p in K_PRESETS]
     print("\n| size of | K preset nearest | tok/s of it | tok/s " + " | tok/s ".join(columns) + " |")
     print("|---" * (len(columns) + 3) + "|")
     for preset, row in files.items():

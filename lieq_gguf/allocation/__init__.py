@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from lieq_gguf.allocation.methods import METHODS
@@ -73,8 +74,7 @@ def check_reachable(
     method.check(problem)
     if allocation.min_tokens_per_sec is not None and not method.minds_speed:
         raise BudgetError(f"--method {allocation.method} takes no account of speed; leave out --min-tokens-per-sec")
-    if problem.groups:
-        check_speed(problem)
+    check_speed(problem)
     return make_problem(spec, BitBudget("bits", 1.0), allocation).range()
 
 
@@ -115,7 +115,7 @@ def allocate(
         reachable_bpw=reachable,
         types=types,
         layer_scores=tuple(scores.by_scorer[problem.scorer]) if scores is not None else (),
-        profile=allocation.profile,
+        profile=allocation.profile if METHODS[allocation.method].minds_speed else "quality",
         expected_kld=None if scores is None else expected_kld(spec, types, scores),
     )
 
@@ -131,9 +131,11 @@ def expected_kld(spec: ModelSpec, types: Mapping[str, str], scores: LayerScores)
 
 
 def _shown_range(budget: BitBudget, low: float, high: float) -> str:
+    """The range, rounded inwards, so that what is printed can be had."""
     if budget.kind == "size":
-        return f"{budget.shown(low)} to {budget.shown(high)}"
-    return f"{low:.4f} to {budget.shown(high)}"
+        return f"{math.ceil(low):,} to {math.floor(high):,} bytes"
+    unit = "bits of file per weight" if budget.kind == "file-bits" else "bits per weight"
+    return f"{math.ceil(low * 1e4 - 1e-6) / 1e4:.4f} to {math.floor(high * 1e4 + 1e-6) / 1e4:.4f} {unit}"
 
 
 def _advice(problem: Problem, low: float) -> str:
@@ -144,8 +146,14 @@ def _advice(problem: Problem, low: float) -> str:
     if budget.covers_file and is_small:
         outer = [t for t in spec.other_matrices if t.name in problem.fixed]
         share = sum(t.n_weights for t in spec.other_matrices) / spec.n_weights
-        given = f", fixed at {', '.join(dict.fromkeys(problem.fixed[t.name].name for t in outer))}" if outer else ""
+        names = ", ".join(dict.fromkeys(problem.fixed[t.name].name for t in outer))
+        given = f", in {names}: --embedding-type and --output-type can be smaller" if outer else ""
         parts.append(f"embedding and output are {share:.0%} of the weights{given}")
+    n_pinned = sum(t.name in problem.fixed for layer in spec.layer_matrices for t in layer)
+    if n_pinned:
+        parts.append(f"{n_pinned} matrices of the layers are pinned")
+    if is_small and allocation.profile == "edge":
+        parts.append("--profile quality or cpu has smaller types")
     widths = sorted({t.shape[1] for g in problem.groups for t in g.tensors if t.shape[1] % 256})
     if is_small and widths:
         rows = " and ".join(str(w) for w in widths)
@@ -169,7 +177,7 @@ def _advice(problem: Problem, low: float) -> str:
     if budget.bits_per_weight is not None and not budget.covers_file:  # name one that does reach it
         reaching = [q for q in nearest if (bits(q) <= budget.value if is_small else bits(q) >= budget.value)]
         nearest = reaching
-    if nearest:
+    if nearest and problem.groups and not (is_small and allocation.profile == "edge"):
         size = "smaller" if is_small else "larger"
         parts.append(f"{size} types can be allowed with --types, for example {nearest[0].name}")
     return "; ".join(parts or ["choose a target inside this range"])

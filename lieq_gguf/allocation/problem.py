@@ -16,6 +16,8 @@ from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 
+_K_OR_LEGACY = re.compile(r"Q\d_[K01]|B?F16|F32")
+
 
 @dataclass(frozen=True)
 class Pin:
@@ -159,12 +161,12 @@ class Problem:
 
 
 def offered_types(types: Sequence[QuantType], has_imatrix: bool, profile: str = "quality") -> tuple[QuantType, ...]:
-    """The types that can be made: those that need an importance matrix only if there is one, for ``edge`` no IQ types.
+    """The types that can be made: those that need an importance matrix only if there is one, for ``edge`` K and legacy.
 
     Raises:
         BudgetError: if none is left.
     """
-    wanted = tuple(t for t in types if profile != "edge" or not t.name.startswith("IQ"))
+    wanted = tuple(t for t in types if profile != "edge" or _K_OR_LEGACY.fullmatch(t.name))
     names = ", ".join(t.name for t in types)
     if not wanted:
         raise BudgetError(f"--profile edge has K and legacy types only, asked for are {names}; add a K type")
@@ -203,6 +205,11 @@ def pose(
     for tensor in spec.other_matrices:
         asked = _asked_outer_type(tensor, spec, allocation)
         if tensor.name in fixed:
+            if asked not in (None, fixed[tensor.name]):
+                raise BudgetError(
+                    f"{tensor.name} is pinned to {fixed[tensor.name].name} and asked to be {asked and asked.name}; "
+                    "leave out one of the two"
+                )
             continue
         if asked is not None:
             fixed[tensor.name] = asked
@@ -229,7 +236,7 @@ def _choices(tensors: Sequence[TensorSpec], allocation: Allocation) -> tuple[Qua
         if fitting:
             raise BudgetError(
                 f"all of the types {names} need an importance matrix, which no embedding has; "
-                f"name a type for {where} with --embedding-type"
+                f"name a type for {where} with {'--output-type' if where == 'output.weight' else '--embedding-type'}"
             )
         raise BudgetError(
             f"none of the types {names} fits rows of {widths} weights in {where}; "

@@ -13,6 +13,9 @@ from lieq_gguf.knapsack import Option, solve
 from lieq_gguf.quant_types import F16, QUANT_TYPES, QuantType
 from lieq_gguf.records.spec import TensorSpec
 
+# K types, smallest first, each with what llama-quantize takes where its blocks do not fit
+_K_TYPES = (("Q2_K", "Q4_0"), ("Q3_K", "Q4_0"), ("Q4_K", "Q5_0"), ("Q5_K", "Q5_1"), ("Q6_K", "Q8_0"), ("Q8_0",))
+_OF_OUTPUT = ("Q6_K", "Q8_0")
 _TIME_SLACK = 1.05  # where no K-type file is small enough, the fastest file that is may be slowed down by this much
 
 
@@ -41,26 +44,28 @@ def seconds_allowed(problem: Problem) -> float:
 
 
 def _k_file_seconds(problem: Problem, costs: DecodeCosts, limit: int) -> float:
-    """Seconds of a token with K types in a file of the size allowed: between files of one K type each.
+    """Seconds of a token with K types in a file of the size allowed: between files of one K type (or Q8_0) each.
 
-    As llama-quantize does, the output matrix is in Q6_K where the file is counted; otherwise in the type it has here.
+    Infinite where the file may be larger than with Q8_0. As llama-quantize does, the output matrix is in Q6_K where the
+    file is counted; otherwise in the type it has here.
     """
     spec, budget = problem.spec, problem.budget
     points = []
-    for digits in range(2, 7):
-        types = {t.name: _k_type(t, digits).name for layer in spec.layer_matrices for t in layer}
+    for names in _K_TYPES:
+        types = {t.name: _k_type(t, names).name for layer in spec.layer_matrices for t in layer}
         for tensor in spec.other_matrices:
-            types[tensor.name] = _k_type(tensor, 6).name if budget.covers_file else problem.fixed[tensor.name].name
+            types[tensor.name] = (
+                _k_type(tensor, _OF_OUTPUT).name if budget.covers_file else problem.fixed[tensor.name].name
+            )
         size = sum(budget.cost(QUANT_TYPES[types[t.name]], t) for t in spec.tensors if t.name in types)
         points.append((size, costs.seconds(spec.tensors, types)))
     sizes, seconds = zip(*sorted(points), strict=True)
-    return float(np.interp(limit, sizes, seconds))
+    return float(np.interp(limit, sizes, seconds, right=np.inf))
 
 
-def _k_type(tensor: TensorSpec, digit: int) -> QuantType:
-    """The K type of a width, or what llama-quantize takes where its blocks do not fit."""
-    names = {2: "Q2_K Q4_0", 3: "Q3_K Q4_0", 4: "Q4_K Q5_0", 5: "Q5_K Q5_1", 6: "Q6_K Q8_0"}[digit]
-    return next((QUANT_TYPES[n] for n in names.split() if QUANT_TYPES[n].fits(tensor.shape[1])), F16)
+def _k_type(tensor: TensorSpec, names: tuple[str, ...]) -> QuantType:
+    """The first type that fits."""
+    return next((QUANT_TYPES[n] for n in names if QUANT_TYPES[n].fits(tensor.shape[1])), F16)
 
 
 def fastest(problem: Problem) -> tuple[QuantType, ...]:
@@ -82,8 +87,10 @@ def check_speed(problem: Problem) -> None:
         BudgetError: naming the speed that can be had.
     """
     wanted, costs = problem.allocation.min_tokens_per_sec, problem.allocation.costs
-    if wanted is None or costs is None:
+    if wanted is None:
         return
+    if costs is None:
+        raise BudgetError(f"--min-tokens-per-sec {wanted:g} needs decode costs; measure them with bench --types")
     least = seconds(problem, fastest(problem))
     if least > 1 / wanted:
         raise BudgetError(

@@ -30,7 +30,8 @@ class OuterDamage(Observer):
 
     Attributes:
         type_errors: Tensor name to type name to relative error. No importance: no embedding has any.
-        sensitivities: Tensor name to block error per unit of relative error.
+        sensitivities: Tensor name to block error per unit of relative error; without the output matrix if the probe is
+            exact.
         kld_per_block_error: Divergence of the logits, in nats, with the whole decoder quantised with the probe, per
             block error of all its matrices; None if the probe is exact.
     """
@@ -86,9 +87,11 @@ class OuterDamage(Observer):
             rows = np.ascontiguousarray(matrix[self._frequent].float().numpy())
             probe = probe_matrix(rows, None, self._n_threads)
             damage = self._embedding_error if tensor is embedding else 0.0
-            if tensor is output and self.kld_per_block_error is not None:
-                damage += divergence / self.kld_per_block_error
             self.type_errors[tensor.name] = relative_errors([probe], self._types, self._n_threads)[0]
+            if tensor is output:
+                if self.kld_per_block_error is None:  # an exact probe tells nothing of the output matrix
+                    continue
+                damage += divergence / self.kld_per_block_error
             self.sensitivities[tensor.name] = damage / (probe.relative_error or 1.0)
 
     def _probed(self, rows: torch.Tensor) -> torch.Tensor:

@@ -79,12 +79,6 @@ class BitBudget:
             return total / 8 if self.kind == "size" else total / spec.n_weights
         return bits / spec.n_layer_weights
 
-    def shown(self, amount: float) -> str:
-        """An amount with its unit, for people."""
-        if self.kind == "size":
-            return f"{amount / 1e6:.2f} MB"
-        return f"{amount:.4f} {'bits of file per weight' if self.kind == 'file-bits' else 'bits per weight'}"
-
     def __str__(self) -> str:
         if self.kind == "size":
             return f"--size {self.value:.0f}"
