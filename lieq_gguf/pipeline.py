@@ -221,11 +221,13 @@ def make_plan(
                 raise BudgetError(
                     f"--pin '{pin.pattern}={pin.quant_type.name}' needs an importance matrix; drop --no-imatrix"
                 )
-        check_reachable(spec, budget, offered)
+        if not budget.covers_file:
+            check_reachable(spec, budget, offered)
     with progress.stage("read", "Reading the tokenizer"):
         vocabulary = read_vocabulary(source.path, spec.config["vocab_size"], pre_tokenizer)
     if budget is not None and budget.covers_file:
         provenance = Provenance(command_line, _imatrix_note(spec, calibration, None))
+        # the vocabulary is part of the file, so only now is it known what the types may take
         head = header_size(source, vocabulary, _draft(spec, budget, offered), provenance) + _HEADER_SLACK
         check_reachable(spec, budget, offered, head)
     if plan_file is not None:

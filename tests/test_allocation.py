@@ -285,7 +285,7 @@ def test_two_levels_says_what_fits_when_no_two_widths_do() -> None:
         allocate(spec, BitBudget("bits", 4.0), make_scores(spec), allocation)
 
 
-@pytest.mark.parametrize(("n_layers", "bits"), [(36, 2.06), (28, 2.08)])
+@pytest.mark.parametrize(("n_layers", "bits"), [(36, 2.06), (28, 2.08), (30, 2.07)])
 def test_nominal_bits_count_the_digit_of_the_type(n_layers: int, bits: float) -> None:
     spec = make_spec(n_layers)
     scores = make_scores(spec)
