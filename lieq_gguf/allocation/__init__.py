@@ -64,9 +64,8 @@ def check_reachable(
     """
     problem = make_problem(spec, budget, allocation, header_bytes)
     low, high = problem.range()
-    least = sum(min(g.cost(budget, q) for q in g.choices) for g in problem.groups)
     # A target above the largest type is a mistake, not a wish for a smaller file; allow for rounding of the decimal.
-    if least > problem.limit or budget.value > high * 1.0001:
+    if problem.least > problem.limit or budget.value > high * 1.0001:
         raise BudgetError(
             f"{budget} is out of reach: {spec.name} can have {_shown_range(budget, low, high)}; {_advice(problem, low)}"
         )

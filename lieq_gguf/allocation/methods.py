@@ -90,8 +90,7 @@ def full_ladder(
         weight = weights[group.layer] if has_weights and group.layer is not None else mean
         return weight * error(group, scores, quant_type)
 
-    tried = options(problem, damage)
-    chosen = solve(tried, problem.limit, seconds_allowed(problem))
+    chosen = solve(options(problem, damage), problem.limit, seconds_allowed(problem, damage))
     return tuple(g.choices[k] for g, k in zip(problem.groups, chosen, strict=True))
 
 

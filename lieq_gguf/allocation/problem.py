@@ -138,11 +138,15 @@ class Problem:
         """What so many bits in the groups make of the whole, in the budget's unit."""
         return self.budget.amount(bits + self.fixed_cost, self.spec, self.header_bytes)
 
+    @property
+    def least(self) -> int:
+        """Bits that the groups take at the least."""
+        return sum(min(g.cost(self.budget, q) for q in g.choices) for g in self.groups)
+
     def range(self) -> tuple[float, float]:
         """Least and largest amount that can be reached."""
-        least = sum(min(g.cost(self.budget, q) for q in g.choices) for g in self.groups)
         most = sum(max(g.cost(self.budget, q) for q in g.choices) for g in self.groups)
-        return self.amount(least), self.amount(most)
+        return self.amount(self.least), self.amount(most)
 
     def types(self, chosen: Sequence[QuantType]) -> dict[str, str]:
         """Type name of every tensor, with one type chosen per group."""

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-import numpy as np
+from dataclasses import replace
+from typing import TypeAlias
 
 from lieq_gguf.allocation.problem import Group, Problem
-from lieq_gguf.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError
 from lieq_gguf.knapsack import Option, solve
-from lieq_gguf.quant_types import F16, QUANT_TYPES, QuantType
-from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.quant_types import QuantType
 
-# K types, smallest first, each with what llama-quantize takes where its blocks do not fit
-_K_TYPES = (("Q2_K", "Q4_0"), ("Q3_K", "Q4_0"), ("Q4_K", "Q5_0"), ("Q5_K", "Q5_1"), ("Q6_K", "Q8_0"), ("Q8_0",))
-_OF_OUTPUT = ("Q6_K", "Q8_0")
-_TIME_SLACK = 1.05  # where no K-type file is small enough, the fastest file that is may be slowed down by this much
+Damage: TypeAlias = Callable[[Group, QuantType], float]
+
+_K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+_LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+_TIME_SLACK = 1.05  # where no file of K types is small enough, the fastest one that is may be slowed down by this much
 
 
-def options(problem: Problem, damage: Callable[[Group, QuantType], float]) -> list[list[Option]]:
+def options(problem: Problem, damage: Damage) -> list[list[Option]]:
     """The choices of each group with their damage, bits and seconds."""
     return [
         [Option(damage(g, q), g.cost(problem.budget, q), problem.seconds(g, q)) for q in g.choices]
@@ -27,45 +26,36 @@ def options(problem: Problem, damage: Callable[[Group, QuantType], float]) -> li
     ]
 
 
-def seconds_allowed(problem: Problem) -> float:
-    """Seconds of a token that the groups may take together; infinity if speed does not matter."""
+def seconds_allowed(problem: Problem, damage: Damage) -> float:
+    """Seconds of a token that the groups may take together; infinity if speed does not matter.
+
+    For the profile ``cpu``, those of the best file of K types that is no larger. So that file is always one of the
+    possible ones, and what is chosen instead does less damage and is no slower.
+    """
     costs, allocation = problem.allocation.costs, problem.allocation
     if costs is None or (allocation.profile != "cpu" and allocation.min_tokens_per_sec is None):
         return float("inf")
-    taken = costs.seconds(problem.spec.tensors, {name: q.name for name, q in problem.fixed.items()})
     if allocation.min_tokens_per_sec is not None:
-        return 1 / allocation.min_tokens_per_sec - taken
-    of_groups = problem.budget.limit(problem.spec, problem.header_bytes)
-    allowed = _k_file_seconds(problem, costs, of_groups) - taken
-    if not problem.groups:
-        return allowed
-    least = sum(problem.seconds(g, q) for g, q in zip(problem.groups, fastest(problem), strict=True))
-    return max(allowed, _TIME_SLACK * least)
+        fixed = {name: q.name for name, q in problem.fixed.items()}
+        return 1 / allocation.min_tokens_per_sec - costs.seconds(problem.spec.tensors, fixed)
+    of_k_types = replace(problem, groups=tuple(replace(g, choices=_k_types(g)) for g in problem.groups))
+    if of_k_types.least > problem.limit:  # no such file is that small
+        return _TIME_SLACK * _of_groups(problem, fastest(problem))
+    best = solve(options(of_k_types, damage), problem.limit)
+    return _of_groups(of_k_types, [g.choices[k] for g, k in zip(of_k_types.groups, best, strict=True)])
 
 
-def _k_file_seconds(problem: Problem, costs: DecodeCosts, limit: int) -> float:
-    """Seconds of a token with K types in a file of the size allowed: between files of one K type (or Q8_0) each.
-
-    Infinite where the file may be larger than with Q8_0. As llama-quantize does, the output matrix is in Q6_K where the
-    file is counted; otherwise in the type it has here.
-    """
-    spec, budget = problem.spec, problem.budget
-    points = []
-    for names in _K_TYPES:
-        types = {t.name: _k_type(t, names).name for layer in spec.layer_matrices for t in layer}
-        for tensor in spec.other_matrices:
-            types[tensor.name] = (
-                _k_type(tensor, _OF_OUTPUT).name if budget.covers_file else problem.fixed[tensor.name].name
-            )
-        size = sum(budget.cost(QUANT_TYPES[types[t.name]], t) for t in spec.tensors if t.name in types)
-        points.append((size, costs.seconds(spec.tensors, types)))
-    sizes, seconds = zip(*sorted(points), strict=True)
-    return float(np.interp(limit, sizes, seconds, right=np.inf))
+def _k_types(group: Group) -> tuple[QuantType, ...]:
+    """The K types that a group can have, Q8_0 and F16 above them; legacy types where no K type fits."""
+    legacy = tuple(q for q in group.choices if q.name in _LEGACY)
+    k_types = tuple(q for q in group.choices if q.name in _K_TYPES)
+    fits_k = any(q.name.endswith("_K") for q in k_types)
+    return (k_types if fits_k else legacy + k_types) or group.choices
 
 
-def _k_type(tensor: TensorSpec, names: tuple[str, ...]) -> QuantType:
-    """The first type that fits."""
-    return next((QUANT_TYPES[n] for n in names if QUANT_TYPES[n].fits(tensor.shape[1])), F16)
+def _of_groups(problem: Problem, chosen: Sequence[QuantType]) -> float:
+    """Seconds that the groups take of a token."""
+    return sum(problem.seconds(g, q) for g, q in zip(problem.groups, chosen, strict=True))
 
 
 def fastest(problem: Problem) -> tuple[QuantType, ...]:
