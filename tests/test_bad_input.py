@@ -476,7 +476,7 @@ BAD_JSON: dict[str, tuple[Change, str]] = {
 BAD_PLANS = BAD_JSON | {
     "no types": (without("types"), "is not a complete plan"),
     "types a list": (edit(types=[]), "is not a complete plan"),
-    "target of another kind": (edit(target={"kind": "size", "value": 3}), "target of kind 'size'"),
+    "target of another kind": (edit(target={"kind": "weight", "value": 3}), "target of kind 'weight'"),
     "unknown type": (in_types(blk__0__attn_q__weight="Q9_K"), "the unknown type Q9_K"),
     "a tensor missing": (in_types(blk__0__attn_q__weight=None), "blk.0.attn_q.weight: the plan has no type for it"),
     "a tensor too many": (in_types(blk__3__attn_q__weight="Q4_K"), "has no such tensor"),
