@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lieq_gguf.calibration_text import CalibrationTokens
 from lieq_gguf.errors import CalibrationError
 from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, model_config, torch_device, twin_embedding
 from lieq_gguf.observers import Observer, TokenSample
@@ -30,27 +31,10 @@ from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.measurement import LayerMeasurement
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.tokenizers import SourceTokenizer
 
-CHUNK_SIZE = 512
-"""Tokens in a calibration sequence, as in llama-imatrix."""
-
-_MIN_CHUNK_SIZE = 16
 _SCORE_PREFIX = 128  # tokens at the head of a sequence that stand for it: attention is causal, so a prefix can
 _DAMAGE_PREFIX = 256
-
-
-@dataclass(frozen=True)
-class CalibrationTokens:
-    """Token sequences to calibrate on.
-
-    Attributes:
-        ids: ``[n_chunks, chunk_size]``.
-        dataset: Name of the text.
-    """
-
-    ids: npt.NDArray[np.int64]
-    dataset: str
+_WARM_UP_BYTES = 31 << 20  # beyond 32 MiB glibc does not learn
 
 
 @dataclass(frozen=True)
@@ -101,34 +85,6 @@ class Calibration:
     type_errors: dict[str, dict[str, float]]
     sensitivities: dict[str, float]
     kld_per_block_error: float | None = None
-
-
-def tokenize(text: str, dataset: str, tokenizer: SourceTokenizer, n_tokens: int) -> CalibrationTokens:
-    """Cut a text into sequences, evenly spread over it when it is longer than ``n_tokens``.
-
-    As in llama-imatrix, the first token of every sequence is replaced by the beginning-of-text token where the
-    tokenizer adds one.
-
-    Raises:
-        CalibrationError: if the text is too short to fill one sequence.
-    """
-    plain = tokenizer.encode(text, add_special_tokens=False)
-    marked = tokenizer.encode(text[:64], add_special_tokens=True)
-    unmarked = tokenizer.encode(text[:64], add_special_tokens=False)
-    starts_with_bos = len(marked) > len(unmarked) and marked[1 : 1 + len(unmarked)] == unmarked
-    chunk_size = min(CHUNK_SIZE, len(plain), n_tokens)
-    if chunk_size < _MIN_CHUNK_SIZE:
-        raise CalibrationError(
-            f"the calibration text '{dataset}' gives {chunk_size} tokens; expected at least {_MIN_CHUNK_SIZE}, "
-            "better some thousands"
-        )
-    n_available = len(plain) // chunk_size
-    n_chunks = min(n_available, max(1, n_tokens // chunk_size))
-    ids = np.array(plain[: n_available * chunk_size], dtype=np.int64).reshape(n_available, chunk_size)
-    ids = ids[np.linspace(0, n_available - 1, n_chunks).round().astype(int)]
-    if starts_with_bos:
-        ids[:, 0] = marked[0]
-    return CalibrationTokens(ids, dataset)
 
 
 def calibrate(
@@ -227,6 +183,8 @@ def _stream(
     tensor_named = {t.name: t for t in spec.tensors}
     hidden = source.read(tensor_named["token_embd.weight"])[torch.from_numpy(ids)].float()
     output = torch.empty_like(hidden)
+    # glibc keeps freed memory up to twice the largest block it has seen freed; less goes back and forth at every batch.
+    torch.empty(_WARM_UP_BYTES, dtype=torch.uint8)
     watching = [observer for observer in observers if observer.sees_inputs]
 
     def see_input(module: str, x: torch.Tensor) -> None:
@@ -244,7 +202,7 @@ def _stream(
                     output[rows] = layer.forward(hidden[rows])
                     for observer in observers:
                         observer.see_output(hidden[rows], output[rows])
-            if not bool(torch.isfinite(output).all()):
+            if not bool(output.sum().isfinite()):  # one number that is not finite makes the sum so
                 raise CalibrationError(f"the output of layer {index} is not finite; the model's weights are damaged")
             for observer in observers:
                 observer.finish(layer, hidden)

@@ -1,13 +1,35 @@
-"""The text a model is calibrated on."""
+"""The text a model is calibrated on, and the token sequences made of it. Needs no torch, so it is there at once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from lieq_gguf.errors import CalibrationError
+from lieq_gguf.tokenizers import SourceTokenizer
 
 SHIPPED_TEXT = "shipped"
+CHUNK_SIZE = 512
+"""Tokens in a calibration sequence, as in llama-imatrix."""
+
+_MIN_CHUNK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """Token sequences to calibrate on.
+
+    Attributes:
+        ids: ``[n_chunks, chunk_size]``.
+        dataset: Name of the text.
+    """
+
+    ids: npt.NDArray[np.int64]
+    dataset: str
 
 
 def read_calibration_text(file: Path | None) -> tuple[str, str]:
@@ -30,3 +52,31 @@ def read_calibration_text(file: Path | None) -> tuple[str, str]:
     if not text.strip():
         raise CalibrationError(f"the calibration file {file} is empty; expected text, at least a few pages")
     return text, file.name
+
+
+def tokenize(text: str, dataset: str, tokenizer: SourceTokenizer, n_tokens: int) -> CalibrationTokens:
+    """Cut a text into sequences, evenly spread over it when it is longer than ``n_tokens``.
+
+    As in llama-imatrix, the first token of every sequence is replaced by the beginning-of-text token where the
+    tokenizer adds one.
+
+    Raises:
+        CalibrationError: if the text is too short to fill one sequence.
+    """
+    plain = tokenizer.encode(text, add_special_tokens=False)
+    marked = tokenizer.encode(text[:64], add_special_tokens=True)
+    unmarked = tokenizer.encode(text[:64], add_special_tokens=False)
+    starts_with_bos = len(marked) > len(unmarked) and marked[1 : 1 + len(unmarked)] == unmarked
+    chunk_size = min(CHUNK_SIZE, len(plain), n_tokens)
+    if chunk_size < _MIN_CHUNK_SIZE:
+        raise CalibrationError(
+            f"the calibration text '{dataset}' gives {chunk_size} tokens; expected at least {_MIN_CHUNK_SIZE}, "
+            "better some thousands"
+        )
+    n_available = len(plain) // chunk_size
+    n_chunks = min(n_available, max(1, n_tokens // chunk_size))
+    ids = np.array(plain[: n_available * chunk_size], dtype=np.int64).reshape(n_available, chunk_size)
+    ids = ids[np.linspace(0, n_available - 1, n_chunks).round().astype(int)]
+    if starts_with_bos:
+        ids[:, 0] = marked[0]
+    return CalibrationTokens(ids, dataset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from lieq_gguf import __version__, ggml
 from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types, scorer_of
 from lieq_gguf.cache import CacheEntry
-from lieq_gguf.calibration_text import read_calibration_text
+from lieq_gguf.calibration_text import CalibrationTokens, read_calibration_text, tokenize
 from lieq_gguf.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError, CalibrationError, TokenizerError
 from lieq_gguf.progress import Progress
@@ -356,11 +357,13 @@ def _measure(
         return kept
 
     ggml.prepare(types if needs_scores else ())
-    # The heavy imports wait until a forward pass is certain.
-    from lieq_gguf.calibration import PassOptions, calibrate, tokenize
-    from lieq_gguf.scorers import score_layers
+    with ThreadPoolExecutor(1) as pool:
+        tokenizing = pool.submit(_tokenize, source, text, dataset, options.n_tokens)
+        # The heavy imports wait until a forward pass is certain, and take seconds.
+        from lieq_gguf.calibration import PassOptions, calibrate
+        from lieq_gguf.scorers import score_layers
 
-    tokens = tokenize(text, dataset, load_source_tokenizer(source.path), options.n_tokens)
+        tokens = tokenizing.result()
     if tokens.ids.size < min(_FEW_TOKENS, options.n_tokens):
         progress.warn(f"{dataset} gives only {tokens.ids.size} tokens to calibrate on; some thousands are better")
     wanted = PassOptions(
@@ -391,6 +394,10 @@ def _measure(
     if options.use_cache:
         entry.save(scores, result.importance)
     return scores, result.importance
+
+
+def _tokenize(source: ModelDirectory, text: str, dataset: str, n_tokens: int) -> CalibrationTokens:
+    return tokenize(text, dataset, load_source_tokenizer(source.path), n_tokens)
 
 
 def check_tokenizer(source_dir: Path, file: Path, vocabulary: Vocabulary, progress: Progress) -> None:

@@ -18,15 +18,8 @@ from transformers import LlamaForCausalLM
 from whole_model import MODULES, OuterReference, WholeModel, lieq_scores
 
 from lieq_gguf import calibration, layer_model
-from lieq_gguf.calibration import (
-    CHUNK_SIZE,
-    Calibration,
-    CalibrationTokens,
-    PassOptions,
-    calibrate,
-    tokenize,
-)
-from lieq_gguf.calibration_text import SHIPPED_TEXT, read_calibration_text
+from lieq_gguf.calibration import Calibration, PassOptions, calibrate
+from lieq_gguf.calibration_text import CHUNK_SIZE, SHIPPED_TEXT, CalibrationTokens, read_calibration_text, tokenize
 from lieq_gguf.errors import CalibrationError
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix

@@ -16,8 +16,8 @@ from whole_model import lieq_scores
 
 from lieq_gguf.allocation import Allocation, make_problem
 from lieq_gguf.allocation.speed import options
-from lieq_gguf.calibration import CHUNK_SIZE, PassOptions, calibrate, tokenize
-from lieq_gguf.calibration_text import read_calibration_text
+from lieq_gguf.calibration import PassOptions, calibrate
+from lieq_gguf.calibration_text import CHUNK_SIZE, read_calibration_text, tokenize
 from lieq_gguf.decode_costs import decode_costs
 from lieq_gguf.engine import open_model
 from lieq_gguf.generation import stream
