@@ -16,7 +16,14 @@ import torch
 
 from lieq_gguf.calibration_text import CalibrationTokens
 from lieq_gguf.errors import CalibrationError
-from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, model_config, torch_device, twin_embedding
+from lieq_gguf.layer_model import (
+    LayerModel,
+    has_fast_bfloat16,
+    keep_freed_memory,
+    model_config,
+    torch_device,
+    twin_embedding,
+)
 from lieq_gguf.observers import Observer, TokenSample
 from lieq_gguf.observers.input_sums import InputSums
 from lieq_gguf.observers.modification import Modification
@@ -29,12 +36,10 @@ from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.measurement import LayerMeasurement
-from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 _SCORE_PREFIX = 128  # tokens at the head of a sequence that stand for it: attention is causal, so a prefix can
 _DAMAGE_PREFIX = 256
-_WARM_UP_BYTES = 31 << 20  # beyond 32 MiB glibc does not learn
 
 
 @dataclass(frozen=True)
@@ -183,8 +188,7 @@ def _stream(
     tensor_named = {t.name: t for t in spec.tensors}
     hidden = source.read(tensor_named["token_embd.weight"])[torch.from_numpy(ids)].float()
     output = torch.empty_like(hidden)
-    # glibc keeps freed memory up to twice the largest block it has seen freed; less goes back and forth at every batch.
-    torch.empty(_WARM_UP_BYTES, dtype=torch.uint8)
+    keep_freed_memory()
     watching = [observer for observer in observers if observer.sees_inputs]
 
     def see_input(module: str, x: torch.Tensor) -> None:
@@ -192,11 +196,8 @@ def _stream(
             observer.see_input(module, x)
 
     with torch.inference_mode(), progress.stage("calibrate", "Measuring layers", spec.n_layers) as advance:
-        for index, matrices in enumerate(spec.layer_matrices):
-            weights = {_name_inside(t, index): source.read(t) for t in spec.tensors if t.layer == index}
-            layer.load(index, {_name_inside(t, index).rpartition(".")[0]: t for t in matrices}, weights)
-            del weights
-            source.release()
+        for index in range(spec.n_layers):
+            layer.load(source, index)
             with layer.watching_inputs(see_input):
                 for rows in layer.batches(hidden):
                     output[rows] = layer.forward(hidden[rows])
@@ -218,12 +219,6 @@ def _stream(
 def _twin_seed(seed: int, layer: int) -> int:
     """A seed for each layer that no other layer has under a neighbouring seed."""
     return (seed + 1) * 100_003 + layer
-
-
-def _name_inside(tensor: TensorSpec, layer: int) -> str:
-    """Name inside the layer: ``model.layers.3.mlp.up_proj.weight`` to ``mlp.up_proj.weight``."""
-    assert tensor.source_name is not None
-    return tensor.source_name.split(f"layers.{layer}.", 1)[1]
 
 
 def _heads(shape: tuple[int, ...], n_tokens: int, length: int) -> TokenSample:

@@ -46,6 +46,7 @@ _debug = False
 MethodName = Literal["best", "block-error", "lieq-ladder", "lieq", "lim", "zd"]
 Granularity = Literal["layer", "tensor"]
 ProfileName = Literal["cpu", "quality", "edge"]
+RefineName = Literal["none", "feedback"]
 PlanFormat = Literal["json", "tensor-type-file"]
 
 
@@ -179,6 +180,15 @@ NoImatrix = Annotated[bool, typer.Option("--no-imatrix", help="Quantise without 
 Scores = Annotated[
     Path | None, typer.Option("--scores", metavar="FILE", help="Scores kept by 'score -o' instead of measuring.")
 ]
+Refine = Annotated[
+    RefineName | None,
+    typer.Option(
+        "--refine",
+        help="`feedback`: make the error of each column good in later ones, in a second pass; the same types and size, "
+        "less divergence, twice the time. `none`: every block by itself, as llama-quantize.",
+        show_default="feedback; none with --no-imatrix",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the untrained twin.")]
 Threads = Annotated[
     int, typer.Option("--threads", "-t", min=0, help="Threads.", show_default="all cores", callback=_n_threads)
@@ -240,6 +250,7 @@ def convert(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Carry out a plan kept by 'plan -o'.")
     ] = None,
+    refine: Refine = None,
     pre_tokenizer: PreTokenizer = None,
     seed: Seed = 0,
     threads: Threads = 0,
@@ -261,7 +272,7 @@ def convert(
         raise typer.BadParameter("give exactly one of --bits, --file-bits, --size and --plan", param_hint="--bits")
     if plan is not None:
         _refuse_given(context, _DECIDED_BY_PLAN, "the plan decides the types; leave this out, or make another plan")
-    if imatrix is not None and (scores is not None or plan is not None):
+    if refine == "none" and imatrix is not None and (scores is not None or plan is not None):
         _refuse_given(context, _ONLY_FOR_A_PASS, "with these files nothing is measured; leave this out")
     from lieq_gguf import pipeline
     from lieq_gguf.sources.model_directory import ModelDirectory
@@ -407,6 +418,7 @@ def plan(
     imatrix: Imatrix = None,
     no_imatrix: NoImatrix = False,
     scores: Scores = None,
+    refine: Refine = None,
     pre_tokenizer: PreTokenizer = None,
     seed: Seed = 0,
     threads: Threads = 0,
@@ -772,6 +784,7 @@ def _calibration(given: Mapping[str, Any]) -> CalibrationOptions:
         in_float32=given["float32"],
         removal=given.get("scorer") == NEEDS_REMOVAL,
         use_cache=not given["no_cache"],
+        refine=given.get("refine"),
     )
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lieq_gguf.errors import CalibrationError, SourceError
 from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.sources.model_directory import ModelDirectory
 
 _BATCH_TOKENS = 2048  # tokens that pass a layer at once; more spill out of the caches
 
@@ -32,13 +33,14 @@ class LayerModel:
         index: Index of the layer whose weights are loaded.
         tensors: Linear modules by their name inside the layer, and what the model calls their weights.
         device: Where it runs.
+        in_bfloat16: Whether its matrices are multiplied in bfloat16.
     """
 
     def __init__(self, config: PretrainedConfig, device: torch.device, *, in_bfloat16: bool = False) -> None:
         self.index = -1
         self.tensors: Mapping[str, TensorSpec] = {}
         self.device = device
-        self._in_bfloat16 = in_bfloat16
+        self.in_bfloat16 = in_bfloat16
         self._model = initialised(config, n_vocab=1, seed=0).to(device)
         self._init_weights = self._model._init_weights
         self._final_norm = self._model.get_submodule("norm")
@@ -52,17 +54,25 @@ class LayerModel:
             self.layer.cpu().apply(self._init_weights)  # type: ignore[arg-type]  # on the CPU: the same on any device
         self.layer.to(self.device)
 
-    def load(self, index: int, tensors: Mapping[str, TensorSpec], weights: Mapping[str, torch.Tensor]) -> None:
-        """Copy a layer's weights in, by their names inside the layer, converting to float32."""
-        result = self.layer.load_state_dict(dict(weights), strict=False)
+    def load(self, source: ModelDirectory, index: int) -> None:
+        """Copy a layer's weights in, converting to float32."""
+        weights = {t.name_in_layer: source.read(t) for t in source.spec.tensors if t.layer == index}
+        result = self.layer.load_state_dict(weights, strict=False)
         if result.missing_keys or result.unexpected_keys:
             raise SourceError(f"a layer's tensors do not match transformers' model: {result}")
-        self.index, self.tensors = index, tensors
+        del weights
+        source.release()
+        self.index = index
+        self.tensors = {t.name_in_layer.rpartition(".")[0]: t for t in source.spec.layer_matrices[index]}
 
     def weight(self, module: str) -> torch.Tensor:
         """``[n_out, n_in]`` float32 weights of a linear module of the layer."""
         weight: torch.Tensor = self.layer.get_submodule(module).weight  # type: ignore[assignment]
         return weight.detach()
+
+    def assign(self, module: str, weight: torch.Tensor) -> None:
+        """Give a linear module other weights ``[n_out, n_in]`` until the next layer is loaded."""
+        self.layer.get_submodule(module).weight.data.copy_(weight)  # type: ignore[operator]
 
     @contextmanager
     def replaced(self, module: str, weight: torch.Tensor) -> Iterator[None]:
@@ -156,7 +166,7 @@ class LayerModel:
             yield
 
     def _run(self, hidden: torch.Tensor, exact: bool) -> torch.Tensor:
-        in_bfloat16 = self._in_bfloat16 and not exact
+        in_bfloat16 = self.in_bfloat16 and not exact
         precision = torch.autocast(self.device.type, torch.bfloat16) if in_bfloat16 else nullcontext()
         with precision:
             output = self._model(inputs_embeds=hidden.to(self.device), use_cache=False).last_hidden_state
@@ -215,6 +225,14 @@ class OutputHead:
     def _row_batches(self) -> Iterator[torch.Tensor]:
         for start in range(0, self._matrix.shape[0], _BATCH_TOKENS):
             yield self._matrix[start : start + _BATCH_TOKENS].to(self._device, torch.float32)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what one batch frees for the next; giving it back and forth costs a quarter of a layer's time.
+
+    It keeps up to twice the largest block it has seen freed, but never looks at blocks above 32 MiB.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lieq_gguf import __version__, ggml
 from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types, scorer_of
@@ -33,7 +33,10 @@ from lieq_gguf.tokenizers import (
     tokenizer_differences,
 )
 from lieq_gguf.verification import verify
-from lieq_gguf.writer import Header, ImatrixNote, Provenance, header_size, make_header, write_file
+from lieq_gguf.writer import Header, ImatrixNote, Provenance, encode_tensors, header_size, make_header, write_file
+
+if TYPE_CHECKING:
+    from lieq_gguf.refinement import Refinement
 
 DEFAULT_N_TOKENS = 16384
 _FEW_TOKENS = 2048
@@ -56,6 +59,8 @@ class CalibrationOptions:
         in_float32: Whether to multiply in float32 even where the device is fast in bfloat16.
         removal: Whether to measure the perplexity without each layer as well.
         use_cache: Whether to use what an earlier pass has learnt, and to keep what this one learns.
+        refine: ``feedback``: write with error feedback, in a second pass; ``none``: every block by itself; None: what
+            the plan was made for, or feedback where there is an importance matrix.
     """
 
     text_file: Path | None = None
@@ -69,6 +74,12 @@ class CalibrationOptions:
     in_float32: bool = False
     removal: bool = False
     use_cache: bool = False
+    refine: str | None = None
+
+    @property
+    def wants_feedback(self) -> bool:
+        """Whether to write with error feedback, unless a given plan says otherwise."""
+        return self.use_imatrix if self.refine is None else self.refine == "feedback"
 
 
 @dataclass(frozen=True)
@@ -135,10 +146,12 @@ class Conversion:
     Attributes:
         output: The file.
         planned: Its plan, figures and times.
+        block_errors: With error feedback, one a layer: how far its matrices, all quantised, move its output.
     """
 
     output: Path
     planned: Planned
+    block_errors: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``convert --json`` prints."""
@@ -146,6 +159,7 @@ class Conversion:
             "schema_version": SCHEMA_VERSION,
             "kind": "conversion",
             "output": str(self.output),
+            "block_errors": list(self.block_errors),
         }
 
 
@@ -186,14 +200,43 @@ def convert(
         plan_file=plan_file, pre_tokenizer=pre_tokenizer, command_line=command_line,
     )  # fmt: skip
     plan, spec = planned.plan, source.spec
+    refinement = _refinement(source, planned, calibration, progress) if plan.refine == "feedback" else None
     with replaced_when_complete(output) as temporary:
         n_weights = sum(t.n_weights for t in spec.tensors)
         with progress.stage("write", "Quantising", n_weights) as advance:
-            write_file(temporary, source, plan, planned.header, planned.importance, calibration.n_threads, advance)
+            if refinement is None:
+                encoded = encode_tensors(source, spec.tensors, plan, planned.importance, calibration.n_threads)
+            else:
+                encoded = refinement.encoded()
+            write_file(temporary, planned.header, encoded, advance)
         with progress.stage("verify", "Verifying", n_weights) as advance:
             verify(temporary, plan.types, {t.name: t.shape for t in spec.tensors}, calibration.n_threads, advance)
             check_tokenizer(source_dir, temporary, planned.vocabulary, progress)
-    return Conversion(output, planned)
+    return Conversion(output, planned, () if refinement is None else tuple(refinement.block_errors))
+
+
+def _refinement(
+    source: ModelDirectory, planned: Planned, calibration: CalibrationOptions, progress: Progress
+) -> Refinement:
+    """The second pass, and what it will take."""
+    from lieq_gguf.refinement import Refinement
+
+    text, dataset = read_calibration_text(calibration.text_file)
+    refinement = Refinement(
+        source,
+        planned.plan,
+        _tokenize(source, text, dataset, calibration.n_tokens),
+        planned.importance,
+        device=calibration.device,
+        n_threads=calibration.n_threads,
+        in_float32=calibration.in_float32,
+    )
+    if not progress.silent:
+        progress.note(
+            f"error feedback takes about {refinement.expected_seconds():.0f} s and "
+            f"{refinement.expected_bytes() / 1e6:.0f} MB; --refine none leaves it out"
+        )
+    return refinement
 
 
 def make_plan(
@@ -234,6 +277,7 @@ def make_plan(
     if plan_file is not None:
         plan = QuantPlan.load(plan_file)
         plan.check(spec)
+        plan = replace(plan, refine=calibration.refine or (plan.refine if calibration.use_imatrix else "none"))
         if for_writing:
             ggml.prepare([QUANT_TYPES[name] for name in sorted(set(plan.types.values()))])
         if plan.needs_imatrix and not calibration.use_imatrix:
@@ -253,7 +297,13 @@ def make_plan(
             )  # another profile finds them in the cache
             known = learn(source, measured, calibration, progress, scores=has_choice, imatrix=for_writing)
         with progress.stage("allocate", "Allocating bits"):
-            plan = allocate(spec, budget, known.scores, offered, head)
+            scores = known.scores
+            if scores is not None and calibration.wants_feedback:
+                scores = scores.with_feedback(spec)
+            plan = allocate(spec, budget, scores, offered, head)
+            plan = replace(plan, refine="feedback" if calibration.wants_feedback else "none")
+    if not _quantizes_layers(plan, spec):
+        plan = replace(plan, refine="none")
     note = _imatrix_note(spec, calibration, known.importance) if _quantizes_layers(plan, spec) else None
     header = make_header(source, vocabulary, plan, Provenance(command_line, note))
     if plan.budget.covers_file and 8 * header.meter.file_bytes > plan.budget.limit(spec):

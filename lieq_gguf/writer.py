@@ -7,7 +7,7 @@ temporary name beside the target and takes its place only when the caller is con
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,21 @@ _CHUNK_WEIGHTS = 1 << 22  # weights converted to float32 at a time: 16 MiB, and 
 
 _Rows: TypeAlias = tuple[TensorSpec, npt.NDArray[np.float32], bool]
 """A tensor, some rows of it ``[n_rows, n_in]``, and whether they are its last."""
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Some rows of a tensor as the file has them, in file order.
+
+    Attributes:
+        tensor: The tensor.
+        data: ``[n_rows, row_bytes]``.
+        is_last: Whether they are its last.
+    """
+
+    tensor: TensorSpec
+    data: npt.NDArray[np.uint8]
+    is_last: bool
 
 
 @dataclass(frozen=True)
@@ -97,42 +112,59 @@ def header_size(source: ModelDirectory, vocabulary: Vocabulary, plan: QuantPlan,
 
 def write_file(
     target: Path,
-    source: ModelDirectory,
-    plan: QuantPlan,
     header: Header,
-    importance: ImportanceMatrix | None,
-    n_threads: int = 1,
+    encoded: Iterable[EncodedRows],
     advance: Callable[[float], None] = lambda _amount: None,
 ) -> None:
     """Write header and tensors.
 
     Args:
         target: File to write, replaced if it exists.
-        source: The model.
-        plan: One type per tensor.
-        header: Made from the same source and plan.
-        importance: Weights of the squared errors, or None.
-        n_threads: Threads of the encoders.
+        header: Made for these tensors.
+        encoded: All tensors, in file order.
         advance: Called with the number of weights written.
 
     Raises:
-        QuantizationError: if a tensor cannot be encoded.
         OutputError: if the file is not of the size the header says.
     """
     with target.open("wb") as file:
         file.write(header.content)
-        for tensor, rows, is_last in _read_ahead(_rows_in_order(source)):
-            mean = None if importance is None else importance.mean(tensor.name)
-            try:
-                file.write(ggml.quantize(rows, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads).data)
-            except QuantizationError as error:
-                raise QuantizationError(f"{tensor.name}: {error}") from None
-            if is_last:
+        for rows in encoded:
+            file.write(rows.data.data)
+            if rows.is_last:
                 file.write(bytes(padded(file.tell()) - file.tell()))
-            advance(rows.size)
+            advance(len(rows.data) / rows.tensor.n_rows * rows.tensor.n_weights)
         written = file.tell()
     if written != header.meter.file_bytes:
         raise OutputError(f"{target} has {written} bytes, planned were {header.meter.file_bytes}; please report this")
+
+
+def encode_tensors(
+    source: ModelDirectory,
+    tensors: Sequence[TensorSpec],
+    plan: QuantPlan,
+    importance: ImportanceMatrix | None,
+    n_threads: int = 1,
+) -> Iterator[EncodedRows]:
+    """Read and quantise tensors, each by itself.
+
+    Args:
+        source: The model.
+        tensors: What to encode, in file order.
+        plan: One type per tensor.
+        importance: Weights of the squared errors, or None.
+        n_threads: Threads of the encoders.
+
+    Raises:
+        QuantizationError: if a tensor cannot be encoded.
+    """
+    for tensor, rows, is_last in _read_ahead(_rows_in_order(source, tensors)):
+        mean = None if importance is None else importance.mean(tensor.name)
+        try:
+            data = ggml.quantize(rows, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads)
+        except QuantizationError as error:
+            raise QuantizationError(f"{tensor.name}: {error}") from None
+        yield EncodedRows(tensor, data, is_last)
 
 
 def rotary_order(n_rows: int, n_heads: int) -> npt.NDArray[np.int64]:
@@ -143,9 +175,9 @@ def rotary_order(n_rows: int, n_heads: int) -> npt.NDArray[np.int64]:
     return np.arange(n_rows).reshape(n_heads, 2, n_rows // n_heads // 2).swapaxes(1, 2).reshape(n_rows)
 
 
-def _rows_in_order(source: ModelDirectory) -> Iterator[_Rows]:
-    """All weights as the file has them, some rows at a time."""
-    for tensor in source.spec.tensors:
+def _rows_in_order(source: ModelDirectory, tensors: Sequence[TensorSpec]) -> Iterator[_Rows]:
+    """Weights as the file has them, some rows at a time."""
+    for tensor in tensors:
         loaded = source.read(tensor)
         rows = loaded if loaded.ndim > 1 else loaded[None, :]
         if tensor.rotary_heads and loaded.ndim == 1:  # a bias has its rotary rows in one line
@@ -230,6 +262,7 @@ def _add_provenance(writer: gguf.GGUFWriter, plan: QuantPlan, provenance: Proven
     writer.add_string("lieq.method", plan.method)
     writer.add_string("lieq.scorer", plan.scorer)
     writer.add_string("lieq.profile", plan.profile)
+    writer.add_string("lieq.refine", plan.refine)
     writer.add_array("lieq.layer_scores", [float(score) for score in plan.layer_scores])
     writer.add_string("lieq.target.kind", plan.budget.kind)
     writer.add_float64("lieq.target.value", plan.budget.value)  # a size needs more digits

@@ -83,13 +83,13 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 def conversion(
     tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> pipeline.Conversion:
-    """``tiny_model`` converted to a mix of Q2_K, Q3_K and Q4_K; its file is read-only."""
+    """``tiny_model`` converted to a mix of Q2_K, Q3_K and Q4_K, every block by itself; its file is read-only."""
     return pipeline.convert(
         tiny_model,
         tmp_path_factory.mktemp("converted") / "tiny.gguf",
         BitBudget("bits", 3.4),
         Allocation(types=parse_types(["Q2_K", "Q3_K", "Q4_K"]), granularity="tensor"),
-        pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2),
+        pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2, refine="none"),
         Progress(silent=True),
         command_line="lieq-gguf convert tiny --bits 3.4",
     )

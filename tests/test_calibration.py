@@ -234,10 +234,8 @@ def test_block_errors_are_those_of_the_whole_model(pair: Pair) -> None:
 
 
 def loaded_layer(path: Path) -> layer_model.LayerModel:
-    source, layer = ModelDirectory(path), layer_model.LayerModel(layer_model.model_config(path), torch.device("cpu"))
-    matrices = {calibration._name_inside(t, 1).rpartition(".")[0]: t for t in source.spec.layer_matrices[1]}
-    weights = {calibration._name_inside(t, 1): source.read(t) for t in source.spec.tensors if t.layer == 1}
-    layer.load(1, matrices, weights)
+    layer = layer_model.LayerModel(layer_model.model_config(path), torch.device("cpu"))
+    layer.load(ModelDirectory(path), 1)
     return layer
 
 

@@ -14,12 +14,12 @@ RANKS = (
     ("__init__", "errors", "quant_types", "devices"),
     ("records",),
     (
-        "ggml", "engine", "gguf_file", "gguf_header", "sources", "architectures", "tokenizers", "progress",
-        "native_output",
+        "ggml", "code_layouts", "engine", "gguf_file", "gguf_header", "sources", "architectures", "tokenizers",
+        "progress", "native_output",
     ),
     (
         "calibration", "calibration_text", "layer_model", "observers", "type_errors", "scorers", "cache", "allocation",
-        "knapsack", "decode_costs", "type_speed",
+        "compensation", "refinement", "knapsack", "decode_costs", "type_speed",
         "writer", "verification", "benchmark", "generation", "inspection", "display", "reference", "evaluation",
         "tasks", "health",
     ),

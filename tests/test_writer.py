@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,26 @@ from safetensors.torch import load_file
 from lieq_gguf import __version__, pipeline, writer
 from lieq_gguf.errors import OutputError, QuantizationError
 from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.writer import rotary_order, write_file
+from lieq_gguf.writer import EncodedRows, encode_tensors, rotary_order, write_file
 
 
 def keys(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
 
+def encoded(
+    source: Path, plan: QuantPlan, importance: ImportanceMatrix | None, n_threads: int = 1
+) -> Iterator[EncodedRows]:
+    model = ModelDirectory(source)
+    return encode_tensors(model, model.spec.tensors, plan, importance, n_threads)
+
+
 def write_again(source: Path, conversion: pipeline.Conversion, target: Path, n_threads: int = 1) -> bytes:
     planned = conversion.planned
-    write_file(target, ModelDirectory(source), planned.plan, planned.header, planned.importance, n_threads)
+    write_file(target, planned.header, encoded(source, planned.plan, planned.importance, n_threads))
     return target.read_bytes()
 
 
@@ -150,16 +160,17 @@ def test_bytes_do_not_depend_on_the_rows_held_at_a_time(
 
 
 def test_progress_adds_up_to_all_weights(conversion: pipeline.Conversion, tiny_model: Path, tmp_path: Path) -> None:
-    source, planned, steps = ModelDirectory(tiny_model), conversion.planned, list[float]()
-    write_file(tmp_path / "a", source, planned.plan, planned.header, planned.importance, advance=steps.append)
-    assert sum(steps) == source.spec.n_weights
+    planned, steps = conversion.planned, list[float]()
+    tensors = encoded(tiny_model, planned.plan, planned.importance)
+    write_file(tmp_path / "a", planned.header, tensors, advance=steps.append)
+    assert sum(steps) == pytest.approx(planned.spec.n_weights)
 
 
 def test_refuses_a_header_of_another_plan(conversion: pipeline.Conversion, tiny_model: Path, tmp_path: Path) -> None:
     planned = conversion.planned
     other = replace(planned.plan, types=dict(planned.plan.types) | {"token_embd.weight": "F32"})
     with pytest.raises(OutputError, match="bytes, planned were"):
-        write_file(tmp_path / "a", ModelDirectory(tiny_model), other, planned.header, planned.importance)
+        write_file(tmp_path / "a", planned.header, encoded(tiny_model, other, planned.importance))
 
 
 def test_names_the_tensor_that_cannot_be_encoded(
@@ -168,7 +179,7 @@ def test_names_the_tensor_that_cannot_be_encoded(
     planned = conversion.planned
     other = replace(planned.plan, types=dict(planned.plan.types) | {"blk.1.ffn_up.weight": "IQ2_XXS"})
     with pytest.raises(QuantizationError, match=r"blk\.1\.ffn_up\.weight: IQ2_XXS needs an importance matrix"):
-        write_file(tmp_path / "a", ModelDirectory(tiny_model), other, planned.header, None)
+        write_file(tmp_path / "a", planned.header, encoded(tiny_model, other, None))
 
 
 @pytest.mark.parametrize(("n_rows", "n_heads"), [(2, 1), (64, 1), (256, 4), (96 * 3, 3), (12, 6)])

@@ -28,6 +28,7 @@ class QuantPlan:
         types: Tensor name to type name, for every tensor.
         layer_scores: The score of each layer.
         profile: What the file is made for.
+        refine: How the file is to be written, ``feedback`` or ``none``: the types were chosen for that.
         expected_kld: Divergence from the model's next-token distribution that the scores foretell, in nats, or None.
     """
 
@@ -39,6 +40,7 @@ class QuantPlan:
     types: Mapping[str, str]
     layer_scores: tuple[float, ...]
     profile: str = "quality"
+    refine: str = "none"
     expected_kld: float | None = None
 
     def check(self, spec: ModelSpec) -> None:
@@ -88,6 +90,7 @@ class QuantPlan:
             "method": self.method,
             "scorer": self.scorer,
             "profile": self.profile,
+            "refine": self.refine,
             "expected_kld": self.expected_kld,
             "target": {"kind": self.budget.kind, "value": self.budget.value},
             "reachable": {"min_layer_bpw": self.reachable_bpw[0], "max_layer_bpw": self.reachable_bpw[1]},
@@ -132,6 +135,7 @@ class QuantPlan:
                 types={str(name): str(t).upper() for name, t in document["types"].items()},
                 layer_scores=tuple(float(s) for s in document["layer_scores"]),
                 profile=str(document.get("profile", "quality")),
+                refine=_refine(document.get("refine", "feedback"), file),
                 expected_kld=None if kld is None else float(kld),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -144,3 +148,9 @@ class QuantPlan:
                     f"{file} gives {name} the unknown type {quant_type}; the types are {', '.join(QUANT_TYPES)}"
                 )
         return plan
+
+
+def _refine(name: object, file: Path) -> str:
+    if name not in ("feedback", "none"):
+        raise FormatError(f"{file} has refine '{name}'; expected feedback or none")
+    return str(name)

@@ -33,9 +33,20 @@ class TensorSpec:
         return prod(self.shape)
 
     @property
+    def n_rows(self) -> int:
+        """Rows of weights; one for a vector."""
+        return prod(self.shape[:-1])
+
+    @property
     def is_matrix(self) -> bool:
         """Whether a plan gives this tensor its type; vectors stay in F32."""
         return len(self.shape) == 2
+
+    @property
+    def name_in_layer(self) -> str:
+        """Source name inside the layer: ``model.layers.3.mlp.up_proj.weight`` to ``mlp.up_proj.weight``."""
+        assert self.source_name is not None
+        return self.source_name.split(f"layers.{self.layer}.", 1)[1]
 
     @property
     def role(self) -> str:
@@ -77,6 +88,11 @@ class ModelSpec:
     def other_matrices(self) -> tuple[TensorSpec, ...]:
         """Embedding and output: the matrices outside of the layers."""
         return tuple(t for t in self.tensors if t.layer is None and t.is_matrix)
+
+    @property
+    def embedding(self) -> TensorSpec:
+        """The token embedding."""
+        return next(t for t in self.tensors if t.name == "token_embd.weight")
 
     @property
     def n_layer_weights(self) -> int:

@@ -1,0 +1,193 @@
+"""The second pass on tiny models: the same file but for the values, and the values those that were computed."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import RunCli
+from models import write_model
+from transformers import LlamaForCausalLM
+
+from lieq_gguf import compensation, ggml
+from lieq_gguf.allocation import Allocation
+from lieq_gguf.calibration_text import tokenize
+from lieq_gguf.gguf_file import GgufFile
+from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.pipeline import CalibrationOptions, Conversion, convert
+from lieq_gguf.progress import Progress
+from lieq_gguf.quant_types import QUANT_TYPES, parse_types
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.refinement import Refinement
+from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.tokenizers import load_source_tokenizer
+from lieq_gguf.writer import rotary_order
+
+
+def converted(source: Path, output: Path, text: Path, types: str = "Q2_K,IQ3_XXS") -> Conversion:
+    return convert(
+        source,
+        output,
+        BitBudget("bits", 2.8),
+        Allocation(types=parse_types(types.split(",")), granularity="tensor"),
+        CalibrationOptions(text_file=text, n_tokens=1024, n_threads=2),
+        Progress(),
+    )
+
+
+@pytest.fixture(scope="module")
+def refined(tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    return converted(tiny_model, tmp_path_factory.mktemp("refined") / "refined.gguf", calibration_text)
+
+
+def decoded(file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    return {t.spec.name: ggml.dequantize(t.data, t.quant_type) for t in GgufFile(file).tensors}
+
+
+def test_only_the_values_differ(refined: Conversion, run_cli: RunCli, tiny_model: Path, tmp_path: Path) -> None:
+    plan, plain = tmp_path / "plan.json", tmp_path / "plain.gguf"
+    refined.planned.plan.save(plan, {})
+    assert refined.planned.importance is not None
+    refined.planned.importance.save(tmp_path / "imatrix.gguf")
+    done = run_cli(
+        "convert",
+        tiny_model,
+        "--plan",
+        plan,
+        "--imatrix",
+        tmp_path / "imatrix.gguf",
+        "--refine",
+        "none",
+        "-q",
+        "-o",
+        plain,
+    )
+    assert done.exit_code == 0, done.stderr
+    with_feedback, without = gguf.GGUFReader(refined.output), gguf.GGUFReader(plain)
+    names = [(t.name, t.tensor_type, list(t.shape), t.n_bytes) for t in without.tensors]
+    assert [(t.name, t.tensor_type, list(t.shape), t.n_bytes) for t in with_feedback.tensors] == names
+    # the command line is part of the file, so its length is part of the size
+    about_the_run = {"lieq.refine", "lieq.command_line", "lieq.file_bpw", "GGUF.kv_count", "quantize.imatrix.file"}
+    for name, field in without.fields.items():
+        if name not in about_the_run:
+            assert with_feedback.fields[name].contents() == field.contents(), name
+    differ = {
+        a.name
+        for a, b in zip(with_feedback.tensors, without.tensors, strict=True)
+        if not np.array_equal(a.data, b.data)
+    }
+    assert differ == {t.name for layer in refined.planned.spec.layer_matrices for t in layer}
+
+
+def test_file_holds_what_the_layers_were_run_with(
+    tiny_model: Path, refined: Conversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assigned: dict[str, torch.Tensor] = {}
+    original = LayerModel.assign
+
+    def assign(layer: LayerModel, module: str, weight: torch.Tensor) -> None:
+        original(layer, module, weight)
+        assigned[layer.tensors[module].name] = layer.weight(module).clone()
+
+    monkeypatch.setattr(LayerModel, "assign", assign)
+    source = ModelDirectory(tiny_model)
+    planned = refined.planned
+    tokens = tokenize("some words to run on " * 400, "test", load_source_tokenizer(tiny_model), 512)
+    written = {}
+    for rows in Refinement(source, planned.plan, tokens, planned.importance).encoded():
+        quant_type = QUANT_TYPES[planned.plan.types[rows.tensor.name]]
+        written[rows.tensor.name] = (rows, ggml.dequantize(rows.data, quant_type))
+    assert assigned.keys() == {t.name for layer in source.spec.layer_matrices for t in layer}
+    for name, weight in assigned.items():
+        rows, values = written[name]
+        expected = weight.numpy()
+        if rows.tensor.rotary_heads:
+            expected = expected[rotary_order(len(expected), rows.tensor.rotary_heads)]
+        assert np.array_equal(values, expected), name
+
+
+def test_layers_see_what_the_quantised_layers_before_them_make(
+    tiny_model: Path, refined: Conversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer's moments are those of a whole model of the file's own weights up to that layer."""
+    seen: list[torch.Tensor] = []
+    original = compensation.coupling
+
+    def coupling(moments: torch.Tensor) -> compensation.FloatArray:
+        seen.append(moments.clone())
+        return original(moments)
+
+    monkeypatch.setattr(compensation, "coupling", coupling)
+    source, planned = ModelDirectory(tiny_model), refined.planned
+    tokens = tokenize("some words to run on " * 400, "test", load_source_tokenizer(tiny_model), 512)
+    refinement = Refinement(source, planned.plan, tokens, planned.importance, in_float32=True)
+    written = {
+        rows.tensor.name: ggml.dequantize(rows.data, QUANT_TYPES[planned.plan.types[rows.tensor.name]])
+        for rows in refinement.encoded()
+    }
+    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    state = model.state_dict()
+    for tensor in source.spec.tensors:
+        if tensor.layer in (None, 0) and tensor.is_matrix:
+            values = written[tensor.name]
+            if tensor.rotary_heads:
+                back = np.empty_like(values)
+                back[rotary_order(len(values), tensor.rotary_heads)] = values
+                values = back
+            state[str(tensor.source_name)].copy_(torch.from_numpy(values))  # tied embeddings share their storage
+    inputs: list[torch.Tensor] = []
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda _m, x, _y: inputs.append(x[0]))
+    with torch.inference_mode():
+        model(torch.from_numpy(tokens.ids))
+    x = inputs[0].reshape(-1, 256)
+    per_layer = len(seen) // source.spec.n_layers
+    torch.testing.assert_close(seen[per_layer], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+def test_block_errors_are_told_for_each_layer(refined: Conversion) -> None:
+    errors = refined.to_json()["block_errors"]
+    assert len(errors) == 3
+    assert all(0 < e < 1 for e in errors)
+
+
+def test_same_input_gives_the_same_bytes(
+    refined: Conversion, tiny_model: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    again = converted(tiny_model, tmp_path / "again.gguf", calibration_text)
+    assert again.output.read_bytes() == refined.output.read_bytes()
+
+
+def test_untied_output_and_biases(calibration_text: Path, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", tie_word_embeddings=False, attention_bias=True)
+    done = converted(path, tmp_path / "a.gguf", calibration_text, types="Q3_K,Q2_K")
+    assert len(done.block_errors) == 3
+    assert np.isfinite(np.concatenate([v.ravel() for v in decoded(done.output).values()])).all()
+
+
+def test_nothing_to_feed_back_in_plain_numbers(tiny_model: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    done = run_cli(
+        "convert", tiny_model, "--bits", 16, "--types", "F16", "--refine", "feedback", "-q", "-o", tmp_path / "a.gguf",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert gguf.GGUFReader(tmp_path / "a.gguf").fields["lieq.refine"].contents() == "none"
+
+
+def test_cost_is_told_before_it_starts(
+    run_cli: RunCli, tiny_model: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    done = run_cli(
+        "convert",
+        tiny_model,
+        "--bits",
+        2.7,
+        "--calibration",
+        calibration_text,
+        "--n-tokens",
+        512,
+        "-o",
+        tmp_path / "a.gguf",
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "error feedback takes about" in done.stderr
