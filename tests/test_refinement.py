@@ -78,7 +78,10 @@ def test_only_the_values_differ(refined: Conversion, run_cli: RunCli, tiny_model
         for a, b in zip(with_feedback.tensors, without.tensors, strict=True)
         if not np.array_equal(a.data, b.data)
     }
-    assert differ == {t.name for layer in refined.planned.spec.layer_matrices for t in layer}
+    # a row of 256 weights is one block of IQ3_XXS: there is no later one
+    matrices = [t for layer in refined.planned.spec.layer_matrices for t in layer]
+    types = refined.planned.plan.types
+    assert differ == {t.name for t in matrices if types[t.name] == "Q2_K" or t.shape[1] > 256}
 
 
 def test_file_holds_what_the_layers_were_run_with(
