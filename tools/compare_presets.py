@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Our files against llama.cpp's presets at the size of each: KL divergence and speed, as a Markdown table.
 
-Usage: compare_presets.py MODEL_DIR CALIBRATION TEXT FOLDER [--presets A,B] [--profiles quality,cpu,edge] [--chunks N]
+Usage: compare_presets.py MODEL_DIR CALIBRATION TEXT FOLDER [--presets A,B] [--profiles quality,cpu,edge] [--refine R]
 
 Both sides quantise with the same importance matrix, measured on CALIBRATION; TEXT is what they are compared on. The
 presets are made by the installed library. A file of ours is asked for by --size with the bytes of the preset; the
@@ -71,7 +71,9 @@ def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
         for name, options in columns.items():
             ours = folder / f"{preset}-{name.replace(' ', '-')}.gguf"
             if not ours.exists():
-                known = ["--scores", scores, "--imatrix", imatrix]
+                known = ["--scores", scores, "--imatrix", imatrix, "--refine", arguments.refine]
+                if arguments.refine == "feedback":
+                    known += calibration
                 lieq("convert", arguments.model, "--size", size, *options, *known, "-o", ours, *threads)
             assert ours.stat().st_size <= size
             files[preset][name] = ours
@@ -120,6 +122,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--presets", default=",".join(PRESETS))
     parser.add_argument("--profiles", default="quality,cpu,edge")
+    parser.add_argument("--refine", default="feedback", help="none: every block by itself, as the presets")
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-fixed", dest="fixed", action="store_false", help="leave out the embedding as preset")

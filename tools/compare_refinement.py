@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""What error feedback is worth: the same types with and without it, KL divergence on several texts, as Markdown.
+
+Usage: compare_refinement.py MODEL_DIR CALIBRATION FOLDER TEXT… [--rows Q2_K,IQ2_XXS,2.7] [--chunks N]
+
+A row is a type, which all matrices of the layers then have, or a number of bits for --method best --profile quality.
+Both files of a row have the same importance matrix, measured on CALIBRATION; TEXTs should be others. Files stay in
+FOLDER and are not made again: take a new one after a change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from compare_presets import geometric_mean, lieq
+
+from lieq_gguf.quant_types import QUANT_TYPES
+
+ROWS = "Q2_K,Q3_K,Q4_K,IQ2_XXS,IQ3_XXS,2.1,2.7,3.5"
+REFINE = ("none", "feedback")
+
+
+def main() -> None:
+    """Make the files, and print a table for each text."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    for name in ("model", "calibration", "folder"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--rows", default=ROWS)
+    parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
+    folder.mkdir(parents=True, exist_ok=True)
+    f16, scores, imatrix = folder / "F16.gguf", folder / "scores.json", folder / "imatrix.gguf"
+    calibration = ["--calibration", arguments.calibration]
+    if not f16.exists():
+        lieq("convert", arguments.model, "--bits", 16, "--types", "F16", "-o", f16, *threads)
+    if not scores.exists():
+        lieq("score", arguments.model, *calibration, "-o", scores, *threads)
+    if not imatrix.exists():
+        command = ["imatrix", arguments.model, *calibration, "-o", imatrix, *threads]
+        subprocess.run([sys.executable, "-m", "lieq_gguf", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    rows = arguments.rows.split(",")
+    files = {(row, refine): folder / f"{row}-{refine}.gguf" for row in rows for refine in REFINE}
+    seconds: dict[str, list[float]] = {refine: [] for refine in REFINE}
+    for (row, refine), file in files.items():
+        if file.exists():
+            continue
+        is_type = row in QUANT_TYPES
+        bits = QUANT_TYPES[row].bits_per_weight if is_type else float(row)
+        types = ["--types", row] if is_type else ["--profile", "quality"]
+        known = [*calibration, "--scores", scores, "--imatrix", imatrix] if refine == "feedback" else []
+        known = known or ["--scores", scores, "--imatrix", imatrix]
+        made = lieq(
+            "convert", arguments.model, "--bits", bits, *types, *known, "--refine", refine, "-o", file, *threads
+        )
+        seconds[refine].append(made["seconds"]["write"])
+    for text in arguments.texts:
+        options = ["--reference", f16, "--text", text, "--chunks", arguments.chunks, *threads]
+        found = lieq("eval", *files.values(), *options)
+        kld = {key: e["kld"]["mean"] for key, e in zip(files, found, strict=True)}
+        print(f"\n{text.name}\n\n| | KLD without | with feedback | ratio |\n|---|---|---|---|")
+        for row in rows:
+            without, with_feedback = (kld[row, refine] for refine in REFINE)
+            print(f"| {row} | {without:.4f} | {with_feedback:.4f} | {with_feedback / without:.2f} |")
+        mean = geometric_mean([kld[row, "feedback"] / kld[row, "none"] for row in rows])
+        print(f"| geometric mean | | | {mean:.3f} |", flush=True)
+    for refine, taken in seconds.items():
+        print(f"seconds to write, {refine}: {', '.join(f'{s:.0f}' for s in taken)}")
+
+
+if __name__ == "__main__":
+    main()
