@@ -20,6 +20,7 @@ from lieq_gguf.calibration import PassOptions, calibrate
 from lieq_gguf.calibration_text import CHUNK_SIZE, read_calibration_text, tokenize
 from lieq_gguf.decode_costs import decode_costs
 from lieq_gguf.engine import open_model
+from lieq_gguf.evaluation import evaluate, read_text
 from lieq_gguf.generation import stream
 from lieq_gguf.gguf_file import GgufFile
 from lieq_gguf.knapsack import GAP, solve
@@ -57,7 +58,11 @@ def known(model: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationO
     knowledge.scores.save(folder / "scores.json", "lieq")
     knowledge.importance.save(folder / "imatrix.gguf")
     return CalibrationOptions(
-        scores_file=folder / "scores.json", imatrix_file=folder / "imatrix.gguf", n_threads=N_THREADS
+        scores_file=folder / "scores.json",
+        imatrix_file=folder / "imatrix.gguf",
+        n_tokens=4096,
+        n_threads=N_THREADS,
+        refine="none",  # half the time, and the same to the tests that look at sizes and types
     )
 
 
@@ -91,6 +96,19 @@ def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, known: Cali
     assert all(len(types) == 1 for types in layers.values())
     assert len(set.union(*layers.values())) == 2
     assert 0.99 * 2.7 <= GgufFile(output).bit_meter().layer_bpw <= 2.7
+
+
+@pytest.mark.parametrize("quant_type", ["Q2_K", "IQ2_XXS"])
+def test_error_feedback_brings_a_file_closer_to_the_model(
+    model: Path, known: CalibrationOptions, f16_file: Path, tmp_path: Path, quant_type: str
+) -> None:
+    [chosen] = parse_types([quant_type])
+    files = {refine: tmp_path / f"{refine}.gguf" for refine in ("none", "feedback")}
+    for refine, file in files.items():
+        budget = BitBudget("bits", chosen.bits_per_weight)
+        convert(model, file, budget, Allocation(types=(chosen,)), replace(known, refine=refine), Progress())
+    plain, refined = evaluate(list(files.values()), f16_file, read_text(None), 512, 3, N_THREADS)
+    assert refined.kld.value < 0.85 * plain.kld.value
 
 
 @pytest.mark.parametrize("size", [70_000_000, 90_000_000, 120_000_000])

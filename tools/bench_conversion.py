@@ -4,7 +4,8 @@
 Usage: bench_conversion.py MODEL_DIR TEXT LLAMA_CPP [--bits 2.7] [--repetitions 1]
 
 LLAMA_CPP is a folder with bin/llama-imatrix, bin/llama-quantize and src/convert_hf_to_gguf.py, built from the source of
-the installed llama-cpp-python. Both sides take 16,384 tokens of TEXT and two threads; runs alternate.
+the installed llama-cpp-python. Both sides take 16,384 tokens of TEXT and two threads; runs alternate. Error feedback,
+which none of the others has, is timed beside.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ def main() -> None:
         recipe.write_text(lines, encoding="utf-8")
         for repetition in range(arguments.repetitions):
             print(f"run {repetition + 1}")
-            ours = timed("lieq-gguf convert", [
-                *lieq, "convert", arguments.model, "--bits", arguments.bits, *pass_options, "-o", folder / "ours", "-f",
-            ])  # fmt: skip
+            command = [*lieq, "convert", arguments.model, "--bits", arguments.bits, *pass_options, "-f", "--refine"]
+            ours = timed("lieq-gguf convert", [*command, "none", "-o", folder / "ours"])
+            refined = timed("with error feedback", [*command, "feedback", "-o", folder / "refined"])
             theirs = timed("converter", [
                 sys.executable, source / "convert_hf_to_gguf.py", arguments.model, "--outtype", "f16", "--outfile", f16,
             ], {"PYTHONPATH": str(source / "gguf-py")})  # fmt: skip
@@ -84,9 +85,10 @@ def main() -> None:
             ])  # fmt: skip
             written = timed("convert --plan", [
                 *lieq, "convert", arguments.model, "--plan", plan, "--imatrix", theirs_imatrix, "-o", folder / "w",
-                "-f", "--threads", N_THREADS, "-q",
+                "-f", "--threads", N_THREADS, "--refine", "none", "-q",
             ])  # fmt: skip
             print(f"  whole: {ours:.1f} / {theirs + quantize:.1f} s = {ours / (theirs + quantize):.2f}")
+            print(f"  with error feedback / without: {refined / ours:.2f}")
             print(f"  writing and verifying alone / llama-quantize: {written / quantize:.2f}")
         compare_importance(arguments.model, arguments.text, theirs_imatrix, ours_imatrix, lieq)
     print(f"largest child: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6:.0f} MB")
