@@ -58,7 +58,7 @@ def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
     if mean <= 0:
         return np.eye(n_in, dtype=np.float32)
     backwards = moments.flip(0, 1)
-    del moments  # of a wide matrix they take hundreds of megabytes
+    del moments
     backwards.diagonal().add_(_FLOOR * mean)
     for _ in range(_ATTEMPTS):
         backwards.diagonal().mul_(1 + damping)

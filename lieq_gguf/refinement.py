@@ -144,14 +144,16 @@ class Refinement:
             if not bool(wanted.sum().isfinite()):
                 raise CalibrationError(f"the output of layer {index} is not finite; the model's weights are damaged")
             matrices: dict[str, ByteArray] = {}
-            for modules, of_input in moments.take():
-                matrices |= self._encode_matrices(modules, of_input)
+            for modules in moments.groups():
+                # no name for the moments, which would keep them: of a wide matrix they take hundreds of megabytes
+                coupled = compensation.coupling(moments.take(modules[0]))
+                matrices |= self._encode_matrices(modules, coupled)
             found = layer.forward(hidden)
         some = slice(None, None, -(-len(hidden) // _N_COMPARED))
         self.block_errors.append(relative_change(wanted[some], found[some]))
         return matrices, found
 
-    def _encode_matrices(self, modules: list[str], moments: torch.Tensor) -> dict[str, ByteArray]:
+    def _encode_matrices(self, modules: list[str], coupled: compensation.FloatArray) -> dict[str, ByteArray]:
         """Encode the matrices of one input, and put them in their places in the layer."""
         tensors = [self._layer.tensors[module] for module in modules]
         requests = [
@@ -163,7 +165,7 @@ class Refinement:
             for module, tensor in zip(modules, tensors, strict=True)
         ]
         try:
-            encoded = compensation.encode(requests, compensation.coupling(moments), self._n_threads)
+            encoded = compensation.encode(requests, coupled, self._n_threads)
         except QuantizationError as error:
             raise QuantizationError(f"{tensors[0].name} or another of its layer: {error}") from None
         result = {}

@@ -34,7 +34,7 @@ def moments_of(layer: LayerModel, hidden: torch.Tensor) -> dict[str, torch.Tenso
     moments = SecondMoments(layer.in_bfloat16)
     with layer.watching_inputs(moments.see_input):
         layer.forward(hidden)
-    return {modules[-1]: of_input for modules, of_input in moments.take()}
+    return {modules[-1]: moments.take(modules[0]) for modules in moments.groups()}
 
 
 def output_error(change: np.ndarray[Any, Any], moments: torch.Tensor) -> float:

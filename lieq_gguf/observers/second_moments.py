@@ -44,15 +44,14 @@ class SecondMoments(Observer):
             self._sums[module].addmm_(rows.T, rows)
         self._n_tokens[module] = self._n_tokens.get(module, 0) + len(rows)
 
-    def take(self) -> Iterator[tuple[list[str], torch.Tensor]]:
-        """Modules of the same input, in the order they run in, and its moments ``[n_in, n_in]`` on the CPU.
-
-        Nothing is kept of what has been given.
-        """
+    def groups(self) -> list[list[str]]:
+        """Modules that have the same input, in the order they run in."""
         self._last = None
-        while self._modules:
-            first = next(iter(self._modules))
-            yield self._modules.pop(first), self._sums.pop(first).div_(self._n_tokens.pop(first)).cpu()
+        return list(self._modules.values())
+
+    def take(self, first: str) -> torch.Tensor:
+        """The moments ``[n_in, n_in]`` of an input by its first module, on the CPU; nothing is kept of them."""
+        return self._sums.pop(first).div_(self._n_tokens.pop(first)).cpu()
 
     def _note(self, first: str, module: str) -> None:
         modules = self._modules.setdefault(first, [])
