@@ -272,8 +272,9 @@ def convert(
         raise typer.BadParameter("give exactly one of --bits, --file-bits, --size and --plan", param_hint="--bits")
     if plan is not None:
         _refuse_given(context, _DECIDED_BY_PLAN, "the plan decides the types; leave this out, or make another plan")
-    if refine == "none" and imatrix is not None and (scores is not None or plan is not None):
-        _refuse_given(context, _ONLY_FOR_A_PASS, "with these files nothing is measured; leave this out")
+    if imatrix is not None and (scores is not None or plan is not None):
+        ignored = _ONLY_FOR_SCORES + (_ONLY_FOR_A_PASS if refine == "none" else ())
+        _refuse_given(context, ignored, "with these files nothing is measured; leave this out")
     from lieq_gguf import pipeline
     from lieq_gguf.sources.model_directory import ModelDirectory
 
@@ -672,7 +673,8 @@ _DECIDED_BY_PLAN = (
 )  # fmt: skip
 
 
-_ONLY_FOR_A_PASS = ("calibration", "n_tokens", "seed", "device", "float32", "no_cache")
+_ONLY_FOR_SCORES = ("seed", "no_cache")
+_ONLY_FOR_A_PASS = ("calibration", "n_tokens", "device", "float32")  # also of the one that feedback makes
 
 
 def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:

@@ -290,10 +290,13 @@ def test_one_matrix_cannot_have_two_types(run_cli: RunCli, tiny_model: Path, fol
     assert_refused(done, "cannot be both Q4_0 and Q8_0", folder)
 
 
-def test_options_of_a_pass_that_is_not_made_are_refused(run_cli: RunCli, tiny_model: Path) -> None:
-    done = run_cli("convert", tiny_model, "--bits", 4.5, "--scores", "s.json", "--imatrix", "i.gguf", "--seed", 3)
+@pytest.mark.parametrize("given", [("--seed", 3), ("--refine", "none", "--n-tokens", 512)])
+def test_options_of_a_pass_that_is_not_made_are_refused(
+    run_cli: RunCli, tiny_model: Path, given: tuple[object, ...]
+) -> None:
+    done = run_cli("convert", tiny_model, "--bits", 4.5, "--scores", "s.json", "--imatrix", "i.gguf", *given)
     assert done.exit_code == 2
-    assert "--seed" in done.stderr
+    assert str(given[-2]) in done.stderr
 
 
 def test_a_model_card_that_cannot_be_parsed_stops_nothing(run_cli: RunCli, tmp_path: Path, folder: Path) -> None:
