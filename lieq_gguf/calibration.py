@@ -186,7 +186,7 @@ def _stream(
     """Take all tokens through one layer after the other, and tell the observers."""
     spec = source.spec
     tensor_named = {t.name: t for t in spec.tensors}
-    hidden = source.read(tensor_named["token_embd.weight"])[torch.from_numpy(ids)].float()
+    hidden = source.read(spec.embedding)[torch.from_numpy(ids)].float()
     output = torch.empty_like(hidden)
     keep_freed_memory()
     watching = [observer for observer in observers if observer.sees_inputs]
@@ -209,7 +209,7 @@ def _stream(
                 observer.finish(layer, hidden)
             hidden, output = output, hidden
             advance(1)
-        head = tensor_named.get("output.weight", tensor_named["token_embd.weight"])
+        head = tensor_named.get("output.weight", spec.embedding)
         outer = layer.head(source.read(tensor_named["output_norm.weight"]), source.read(head))
         for observer in observers:
             observer.conclude(outer, hidden)

@@ -41,8 +41,8 @@ def lieq(*arguments: object) -> Any:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
-    """Preset to column to file."""
+def known_files(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
+    """The model in F16, its scores and its importance matrix; those that are in the folder are taken from there."""
     folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
     folder.mkdir(parents=True, exist_ok=True)
     f16, scores, imatrix = folder / "F16.gguf", folder / "scores.json", folder / "imatrix.gguf"
@@ -54,6 +54,19 @@ def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
     if not imatrix.exists():
         command = ["imatrix", arguments.model, *calibration, "-o", imatrix, *threads]
         subprocess.run([sys.executable, "-m", "lieq_gguf", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return f16, scores, imatrix
+
+
+def knowledge(arguments: argparse.Namespace, scores: Path, imatrix: Path, refine: str) -> list[object]:
+    """Options of a conversion that measures nothing, but for what error feedback needs."""
+    fed_with = ["--calibration", arguments.calibration] if refine == "feedback" else []
+    return ["--scores", scores, "--imatrix", imatrix, "--refine", refine, *fed_with]
+
+
+def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
+    """Preset to column to file."""
+    folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
+    f16, scores, imatrix = known_files(arguments)
     importance = ImportanceMatrix.load(imatrix)
     files: dict[str, dict[str, Path]] = {}
     wanted = arguments.presets.split(",")
@@ -71,9 +84,7 @@ def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
         for name, options in columns.items():
             ours = folder / f"{preset}-{name.replace(' ', '-')}.gguf"
             if not ours.exists():
-                known = ["--scores", scores, "--imatrix", imatrix, "--refine", arguments.refine]
-                if arguments.refine == "feedback":
-                    known += calibration
+                known = knowledge(arguments, scores, imatrix, arguments.refine)
                 lieq("convert", arguments.model, "--size", size, *options, *known, "-o", ours, *threads)
             assert ours.stat().st_size <= size
             files[preset][name] = ours

@@ -11,11 +11,9 @@ FOLDER and are not made again: take a new one after a change.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
-from compare_presets import geometric_mean, lieq
+from compare_presets import geometric_mean, knowledge, known_files, lieq
 
 from lieq_gguf.quant_types import QUANT_TYPES
 
@@ -34,16 +32,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
-    folder.mkdir(parents=True, exist_ok=True)
-    f16, scores, imatrix = folder / "F16.gguf", folder / "scores.json", folder / "imatrix.gguf"
-    calibration = ["--calibration", arguments.calibration]
-    if not f16.exists():
-        lieq("convert", arguments.model, "--bits", 16, "--types", "F16", "-o", f16, *threads)
-    if not scores.exists():
-        lieq("score", arguments.model, *calibration, "-o", scores, *threads)
-    if not imatrix.exists():
-        command = ["imatrix", arguments.model, *calibration, "-o", imatrix, *threads]
-        subprocess.run([sys.executable, "-m", "lieq_gguf", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    f16, scores, imatrix = known_files(arguments)
     rows = arguments.rows.split(",")
     files = {(row, refine): folder / f"{row}-{refine}.gguf" for row in rows for refine in REFINE}
     seconds: dict[str, list[float]] = {refine: [] for refine in REFINE}
@@ -53,11 +42,8 @@ def main() -> None:
         is_type = row in QUANT_TYPES
         bits = QUANT_TYPES[row].bits_per_weight if is_type else float(row)
         types = ["--types", row] if is_type else ["--profile", "quality"]
-        known = [*calibration, "--scores", scores, "--imatrix", imatrix] if refine == "feedback" else []
-        known = known or ["--scores", scores, "--imatrix", imatrix]
-        made = lieq(
-            "convert", arguments.model, "--bits", bits, *types, *known, "--refine", refine, "-o", file, *threads
-        )
+        options = [*types, *knowledge(arguments, scores, imatrix, refine), "-o", file, *threads]
+        made = lieq("convert", arguments.model, "--bits", bits, *options)
         seconds[refine].append(made["seconds"]["write"])
     for text in arguments.texts:
         options = ["--reference", f16, "--text", text, "--chunks", arguments.chunks, *threads]
