@@ -123,10 +123,11 @@ def calibrate(
     sample = _heads(tokens.ids.shape, options.n_damage_tokens, _DAMAGE_PREFIX)
     projections = removal = None
     if options.measure:
+        twin = LayerModel(config, device)
         projections = Projections(
             prefixes,
-            twin_embedding(config, tokens.ids[prefixes[0].numpy(), prefixes[1]], options.seed),
-            LayerModel(config, device),
+            twin.embed(twin_embedding(config, tokens.ids[prefixes[0].numpy(), prefixes[1]], options.seed)),
+            twin,
             partial(_twin_seed, options.seed),
             options.n_threads,
         )
@@ -186,7 +187,7 @@ def _stream(
     """Take all tokens through one layer after the other, and tell the observers."""
     spec = source.spec
     tensor_named = {t.name: t for t in spec.tensors}
-    hidden = source.read(spec.embedding)[torch.from_numpy(ids)].float()
+    hidden = layer.embed(source.read(spec.embedding)[torch.from_numpy(ids)])
     output = torch.empty_like(hidden)
     keep_freed_memory()
     watching = [observer for observer in observers if observer.sees_inputs]

@@ -18,6 +18,7 @@ from lieq_gguf.errors import CalibrationError, SourceError
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.model_directory import ModelDirectory
 
+_LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry a layer
 _BATCH_TOKENS = 2048  # tokens that pass a layer at once; more spill out of the caches
 
 Recording: TypeAlias = dict[str, list[Any]]
@@ -27,10 +28,12 @@ Recording: TypeAlias = dict[str, list[Any]]
 class LayerModel:
     """transformers' own model with one decoder layer: input and output are hidden states.
 
-    Until weights are loaded the layer has random ones.
+    Where layers differ in more than their weights (a sliding window, no rotation), there is a module for each kind, and
+    all share one set of weights. Until weights are loaded the layer has random ones.
 
     Attributes:
         index: Index of the layer whose weights are loaded.
+        layer: Its module.
         tensors: Linear modules by their name inside the layer, and what the model calls their weights.
         device: Where it runs.
         in_bfloat16: Whether its matrices are multiplied in bfloat16.
@@ -41,14 +44,25 @@ class LayerModel:
         self.tensors: Mapping[str, TensorSpec] = {}
         self.device = device
         self.in_bfloat16 = in_bfloat16
-        self._model = initialised(config, n_vocab=1, seed=0).to(device)
+        self._kinds = layer_kinds(config)
+        self._model = initialised(config, n_vocab=1, seed=0).to(device).requires_grad_(False)
+        self._model.get_input_embeddings().weight.fill_(1)  # type: ignore[operator]  # shows what the model makes of it
         self._init_weights = self._model._init_weights
-        self._final_norm = self._model.get_submodule("norm")
-        self._model.norm = nn.Identity()  # the norm after the last layer is not part of a layer
-        self.layer = self._model.get_submodule("layers.0")
+        self._config = config
+        self._modules: Sequence[nn.Module] = list(self._model.get_submodule("layers").children())
+        for module in self._modules[1:]:
+            _share_weights(self._modules[0], module)
+        self.layer = self._modules[0]
+        self._around: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
-    def initialise(self, seed: int) -> None:
-        """Give the layer random weights from the model's own initialiser, as in an untrained twin."""
+    def embed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states before the first layer, from rows of the embedding ``[…, d_model]``; some models scale them."""
+        [(scales, _), *_] = self._given_to_layers(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        return rows.float() * scales.cpu()[0, 0]
+
+    def initialise(self, seed: int, index: int) -> None:
+        """Give the layer random weights from the model's own initialiser, as layer ``index`` of an untrained twin."""
+        self._select(index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layer.cpu().apply(self._init_weights)  # type: ignore[arg-type]  # on the CPU: the same on any device
@@ -56,13 +70,13 @@ class LayerModel:
 
     def load(self, source: ModelDirectory, index: int) -> None:
         """Copy a layer's weights in, converting to float32."""
+        self._select(index)
         weights = {t.name_in_layer: source.read(t) for t in source.spec.tensors if t.layer == index}
         result = self.layer.load_state_dict(weights, strict=False)
         if result.missing_keys or result.unexpected_keys:
             raise SourceError(f"a layer's tensors do not match transformers' model: {result}")
         del weights
         source.release()
-        self.index = index
         self.tensors = {t.name_in_layer.rpartition(".")[0]: t for t in source.spec.layer_matrices[index]}
 
     def weight(self, module: str) -> torch.Tensor:
@@ -141,8 +155,12 @@ class LayerModel:
 
     def head(self, norm: torch.Tensor, matrix: torch.Tensor) -> OutputHead:
         """What comes after the last layer, by the weights of the final norm ``[d_model]`` and of the output matrix."""
-        self._final_norm.load_state_dict({"weight": norm})
-        return OutputHead(self._final_norm, matrix, self.device)
+        final_norm = self._model.get_submodule("norm")
+        final_norm.load_state_dict({"weight": norm})
+        divisor = getattr(self._config, "logits_scaling", None) or 1.0
+        return OutputHead(
+            final_norm, matrix, self.device, divisor, cap=getattr(self._config, "final_logit_softcapping", None)
+        )
 
     def watching_inputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
         """For the length of a ``with``, tell of each linear module's name and input."""
@@ -165,27 +183,67 @@ class LayerModel:
                     hooks.enter_context(module.register_forward_hook(hook(name)))
             yield
 
+    def _select(self, index: int) -> None:
+        self.index = index
+        self.layer = self._modules[sorted(set(self._kinds)).index(self._kinds[index])]
+
     def _run(self, hidden: torch.Tensor, exact: bool) -> torch.Tensor:
         in_bfloat16 = self.in_bfloat16 and not exact
         precision = torch.autocast(self.device.type, torch.bfloat16) if in_bfloat16 else nullcontext()
+        around = self._around_layers(hidden.shape)[self._modules.index(self.layer)]
         with precision:
-            output = self._model(inputs_embeds=hidden.to(self.device), use_cache=False).last_hidden_state
+            output = self.layer(hidden.to(self.device), **around)
         result: torch.Tensor = output.float().cpu()
         return result
+
+    def _around_layers(self, shape: tuple[int, ...]) -> list[dict[str, Any]]:
+        """What the model gives each kind of layer besides hidden states of a shape: positions, masks, rotations."""
+        if shape not in self._around:
+            given = self._given_to_layers(inputs_embeds=torch.zeros(shape, device=self.device))
+            self._around[shape] = [around for _, around in given]
+        return self._around[shape]
+
+    def _given_to_layers(self, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """Run the model without its layers, and catch what each would have been called with."""
+        caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+        def catch(hidden: torch.Tensor, **around: Any) -> torch.Tensor:
+            caught.append((hidden, around))
+            return hidden
+
+        with ExitStack() as stack:
+            for module in self._modules:
+                module.forward = catch  # hides the method of the class
+                stack.callback(delattr, module, "forward")
+            self._model(use_cache=False, **inputs)
+        return caught
 
 
 class OutputHead:
     """Final norm and output matrix. The matrix stays where it is and is converted some rows at a time."""
 
-    def __init__(self, norm: nn.Module, matrix: torch.Tensor, device: torch.device) -> None:
+    def __init__(
+        self,
+        norm: nn.Module,
+        matrix: torch.Tensor,
+        device: torch.device,
+        divisor: float = 1.0,
+        cap: float | None = None,
+    ) -> None:
+        """Take ``matrix`` ``[n_vocab, d_model]``; logits are divided by ``divisor``, then bent to stay below ``cap``.
+
+        Both as in transformers: Granite divides, Gemma 2 caps.
+        """
         self._norm = norm
         self._matrix = matrix
         self._device = device
+        self._divisor = divisor
+        self._cap = cap
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of final hidden states ``[…, d_model]``, on the CPU."""
         normed = self._normed(hidden)
-        return torch.cat([(normed @ rows.T).cpu() for rows in self._row_batches()], dim=-1)
+        return torch.cat([self._products(normed, rows) for rows in self._row_batches()], dim=-1)
 
     def divergence(
         self,
@@ -207,8 +265,8 @@ class OutputHead:
         top = torch.full((normed.shape[0],), -torch.inf, dtype=torch.float64)
         total, other_total, gap = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
         for rows in self._row_batches():
-            z = (normed @ rows.T).cpu().double()
-            other_z = (other_normed @ (rows if change is None else change(rows)).T).cpu().double()
+            z = self._products(normed, rows).double()
+            other_z = self._products(other_normed, rows if change is None else change(rows)).double()
             new_top = torch.maximum(top, torch.maximum(z, other_z).amax(dim=-1))
             shrink = (top - new_top).exp()
             p = (z - new_top[:, None]).exp()
@@ -221,6 +279,10 @@ class OutputHead:
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self._norm(hidden.to(self._device))
         return result
+
+    def _products(self, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        logits = (normed @ rows.T).cpu() / self._divisor
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def _row_batches(self) -> Iterator[torch.Tensor]:
         for start in range(0, self._matrix.shape[0], _BATCH_TOKENS):
@@ -274,16 +336,37 @@ def model_config(path: Path) -> PretrainedConfig:
     return config
 
 
+LayerKind: TypeAlias = tuple[str, ...]
+"""What tells apart layers that differ in more than their weights."""
+
+
+def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
+    """The kind of every layer: attention over all tokens or a window, with a rotation or without."""
+    n_layers: int = config.num_hidden_layers
+    lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
+    return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
+
+
 def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
-    """A base model with one layer and a small vocabulary, as the model's own initialiser makes it."""
+    """A base model with a layer of each kind and a small vocabulary, as the model's own initialiser makes it."""
+    kinds = layer_kinds(config)
+    examples = [kinds.index(kind) for kind in sorted(set(kinds))]
+    lists = {key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))}
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # outside of the small vocabulary
-    sizes = {"num_hidden_layers": 1, "vocab_size": n_vocab}
-    small = type(config).from_dict(config.to_dict() | sizes | special_ids)
+    sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
+    small = type(config).from_dict(config.to_dict() | sizes | lists | special_ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
     base: nn.Module = model.eval().base_model
     return base
+
+
+def _share_weights(source: nn.Module, target: nn.Module) -> None:
+    """Put the weights of a module in the place of another's."""
+    for name, parameter in source.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        setattr(target.get_submodule(owner), attribute, parameter)
 
 
 def twin_embedding(config: PretrainedConfig, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:

@@ -131,7 +131,7 @@ class Refinement:
         rows = self._source.read(tensor)[torch.from_numpy(used)].float().numpy()
         quant_type = QUANT_TYPES[self._plan.types[tensor.name]]
         decoded = ggml.dequantize(ggml.quantize(rows, quant_type, None, self._n_threads), quant_type)
-        return torch.from_numpy(decoded[positions.reshape(self._ids.shape)])
+        return self._layer.embed(torch.from_numpy(decoded[positions.reshape(self._ids.shape)]))
 
     def _encode_layer(self, index: int, hidden: torch.Tensor) -> tuple[dict[str, ByteArray], torch.Tensor]:
         """The layer's matrices in file order of their rows, and its output with them."""

@@ -186,7 +186,8 @@ def _rows_in_order(source: ModelDirectory, tensors: Sequence[TensorSpec]) -> Ite
         step = max(1, _CHUNK_WEIGHTS // rows.shape[1])
         for start in range(0, rows.shape[0], step):
             chunk = rows[start : start + step] if order is None else rows[order[start : start + step]]
-            yield tensor, chunk.float().numpy(), start + step >= rows.shape[0]
+            weights = chunk.float() + tensor.offset if tensor.offset else chunk.float()
+            yield tensor, weights.numpy(), start + step >= rows.shape[0]
         source.release()
 
 

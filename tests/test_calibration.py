@@ -149,7 +149,7 @@ def test_the_twin_is_not_the_trained_model(streamed: Calibration) -> None:
 def test_twin_has_the_initialisers_weights(tmp_path: Path, initializer_range: float) -> None:
     config = layer_model.model_config(write_model(tmp_path, initializer_range=initializer_range))
     twin = layer_model.LayerModel(config, torch.device("cpu"))
-    twin.initialise(3)
+    twin.initialise(3, 0)
     for module in MODULES.values():
         weight = twin.weight(module)
         standard_error = initializer_range / weight.numel() ** 0.5
@@ -162,7 +162,7 @@ def test_layers_of_the_twin_differ(tiny_model: Path) -> None:
     twin = layer_model.LayerModel(config, torch.device("cpu"))
     weights = []
     for seed in (1, 2, 1):
-        twin.initialise(seed)
+        twin.initialise(seed, 0)
         weights.append(twin.weight("mlp.up_proj").clone())
     assert not torch.allclose(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])

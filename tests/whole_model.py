@@ -141,7 +141,7 @@ def whole_twin(path: Path, n_layers: int, ids: npt.NDArray[np.int64], seed: int)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(path)).model
     for layer, module in enumerate(model.layers):
         twin = layer_model.LayerModel(config, torch.device("cpu"))
-        twin.initialise(calibration._twin_seed(seed, layer))
+        twin.initialise(calibration._twin_seed(seed, layer), layer)
         module.load_state_dict(twin.layer.state_dict())
     projections: dict[str, torch.Tensor] = {}
 

@@ -52,7 +52,7 @@ class Projections(Observer):
         """Run both on their tokens."""
         projections, _ = _captured(layer, hidden[self._prefixes])
         self.spectra.append(_spectra(projections, layer, self._n_threads))
-        self._twin.initialise(self._twin_seed(layer.index))
+        self._twin.initialise(self._twin_seed(layer.index), layer.index)
         projections, self._twin_hidden = _captured(self._twin, self._twin_hidden)
         self.twin_spectra.append(_spectra(projections, layer, self._n_threads))
 

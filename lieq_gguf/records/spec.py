@@ -19,6 +19,7 @@ class TensorSpec:
         shape: ``(n_out, n_in)`` for a matrix, ``(n,)`` for a vector; rows last, as in numpy.
         layer: Index of the decoder layer, or None outside of them.
         rotary_heads: Heads whose rows the rotary layout of llama.cpp reorders; 0 for all other tensors.
+        offset: What the file adds to every weight of the source.
     """
 
     name: str
@@ -26,6 +27,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     layer: int | None = None
     rotary_heads: int = 0
+    offset: float = 0.0
 
     @property
     def n_weights(self) -> int:

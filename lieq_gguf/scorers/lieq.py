@@ -8,7 +8,7 @@ import numpy as np
 
 from lieq_gguf.records.measurement import LayerMeasurement, Spectrum
 
-_ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v")
+_ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v", "attn_qkv")
 
 
 def compactness(spectrum: Spectrum) -> float:
@@ -45,7 +45,7 @@ def score(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
 
 def score_qkv(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
     """Mean compactness gain over query, key and value alone, the paper's attention projections."""
-    return tuple(_mean_gain(m, _ATTENTION_INPUTS) for m in measurements)
+    return tuple(_mean_gain(m, [role for role in _ATTENTION_INPUTS if role in m.spectra]) for m in measurements)
 
 
 def _mean_gain(measurement: LayerMeasurement, roles: Sequence[str]) -> float:

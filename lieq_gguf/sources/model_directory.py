@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from lieq_gguf.architectures import Family, find_family
+from lieq_gguf.architectures import find_family
 from lieq_gguf.errors import SourceError
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 
@@ -46,7 +46,7 @@ class ModelDirectory:
             details = config["quantization_config"]
             method = details.get("quant_method", "unnamed") if isinstance(details, dict) else "unnamed"
             raise SourceError(f"{path} is already quantised ({method}); expected the original BF16, F16 or F32 weights")
-        self.family: Family = find_family(config)
+        self.family = find_family(config)
         self._shard_of = _find_shards(path)
         try:
             self.family.check(config)
@@ -57,7 +57,7 @@ class ModelDirectory:
         self._open: dict[Path, Any] = {}
         self.spec = ModelSpec(
             name=path.resolve().name,
-            architecture=self.family.GGUF_NAME,
+            architecture=self.family.gguf_name,
             config=config,
             n_layers=config["num_hidden_layers"],
             tensors=tensors,
@@ -69,7 +69,7 @@ class ModelDirectory:
         import torch
 
         if tensor.source_name is None:
-            return torch.from_numpy(self.family.computed_tensor(self.spec.config, tensor.name))
+            return torch.from_numpy(self.family.computed_tensors(self.spec.config)[tensor.name])
         shard = self._shard_of[tensor.source_name]
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt")

@@ -1,0 +1,272 @@
+"""What the families have in common: RMS norms, rotary attention, a gated feed-forward network.
+
+A family is a ``Decoder`` that says where it differs. llama.cpp's graphs are written by hand for each, so what a graph
+cannot express has to be refused here: it would run, and give other numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from lieq_gguf.errors import ArchitectureError
+from lieq_gguf.records.spec import TensorSpec
+
+Config = Mapping[str, Any]
+"""``config.json``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of a decoder layer.
+
+    Attributes:
+        role: GGUF name without layer and suffix, such as ``attn_q``.
+        module: Name in the source's layer, such as ``self_attn.q_proj``.
+        shape: Its weight's, in names of :meth:`Decoder.sizes`.
+        heads: Size that counts the heads whose rows llama.cpp's rotary layout reorders; empty where it keeps the order.
+        bias: Key of ``config.json`` that says whether there is a bias; ``always``; or empty for never.
+    """
+
+    role: str
+    module: str
+    shape: tuple[str, ...]
+    heads: str = ""
+    bias: str = ""
+
+
+NORMS = (
+    Part("attn_norm", "input_layernorm", ("width",)),
+    Part("ffn_norm", "post_attention_layernorm", ("width",)),
+)
+ATTENTION = (
+    Part("attn_q", "self_attn.q_proj", ("q_width", "width"), bias="attention_bias"),
+    Part("attn_k", "self_attn.k_proj", ("kv_width", "width"), bias="attention_bias"),
+    Part("attn_v", "self_attn.v_proj", ("kv_width", "width"), bias="attention_bias"),
+    Part("attn_output", "self_attn.o_proj", ("width", "q_width"), bias="attention_bias"),
+)
+# Llama's own code rotates neighbours, transformers halves; graphs that came first keep the layout of Llama's code
+INTERLEAVED_ATTENTION = (
+    Part("attn_q", "self_attn.q_proj", ("q_width", "width"), heads="n_heads", bias="attention_bias"),
+    Part("attn_k", "self_attn.k_proj", ("kv_width", "width"), heads="n_kv_heads", bias="attention_bias"),
+    *ATTENTION[2:],
+)
+HEAD_NORMS = (
+    Part("attn_q_norm", "self_attn.q_norm", ("head_dim",)),
+    Part("attn_k_norm", "self_attn.k_norm", ("head_dim",)),
+)
+FEED_FORWARD = (
+    Part("ffn_gate", "mlp.gate_proj", ("n_ff", "width"), bias="mlp_bias"),
+    Part("ffn_up", "mlp.up_proj", ("n_ff", "width"), bias="mlp_bias"),
+    Part("ffn_down", "mlp.down_proj", ("width", "n_ff"), bias="mlp_bias"),
+)
+SANDWICH_NORMS = (
+    Part("attn_norm", "input_layernorm", ("width",)),
+    Part("post_attention_norm", "post_attention_layernorm", ("width",)),
+    Part("ffn_norm", "pre_feedforward_layernorm", ("width",)),
+    Part("post_ffw_norm", "post_feedforward_layernorm", ("width",)),
+)
+
+
+class Decoder:
+    """A family of models.
+
+    Attributes:
+        gguf_name: llama.cpp's name of the architecture.
+        source_classes: Names in ``architectures`` of ``config.json`` that belong to the family.
+        parts: Modules of every layer.
+        activation: The only one that llama.cpp's graph computes.
+        rope_types: Rotary scalings that it computes.
+        default_theta: Rotary base where ``config.json`` has none.
+        default_head_dim: The same of the width of a head; None for the model's width divided by its heads.
+        tied_by_default: Whether the embedding is the output matrix as well where ``config.json`` does not say.
+        norm_offset: What is added to the weights of norms, since the graph multiplies by the weight alone.
+    """
+
+    gguf_name: ClassVar[str]
+    source_classes: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[Part, ...]]
+    activation: ClassVar[str] = "silu"
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
+    default_theta: ClassVar[float] = 10000.0
+    default_head_dim: ClassVar[int | None] = None
+    tied_by_default: ClassVar[bool] = False
+    norm_offset: ClassVar[float] = 0.0
+
+    def check(self, config: Config) -> None:
+        """Refuse with ArchitectureError what llama.cpp's graph cannot express; KeyError for what is missing."""
+        for key in ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+                    "num_hidden_layers", "vocab_size"):  # fmt: skip
+            _require_count(config, key)
+        for key in ("num_key_value_heads", "head_dim"):
+            if config.get(key) is not None:
+                _require_count(config, key)
+        _require_number("rms_norm_eps", config["rms_norm_eps"])
+        self.check_activation(config)
+        self.check_rope(self.rope(config))
+
+    def check_activation(self, config: Config) -> None:
+        """Refuse an activation other than the graph's."""
+        key = next((k for k in ("hidden_activation", "hidden_act") if config.get(k) is not None), None)
+        if key is not None and config[key] != self.activation:
+            raise ArchitectureError(
+                f"{key} is '{config[key]}', but llama.cpp runs {self.gguf_name} models with '{self.activation}' only"
+            )
+
+    def check_rope(self, rope: Config) -> None:
+        """Refuse rotary parameters that the graph does not know."""
+        _require_number("rope_theta", rope["rope_theta"])
+        kind = rope["rope_type"]
+        if kind not in self.rope_types:
+            raise ArchitectureError(f"rope type '{kind}' is not supported; supported are {', '.join(self.rope_types)}")
+        if kind in ("linear", "llama3", "yarn") and not isinstance(rope.get("factor"), float | int):
+            raise ArchitectureError(f"rope type '{kind}' has no factor in config.json; expected a number")
+        # llama.cpp scales attention by a formula of its own, which these replace in transformers
+        unsupported = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
+        if kind == "yarn" and unsupported:
+            raise ArchitectureError(
+                f"yarn rope scaling with {unsupported[0]} is not supported; expected yarn's own scaling"
+            )
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """Everything that shapes are made of, by name."""
+        n_heads = int(config["num_attention_heads"])
+        n_kv_heads = int(config.get("num_key_value_heads") or n_heads)
+        head_dim = self.head_dim(config)
+        return {
+            "width": int(config["hidden_size"]),
+            "n_ff": int(config["intermediate_size"]),
+            "n_vocab": int(config["vocab_size"]),
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "head_dim": head_dim,
+            "q_width": n_heads * head_dim,
+            "kv_width": n_kv_heads * head_dim,
+        }
+
+    def head_dim(self, config: Config) -> int:
+        """Width of an attention head."""
+        given = config.get("head_dim") or self.default_head_dim
+        return int(given or config["hidden_size"] // config["num_attention_heads"])
+
+    def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:
+        """Rotary parameters in one form, with type and base.
+
+        transformers 5 has ``rope_parameters``, in some families one set for each kind of attention; older files have
+        two keys.
+        """
+        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(given, dict):
+            raise ArchitectureError(f"rope_parameters in config.json is {given!r}; expected an object")
+        if "full_attention" in given or "sliding_attention" in given:
+            given = given.get(layer_type) or {}
+        rope = dict(given)
+        rope["rope_type"] = str(rope.get("rope_type") or rope.get("type") or "default").lower()
+        rope.setdefault("rope_theta", config.get("rope_theta") or self.default_theta)
+        return rope
+
+    def layer_parts(self, config: Config, layer: int) -> tuple[Part, ...]:  # noqa: ARG002
+        """Modules of one layer."""
+        return self.parts
+
+    def tensors(self, config: Config, source_names: frozenset[str]) -> tuple[TensorSpec, ...]:
+        """All tensors in file order; ``source_names`` tells which optional ones exist."""
+        return tuple(self._tensors(config, source_names))
+
+    def _tensors(self, config: Config, source_names: frozenset[str]) -> Iterator[TensorSpec]:
+        sizes = self.sizes(config)
+        matrix = (sizes["n_vocab"], sizes["width"])
+        yield TensorSpec("token_embd.weight", "model.embed_tokens.weight", matrix)
+        for name, values in self.computed_tensors(config).items():
+            yield TensorSpec(name, None, values.shape)
+        for layer in range(config["num_hidden_layers"]):
+            for part in self.layer_parts(config, layer):
+                yield from self._part_tensors(config, source_names, sizes, layer, part)
+        yield TensorSpec("output_norm.weight", "model.norm.weight", matrix[1:], offset=self.norm_offset)
+        if not config.get("tie_word_embeddings", self.tied_by_default):
+            yield TensorSpec("output.weight", "lm_head.weight", matrix)
+
+    def _part_tensors(
+        self, config: Config, source_names: frozenset[str], sizes: Mapping[str, int], layer: int, part: Part
+    ) -> Iterator[TensorSpec]:
+        source = f"model.layers.{layer}.{part.module}"
+        shape = tuple(sizes[name] for name in part.shape)
+        yield TensorSpec(
+            f"blk.{layer}.{part.role}.weight",
+            f"{source}.weight",
+            shape,
+            layer,
+            rotary_heads=sizes[part.heads] if part.heads else 0,
+            offset=self.norm_offset if part.role.endswith("_norm") else 0.0,
+        )
+        if f"{source}.bias" in source_names or part.bias == "always":
+            if part.bias != "always" and not (part.bias and config.get(part.bias, False)):
+                raise ArchitectureError(
+                    f"the weights hold {source}.bias, but {part.bias or 'a bias'} in config.json is not set; "
+                    "transformers would leave it out and llama.cpp not"
+                )
+            heads = sizes[part.heads] if part.heads else 0
+            yield TensorSpec(f"blk.{layer}.{part.role}.bias", f"{source}.bias", shape[:1], layer, heads)
+
+    def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """Write the keys that llama.cpp needs to build the graph, as its converter does."""
+        sizes = self.sizes(config)
+        writer.add_block_count(config["num_hidden_layers"])
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(sizes["width"])
+        writer.add_feed_forward_length(sizes["n_ff"])
+        writer.add_head_count(sizes["n_heads"])
+        writer.add_head_count_kv(sizes["n_kv_heads"])
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        if config.get("head_dim") is not None or self.default_head_dim is not None:
+            writer.add_key_length(sizes["head_dim"])
+            writer.add_value_length(sizes["head_dim"])
+        self.add_rope(config, writer)
+
+    def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """Write the rotary keys."""
+        rope = self.rope(config)
+        writer.add_rope_freq_base(rope["rope_theta"])
+        if rope["rope_type"] == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
+        elif rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_orig_ctx_len(
+                rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+            )
+            if rope.get("beta_fast") is not None:
+                writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+            if rope.get("beta_slow") is not None:
+                writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+
+    def computed_tensors(self, config: Config) -> dict[str, npt.NDArray[np.float32]]:  # noqa: ARG002
+        """Tensors that the source does not hold, by name."""
+        return {}
+
+
+def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[str, ...]) -> None:
+    """Refuse an order of attention types that is not the one built into llama.cpp's graph."""
+    if found != expected:
+        layer = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(found))
+        raise ArchitectureError(
+            f"layer {layer} of {config['num_hidden_layers']} in config.json has "
+            f"{found[layer] if layer < len(found) else 'no attention type'}, but llama.cpp's graph has "
+            f"{expected[layer] if layer < len(expected) else 'no such layer'} there; only that order is supported"
+        )
+
+
+def _require_count(config: Config, key: str) -> None:
+    if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1:
+        raise ArchitectureError(f"{key} in config.json is {config[key]!r}; expected a positive integer")
+
+
+def _require_number(key: str, value: object) -> None:
+    if not isinstance(value, float | int):
+        raise ArchitectureError(f"{key} in config.json is {value!r}; expected a number")

@@ -1,0 +1,68 @@
+"""Gemma 2: norms before and after each half of a layer, capped logits, every second layer with a sliding window."""
+
+from __future__ import annotations
+
+import gguf
+
+from lieq_gguf.architectures.decoder import (
+    ATTENTION,
+    FEED_FORWARD,
+    SANDWICH_NORMS,
+    Config,
+    Decoder,
+    require_layer_types,
+)
+from lieq_gguf.errors import ArchitectureError
+
+_N_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+
+
+class Gemma2(Decoder):
+    """Norms multiply by one plus their weight."""
+
+    gguf_name = "gemma2"
+    source_classes = ("Gemma2ForCausalLM",)
+    parts = (SANDWICH_NORMS[0], *ATTENTION, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
+    activation = "gelu_pytorch_tanh"
+    rope_types = ("default",)
+    default_head_dim = 256
+    tied_by_default = True
+    norm_offset = 1.0
+
+    def check(self, config: Config) -> None:
+        """Refuse also what is built into the graph: base of rotation, order of windows, scale of attention."""
+        super().check(config)
+        theta = self.rope(config)["rope_theta"]
+        if theta != self.default_theta:
+            raise ArchitectureError(f"rope_theta is {theta}, but llama.cpp runs Gemma 2 with {self.default_theta} only")
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if not config.get(key, 1.0):
+                raise ArchitectureError(f"{key} is {config[key]!r}, but llama.cpp caps Gemma 2's logits always")
+        n_layers = config["num_hidden_layers"]
+        alternating = tuple("full_attention" if i % 2 else "sliding_attention" for i in range(n_layers))
+        require_layer_types(config, alternating, tuple(config.get("layer_types") or alternating))
+        check_attention_scale(self, config)
+
+    def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """The common keys, caps and the window."""
+        super().add_hyper_parameters(config, writer)
+        writer.add_attn_logit_softcapping(config.get("attn_logit_softcapping", 50.0))
+        writer.add_final_logit_softcapping(config.get("final_logit_softcapping", 30.0))
+        writer.add_sliding_window(config.get("sliding_window", 4096))
+
+    def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """Nothing: the base of rotation is built into the graph."""
+
+
+def check_attention_scale(family: Decoder, config: Config) -> None:
+    """Refuse a scale of attention that llama.cpp, which goes by the number of layers, would not use."""
+    head_dim = family.head_dim(config)
+    given = config.get("query_pre_attn_scalar", 256)
+    built_in = head_dim
+    if config["num_hidden_layers"] == _N_LAYERS_OF_27B[family.gguf_name]:
+        built_in = config["hidden_size"] // config["num_attention_heads"]
+    if given != built_in:
+        raise ArchitectureError(
+            f"query_pre_attn_scalar is {given}, but llama.cpp runs {family.gguf_name} of "
+            f"{config['num_hidden_layers']} layers with {built_in} only"
+        )

@@ -1,0 +1,79 @@
+"""Gemma 3, text only: of six layers five have a sliding window and a rotation of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gguf
+
+from lieq_gguf.architectures.decoder import (
+    ATTENTION,
+    FEED_FORWARD,
+    HEAD_NORMS,
+    SANDWICH_NORMS,
+    Config,
+    Decoder,
+    require_layer_types,
+)
+from lieq_gguf.architectures.gemma2 import check_attention_scale
+from lieq_gguf.errors import ArchitectureError
+
+_PERIOD = 6
+_LOCAL_THETA = 10000.0
+
+
+class Gemma3(Decoder):
+    """Norms multiply by one plus their weight."""
+
+    gguf_name = "gemma3"
+    source_classes = ("Gemma3ForCausalLM",)
+    parts = (SANDWICH_NORMS[0], *ATTENTION, *HEAD_NORMS, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
+    activation = "gelu_pytorch_tanh"
+    rope_types = ("default", "linear")
+    default_theta = 1_000_000.0
+    default_head_dim = 256
+    tied_by_default = True
+    norm_offset = 1.0
+
+    def check(self, config: Config) -> None:
+        """Refuse also what is built into the graph: the order of windows, the scale of attention."""
+        super().check(config)
+        if config.get("attn_logit_softcapping") is not None:
+            raise ArchitectureError("attn_logit_softcapping is set, which llama.cpp does not compute for Gemma 3")
+        if config.get("use_bidirectional_attention"):
+            raise ArchitectureError("use_bidirectional_attention is set; expected a model that generates text")
+        local = self.rope(config, "sliding_attention")
+        if local["rope_type"] != "default":
+            raise ArchitectureError(
+                f"layers with a sliding window have rope type '{local['rope_type']}', but llama.cpp runs them "
+                "with 'default' only"
+            )
+        n_layers = config["num_hidden_layers"]
+        expected = _layer_types(n_layers, _PERIOD)
+        found = config.get("layer_types") or _layer_types(n_layers, config.get("sliding_window_pattern") or _PERIOD)
+        require_layer_types(config, expected, tuple(found))
+        check_attention_scale(self, config)
+
+    def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:
+        """Rotary parameters of one kind of layer."""
+        rope = super().rope(config, layer_type)
+        if layer_type == "sliding_attention" and "sliding_attention" not in (config.get("rope_parameters") or {}):
+            # older files have one key for these layers, and the rest is for the others
+            return {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or _LOCAL_THETA}
+        return rope
+
+    def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """The common keys, the cap if there is one, and the window."""
+        super().add_hyper_parameters(config, writer)
+        if config.get("final_logit_softcapping"):
+            writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+        writer.add_sliding_window(config.get("sliding_window", 4096))
+
+    def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """Both rotations."""
+        super().add_rope(config, writer)
+        writer.add_float32("gemma3.rope.freq_base_swa", self.rope(config, "sliding_attention")["rope_theta"])
+
+
+def _layer_types(n_layers: int, period: int) -> tuple[str, ...]:
+    return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers))

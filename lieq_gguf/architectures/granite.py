@@ -1,0 +1,35 @@
+"""Granite 3: a Llama with factors at embedding, attention, residual stream and logits."""
+
+from __future__ import annotations
+
+import gguf
+
+from lieq_gguf.architectures.decoder import Config
+from lieq_gguf.architectures.llama import Llama
+from lieq_gguf.errors import ArchitectureError
+
+
+class Granite(Llama):
+    """The dense models."""
+
+    gguf_name = "granite"
+    source_classes = ("GraniteForCausalLM",)
+
+    def check(self, config: Config) -> None:
+        """Refuse also heads of a width of their own, which the format does not hold for Granite."""
+        super().check(config)
+        usual = config["hidden_size"] // config["num_attention_heads"]
+        if self.head_dim(config) != usual:
+            raise ArchitectureError(
+                f"head_dim is {self.head_dim(config)}, but llama.cpp runs Granite with hidden_size / "
+                f"num_attention_heads = {usual} only"
+            )
+
+    def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """The common keys and the factors."""
+        without_head_dim = {key: value for key, value in config.items() if key != "head_dim"}
+        super().add_hyper_parameters(without_head_dim, writer)
+        writer.add_attention_scale(config.get("attention_multiplier", 1.0))
+        writer.add_embedding_scale(config.get("embedding_multiplier", 1.0))
+        writer.add_residual_scale(config.get("residual_multiplier", 1.0))
+        writer.add_logit_scale(config.get("logits_scaling", 1.0))

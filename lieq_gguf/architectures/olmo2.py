@@ -1,0 +1,60 @@
+"""OLMo 2 and 3: norms behind attention and feed-forward network, and over all heads of queries and keys together."""
+
+from __future__ import annotations
+
+import gguf
+
+from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, Config, Decoder, Part
+from lieq_gguf.errors import ArchitectureError
+
+_PERIOD = 4
+
+
+class Olmo2(Decoder):
+    """OLMo 3 is the same with a sliding window in three of four layers."""
+
+    gguf_name = "olmo2"
+    source_classes = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+    parts = (
+        *ATTENTION,
+        Part("attn_q_norm", "self_attn.q_norm", ("q_width",)),
+        Part("attn_k_norm", "self_attn.k_norm", ("kv_width",)),
+        Part("post_attention_norm", "post_attention_layernorm", ("width",)),
+        *FEED_FORWARD,
+        Part("post_ffw_norm", "post_feedforward_layernorm", ("width",)),
+    )
+    default_theta = 500_000.0
+
+    def check(self, config: Config) -> None:
+        """Refuse also another rotation behind windows, and a width of heads that llama.cpp does not read."""
+        super().check(config)
+        if _has_windows(config):
+            local = self.rope(config, "sliding_attention")
+            theta = self.rope(config)["rope_theta"]
+            if local["rope_theta"] != theta:
+                raise ArchitectureError(
+                    f"layers with a sliding window have rope_theta {local['rope_theta']} and the others {theta}; "
+                    "expected the same"
+                )
+
+    def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """The common keys, and for OLMo 3 which layers have a window."""
+        super().add_hyper_parameters(config, writer)
+        if _has_windows(config):
+            n_layers = config["num_hidden_layers"]
+            types = config.get("layer_types")
+            is_sliding = [(i + 1) % _PERIOD != 0 for i in range(n_layers)]
+            if types is not None:
+                is_sliding = [kind == "sliding_attention" for kind in types]
+            writer.add_sliding_window(config["sliding_window"])
+            writer.add_sliding_window_pattern(is_sliding)
+
+    def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """One rotation for all layers; OLMo 3's files have it twice."""
+        super().add_rope(config, writer)
+        if _has_windows(config):
+            writer.add_float32("olmo2.rope.freq_base_swa", self.rope(config, "sliding_attention")["rope_theta"])
+
+
+def _has_windows(config: Config) -> bool:
+    return config.get("sliding_window") is not None

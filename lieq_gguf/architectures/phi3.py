@@ -1,0 +1,87 @@
+"""Phi 3, 3.5 and 4: query, key and value in one matrix, gate and up in another."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, Part
+from lieq_gguf.errors import ArchitectureError
+
+_ORIGINAL_CONTEXT = 4096
+
+
+class Phi3(Decoder):
+    """Long contexts have two sets of rotary factors, of which llama.cpp takes the one for the context in use."""
+
+    gguf_name = "phi3"
+    source_classes = ("Phi3ForCausalLM",)
+    parts = (
+        NORMS[0],
+        Part("attn_qkv", "self_attn.qkv_proj", ("qkv_width", "width")),
+        Part("attn_output", "self_attn.o_proj", ("width", "q_width")),
+        NORMS[1],
+        Part("ffn_up", "mlp.gate_up_proj", ("gate_up_width", "width")),
+        Part("ffn_down", "mlp.down_proj", ("width", "n_ff")),
+    )
+    rope_types = ("default", "longrope")
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """With the rows of the two fused matrices."""
+        sizes = super().sizes(config)
+        fused = {"qkv_width": sizes["q_width"] + 2 * sizes["kv_width"], "gate_up_width": 2 * sizes["n_ff"]}
+        return sizes | fused
+
+    def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:
+        """Rotary parameters; earlier files called the long scaling otherwise."""
+        rope = super().rope(config, layer_type)
+        if rope["rope_type"] in ("su", "yarn"):
+            rope["rope_type"] = "longrope"
+        share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        rope["n_dimensions"] = int(share * config["hidden_size"]) // config["num_attention_heads"]
+        return rope
+
+    def check_rope(self, rope: Config) -> None:
+        """Refuse also factors that do not fit the heads."""
+        super().check_rope(rope)
+        expected = rope["n_dimensions"] // 2 if rope["rope_type"] == "longrope" else 0
+        for key in ("long_factor", "short_factor"):
+            factors = rope.get(key) or []
+            if len(factors) != expected or not all(isinstance(f, float | int) for f in factors):
+                raise ArchitectureError(f"{key} in config.json has {len(factors)} numbers; expected {expected}")
+
+    def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """The common keys and the window, which is 0 where there is none."""
+        super().add_hyper_parameters(config, writer)
+        writer.add_sliding_window(config.get("sliding_window") or 0)
+
+    def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """Rotated dimensions, and the scale of attention that comes with a longer context."""
+        rope = self.rope(config)
+        original = _original_context(config, rope)
+        writer.add_rope_dimension_count(rope["n_dimensions"])
+        writer.add_rope_freq_base(rope["rope_theta"])
+        writer.add_rope_scaling_orig_ctx_len(original)
+        if rope["rope_type"] == "longrope":
+            scale = config["max_position_embeddings"] / original
+            factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+            writer.add_rope_scaling_attn_factors(factor)
+
+    def computed_tensors(self, config: Config) -> dict[str, npt.NDArray[np.float32]]:
+        """The two sets of factors ``[n_dimensions / 2]``."""
+        rope = self.rope(config)
+        if rope["rope_type"] != "longrope":
+            return {}
+        return {
+            "rope_factors_long.weight": np.array(rope["long_factor"], dtype=np.float32),
+            "rope_factors_short.weight": np.array(rope["short_factor"], dtype=np.float32),
+        }
+
+
+def _original_context(config: Config, rope: Config) -> int:
+    given = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return int(given or _ORIGINAL_CONTEXT)

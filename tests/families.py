@@ -1,0 +1,150 @@
+"""Every supported family as a tiny real model: random weights in the files that transformers writes for it.
+
+This list is what ``docs/models.md`` is made from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizer_fixtures as fixtures
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 16.0, "original_max_position_embeddings": 64}
+PHI_3_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 40 for i in range(32)],
+    "long_factor": [1.5 + i / 8 for i in range(32)],
+}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.05,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model to write.
+
+    Attributes:
+        family: llama.cpp's name of the architecture.
+        model_type: transformers' name of it.
+        stands_for: Models of this structure, for people.
+        write_tokenizer: Writes the tokenizer's files and gives the size of the vocabulary.
+        settings: What differs from ``SIZES``.
+    """
+
+    family: str
+    model_type: str
+    stands_for: str
+    write_tokenizer: Callable[[Path], int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
+        """Write the model directory; ``settings`` overrules."""
+        path.mkdir(parents=True, exist_ok=True)
+        n_vocab = self.write_tokenizer(path)
+        config = AutoConfig.for_model(
+            self.model_type, **({"vocab_size": n_vocab} | SIZES | dict(self.settings) | settings)
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model.to(dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # as trained ones, whether the family multiplies by the weight or by one more
+                if name.endswith("norm.weight"):
+                    parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+                elif name.endswith(".bias"):
+                    parameter.normal_(0, 0.5)
+        model.save_pretrained(path)
+        return path
+
+
+TINY_MODELS: Mapping[str, TinyModel] = {
+    "llama": TinyModel("llama", "llama", "Llama 2, TinyLlama", fixtures.write_llama_2, {"tie_word_embeddings": False}),
+    "llama3": TinyModel(
+        "llama", "llama", "Llama 3.1, Llama 3.2", fixtures.write_llama_3,
+        {"rope_parameters": LLAMA_3_ROPE, "tie_word_embeddings": True},
+    ),
+    "smollm2": TinyModel("llama", "llama", "SmolLM2", fixtures.write_smollm2, {"tie_word_embeddings": True}),
+    "mistral": TinyModel(
+        "llama", "mistral", "Mistral Nemo, Ministral", fixtures.write_tekken, {"head_dim": 32, "sliding_window": None}
+    ),
+    "qwen2": TinyModel("qwen2", "qwen2", "Qwen2, Qwen2.5", fixtures.write_smollm2, {"tie_word_embeddings": True}),
+    "qwen3": TinyModel(
+        "qwen3", "qwen3", "Qwen3", fixtures.write_smollm2, {"head_dim": 128, "tie_word_embeddings": True}
+    ),
+    "gemma2": TinyModel(
+        "gemma2", "gemma2", "Gemma 2", fixtures.write_llama_2,
+        {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 32},
+    ),
+    "gemma3": TinyModel(
+        "gemma3", "gemma3_text", "Gemma 3 (text)", fixtures.write_llama_2,
+        {"num_hidden_layers": 7, "head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 32},
+    ),
+    "phi3": TinyModel("phi3", "phi3", "Phi-3", fixtures.write_llama_2, {"sliding_window": 2047}),
+    "phi3-long": TinyModel(
+        "phi3", "phi3", "Phi-3.5", fixtures.write_llama_2,
+        {"rope_parameters": PHI_3_ROPE, "original_max_position_embeddings": 256},
+    ),
+    "phi4-mini": TinyModel(
+        "phi3", "phi3", "Phi-4-mini", fixtures.write_smollm2,
+        {
+            "original_max_position_embeddings": 256,
+            "rope_parameters": PHI_3_ROPE | {
+                "partial_rotary_factor": 0.75, "short_factor": [1.0] * 24, "long_factor": [1.25] * 24
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": TinyModel("smollm3", "smollm3", "SmolLM3", fixtures.write_llama_3, {"num_hidden_layers": 5}),
+    "olmo2": TinyModel("olmo2", "olmo2", "OLMo 2", fixtures.write_smollm2),
+    "olmo3": TinyModel(
+        "olmo2", "olmo3", "Olmo 3", fixtures.write_smollm2,
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": 32,
+            "rope_parameters": {
+                "full_attention": YARN_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": YARN_ROPE["rope_theta"]},
+            },
+        },
+    ),
+    "granite": TinyModel(
+        "granite", "granite", "Granite 3", fixtures.write_smollm2,
+        {
+            "embedding_multiplier": 12.0, "attention_multiplier": 0.02, "residual_multiplier": 0.3,
+            "logits_scaling": 8.0, "tie_word_embeddings": True,
+        },
+    ),
+}  # fmt: skip
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    """Change keys of a model's ``config.json``; None removes one."""
+    file = path / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}), encoding="utf-8")
