@@ -81,15 +81,15 @@ class Refinement:
     def expected_bytes(self) -> int:
         """Memory of the second moments and of the hidden states."""
         spec = self._source.spec
-        widths = sorted(t.shape[1] for layer in spec.layer_matrices for t in layer)
+        widths = sorted(t.shape[-1] for layer in spec.layer_matrices for t in layer)
         of_moments = sum(n * n for n in set(widths)) + 2 * widths[-1] ** 2
-        return 4 * (of_moments + 3 * self._ids.size * spec.embedding.shape[1])
+        return 4 * (of_moments + 3 * self._ids.size * spec.embedding.shape[-1])
 
     def expected_seconds(self) -> float:
         """Time, by one batch through the first layer and some rows of every type."""
         layer, spec = self._layer, self._source.spec
         layer.load(self._source, 0)
-        hidden = torch.zeros(*self._ids.shape, spec.embedding.shape[1])
+        hidden = torch.zeros(*self._ids.shape, spec.embedding.shape[-1])
         rows = next(layer.batches(hidden))
         moments = SecondMoments(layer.in_bfloat16)
         with torch.inference_mode():

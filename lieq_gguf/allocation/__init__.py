@@ -153,7 +153,7 @@ def _advice(problem: Problem, low: float) -> str:
         parts.append(f"{n_pinned} matrices of the layers are pinned")
     if is_small and allocation.profile == "edge":
         parts.append("--profile quality or cpu has smaller types")
-    widths = sorted({t.shape[1] for g in problem.groups for t in g.tensors if t.shape[1] % 256})
+    widths = sorted({t.shape[-1] for g in problem.groups for t in g.tensors if t.shape[-1] % 256})
     if is_small and widths:
         rows = " and ".join(str(w) for w in widths)
         parts.append(f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lieq_gguf.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError, FormatError
-from lieq_gguf.quant_types import DEFAULT_LADDER, F16, F32, QUANT_TYPES, QuantType
+from lieq_gguf.quant_types import DEFAULT_LADDER, F16, QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
@@ -204,7 +204,8 @@ def pose(
     Raises:
         BudgetError: if no type fits one of them, or a type asked for does not fit.
     """
-    fixed = {t.name: F32 for t in spec.tensors if not t.is_matrix} | _pinned(spec, allocation.pins)
+    fixed = {t.name: QUANT_TYPES[t.fixed_type] for t in spec.tensors if not t.is_matrix}
+    fixed |= _pinned(spec, allocation.pins)
     groups = []
     for tensor in spec.other_matrices:
         asked = _asked_outer_type(tensor, spec, allocation)
@@ -231,10 +232,10 @@ def pose(
 def _choices(tensors: Sequence[TensorSpec], allocation: Allocation) -> tuple[QuantType, ...]:
     """The types that fit all of some matrices; no embedding or output has an importance matrix."""
     is_outer = tensors[0].layer is None
-    fitting = tuple(q for q in allocation.types if all(q.fits(t.shape[1]) for t in tensors))
+    fitting = tuple(q for q in allocation.types if all(q.fits(t.shape[-1]) for t in tensors))
     choices = tuple(q for q in fitting if not (is_outer and q.needs_imatrix))
     if not choices:
-        widths = ", ".join(str(n) for n in sorted({t.shape[1] for t in tensors}))
+        widths = ", ".join(str(n) for n in sorted({t.shape[-1] for t in tensors}))
         names = ", ".join(q.name for q in allocation.types)
         where = tensors[0].name if is_outer else f"layer {tensors[0].layer}"
         if fitting:
@@ -271,7 +272,7 @@ def _pinned(spec: ModelSpec, pins: Sequence[Pin]) -> dict[str, QuantType]:
 def _check_fit(tensor: TensorSpec, quant_type: QuantType) -> None:
     """Require that a tensor can have a type."""
     why = None
-    if not quant_type.fits(tensor.shape[1]):
+    if not quant_type.fits(tensor.shape[-1]):
         why = "does not fit its rows"
     elif quant_type.needs_imatrix and tensor.layer is None:
         why = "needs an importance matrix, which no embedding has"
@@ -301,6 +302,6 @@ def _outer_type_by_rule(tensor: TensorSpec, spec: ModelSpec, budget: BitBudget, 
         return max(allocation.types, key=lambda q: q.bits_per_weight)
     is_output = tensor.name == "output.weight" or spec.has_tied_embeddings
     ladder = ("Q6_K", "Q8_0", "F16") if is_output else ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
-    fitting = [QUANT_TYPES[n] for n in ladder if QUANT_TYPES[n].fits(tensor.shape[1])]
+    fitting = [QUANT_TYPES[n] for n in ladder if QUANT_TYPES[n].fits(tensor.shape[-1])]
     least = 8 * budget.value / spec.n_weights if budget.kind == "size" else budget.value
     return next((q for q in fitting if q.bits_per_weight >= least), F16)

@@ -69,9 +69,9 @@ class ImportanceMatrix:
             )
         for tensor in matrices:
             width = self.in_sum2[tensor.name].shape[0]
-            if width != tensor.shape[1]:
+            if width != tensor.shape[-1]:
                 raise CalibrationError(
-                    f"the importance matrix has {width} columns for {tensor.name}, the model {tensor.shape[1]}; "
+                    f"the importance matrix has {width} columns for {tensor.name}, the model {tensor.shape[-1]}; "
                     "expected one made from this model"
                 )
 

@@ -16,10 +16,13 @@ class TensorSpec:
     Attributes:
         name: GGUF name, for example ``blk.0.attn_q.weight``.
         source_name: Name in the source model, or None for a tensor computed from the configuration.
-        shape: ``(n_out, n_in)`` for a matrix, ``(n,)`` for a vector; rows last, as in numpy.
+        shape: ``(n_out, n_in)`` for a matrix, ``(n_experts, n_out, n_in)`` for those of experts, ``(n,)`` for a
+            vector; rows last, as in numpy.
         layer: Index of the decoder layer, or None outside of them.
         rotary_heads: Heads whose rows the rotary layout of llama.cpp reorders; 0 for all other tensors.
         offset: What the file adds to every weight of the source.
+        is_fixed: Whether the tensor keeps ``fixed_type`` although it has rows, since llama.cpp does not quantise it.
+        fixed_type: Name of the type of a vector, and of a tensor that is fixed.
     """
 
     name: str
@@ -28,6 +31,8 @@ class TensorSpec:
     layer: int | None = None
     rotary_heads: int = 0
     offset: float = 0.0
+    is_fixed: bool = False
+    fixed_type: str = "F32"
 
     @property
     def n_weights(self) -> int:
@@ -41,8 +46,8 @@ class TensorSpec:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a plan gives this tensor its type; vectors stay in F32."""
-        return len(self.shape) == 2
+        """Whether a plan gives this tensor its type."""
+        return len(self.shape) > 1 and not self.is_fixed
 
     @property
     def name_in_layer(self) -> str:
