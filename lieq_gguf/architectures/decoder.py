@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gguf
-import numpy as np
-import numpy.typing as npt
 
 from lieq_gguf.errors import ArchitectureError
 from lieq_gguf.records.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 Config = Mapping[str, Any]
 """``config.json``."""
@@ -182,8 +183,8 @@ class Decoder:
         sizes = self.sizes(config)
         matrix = (sizes["n_vocab"], sizes["width"])
         yield TensorSpec("token_embd.weight", "model.embed_tokens.weight", matrix)
-        for name, values in self.computed_tensors(config).items():
-            yield TensorSpec(name, None, values.shape)
+        for name, length in self.computed_lengths(config).items():
+            yield TensorSpec(name, None, (length,))
         for layer in range(config["num_hidden_layers"]):
             for part in self.layer_parts(config, layer):
                 yield from self._part_tensors(config, source_names, sizes, layer, part)
@@ -246,9 +247,13 @@ class Decoder:
             if rope.get("beta_slow") is not None:
                 writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
 
-    def computed_tensors(self, config: Config) -> dict[str, npt.NDArray[np.float32]]:  # noqa: ARG002
-        """Tensors that the source does not hold, by name."""
+    def computed_lengths(self, config: Config) -> dict[str, int]:  # noqa: ARG002
+        """Names of the vectors that the source does not hold, and their lengths."""
         return {}
+
+    def computed_tensor(self, config: Config, name: str) -> torch.Tensor:
+        """A vector that the source does not hold, in float32."""
+        raise NotImplementedError(f"{self.gguf_name} has no {name}")
 
 
 def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[str, ...]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import gguf
-import numpy as np
-import numpy.typing as npt
 
 from lieq_gguf.architectures.decoder import FEED_FORWARD, INTERLEAVED_ATTENTION, NORMS, Config, Decoder
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Llama(Decoder):
@@ -26,27 +27,27 @@ class Llama(Decoder):
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(self.head_dim(config))
 
-    def computed_tensors(self, config: Config) -> dict[str, npt.NDArray[np.float32]]:
+    def computed_lengths(self, config: Config) -> dict[str, int]:
         """``rope_freqs.weight`` for Llama 3.1's rotary scaling."""
-        rope = self.rope(config)
-        if rope["rope_type"] != "llama3":
-            return {}
-        return {"rope_freqs.weight": llama3_frequency_factors(rope, self.head_dim(config))}
+        is_scaled = self.rope(config)["rope_type"] == "llama3"
+        return {"rope_freqs.weight": self.head_dim(config) // 2} if is_scaled else {}
 
+    def computed_tensor(self, config: Config, name: str) -> torch.Tensor:  # noqa: ARG002
+        """The factor by which Llama 3.1 slows down each rotary frequency, ``[head_dim / 2]``.
 
-def llama3_frequency_factors(rope: dict[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
-    """The factor by which Llama 3.1 slows down each rotary frequency, ``[head_dim / 2]``.
+        Long waves are slowed by ``factor``, short ones are kept, and those between are blended. In float32 like the
+        frequencies themselves. Source: ``rope_type: llama3`` in transformers' ``modeling_rope_utils``.
+        """
+        import torch
 
-    Long waves are slowed by ``factor``, short ones are kept, and those between are blended. Source: Llama 3.1's
-    ``rope_type: llama3`` as defined in transformers' ``modeling_rope_utils``.
-    """
-    factor = float(rope["factor"])
-    low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
-    context = float(rope.get("original_max_position_embeddings") or 8192)
-    factors = []
-    for exponent in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * float(rope["rope_theta"]) ** (exponent / head_dim)
-        share = (context / wavelength - low) / (high - low)
-        share = min(max(share, 0.0), 1.0)
-        factors.append(1 / ((1 - share) / factor + share))
-    return np.array(factors, dtype=np.float32)
+        rope, head_dim = self.rope(config), self.head_dim(config)
+        factor = float(rope["factor"])
+        low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
+        context = float(rope.get("original_max_position_embeddings") or 8192)
+        frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        wavelengths: torch.Tensor = 2 * math.pi / frequencies
+        kept = (context / wavelengths - low) / (high - low)
+        blended: torch.Tensor = 1 / ((1 - kept) / factor + kept)
+        blended[wavelengths < context / high] = 1.0
+        blended[wavelengths > context / low] = factor
+        return blended

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
-import numpy as np
-import numpy.typing as npt
 
 from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, Part
 from lieq_gguf.errors import ArchitectureError
 
+if TYPE_CHECKING:
+    import torch
+
 _ORIGINAL_CONTEXT = 4096
+_FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
 
 
 class Phi3(Decoder):
@@ -71,15 +73,16 @@ class Phi3(Decoder):
             factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
             writer.add_rope_scaling_attn_factors(factor)
 
-    def computed_tensors(self, config: Config) -> dict[str, npt.NDArray[np.float32]]:
-        """The two sets of factors ``[n_dimensions / 2]``."""
+    def computed_lengths(self, config: Config) -> dict[str, int]:
+        """The two sets of factors."""
         rope = self.rope(config)
-        if rope["rope_type"] != "longrope":
-            return {}
-        return {
-            "rope_factors_long.weight": np.array(rope["long_factor"], dtype=np.float32),
-            "rope_factors_short.weight": np.array(rope["short_factor"], dtype=np.float32),
-        }
+        return dict.fromkeys(_FACTORS, rope["n_dimensions"] // 2) if rope["rope_type"] == "longrope" else {}
+
+    def computed_tensor(self, config: Config, name: str) -> torch.Tensor:
+        """One set of factors, as ``config.json`` has it."""
+        import torch
+
+        return torch.tensor(self.rope(config)[_FACTORS[name]], dtype=torch.float32)
 
 
 def _original_context(config: Config, rope: Config) -> int:

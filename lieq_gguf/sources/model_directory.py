@@ -66,10 +66,8 @@ class ModelDirectory:
 
     def read(self, tensor: TensorSpec) -> torch.Tensor:
         """The tensor in the source's own type and row order, mapped and not copied."""
-        import torch
-
         if tensor.source_name is None:
-            return torch.from_numpy(self.family.computed_tensors(self.spec.config)[tensor.name])
+            return self.family.computed_tensor(self.spec.config, tensor.name)
         shard = self._shard_of[tensor.source_name]
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt")

@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Our F16 file against the one that llama.cpp's convert_hf_to_gguf.py makes: every tensor, every metadata key.
+
+Usage: compare_with_converter.py FAMILY|MODEL_DIR …
+
+FAMILY is a name in tests/families.py, for which a tiny model is made; without any, all of them. The converter comes
+from the source distribution of the installed llama-cpp-python, or from the folder in LLAMA_CPP_SOURCE. It knows the
+pre-tokenizer of published vocabularies only, by a hash, so it is told the name that we have recognised. Exits with 1
+if anything differs that docs/formats.md does not list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from llama_cpp_source import llama_cpp_source
+
+from lieq_gguf import pipeline
+from lieq_gguf.allocation import Allocation
+from lieq_gguf.progress import Progress
+from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.bits import BitBudget
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / "build" / "llama.cpp"
+# docs/formats.md says why
+OURS_ALONE = ("lieq.",)
+EXPECTED: dict[str, str] = {}
+_TOLD = """
+import sys
+sys.path[:0] = [{source!r}, {source!r} + "/gguf-py"]
+import convert_hf_to_gguf
+from conversion.base import TextModel
+if {name!r}:
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: {name!r}
+sys.argv = ["convert_hf_to_gguf.py", {model!r}, "--outtype", "f16", "--outfile", {target!r}]
+convert_hf_to_gguf.main()
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two files of the same model.
+
+    Attributes:
+        n_tensors: Tensors that are equal in name, shape, type and bytes.
+        n_keys: Metadata keys that are equal.
+        tensors: What differs, by name.
+        keys: The same of the metadata.
+    """
+
+    n_tensors: int
+    n_keys: int
+    tensors: dict[str, str]
+    keys: dict[str, str]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether nothing differs that should not."""
+        return not self.tensors and not self.keys
+
+
+def compare(model: Path, source: Path, scratch: Path) -> Comparison:
+    """Convert a model directory in both ways and compare.
+
+    Args:
+        model: Model directory.
+        source: Folder with llama.cpp's converter.
+        scratch: Folder for the files.
+
+    Raises:
+        RuntimeError: if the converter fails, in its own words.
+    """
+    ours, theirs = scratch / f"{model.name}-ours.gguf", scratch / f"{model.name}-theirs.gguf"
+    f16 = QUANT_TYPES["F16"]
+    pipeline.convert(
+        model,
+        ours,
+        BitBudget("bits", 16.0),
+        Allocation("block-error", types=(f16,), embedding_type=f16, output_type=f16),
+        pipeline.CalibrationOptions(use_imatrix=False),
+        Progress(silent=True),
+        force=True,
+    )
+    our_file = gguf.GGUFReader(ours)
+    pre = our_file.get_field("tokenizer.ggml.pre")
+    name = pre.contents() if pre is not None and pre.contents() != "default" else ""
+    run_converter(model, theirs, source, str(name))
+    return compare_files(our_file, gguf.GGUFReader(theirs))
+
+
+def run_converter(model: Path, target: Path, source: Path, pre_tokenizer: str) -> None:
+    """Run llama.cpp's converter, told the pre-tokenizer unless that is empty."""
+    code = _TOLD.format(source=str(source), name=pre_tokenizer, model=str(model), target=str(target))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    if done.returncode != 0 or not target.is_file():
+        raise RuntimeError(f"llama.cpp's converter fails on {model}: {done.stderr.strip()[-600:]}")
+
+
+def compare_files(ours: gguf.GGUFReader, theirs: gguf.GGUFReader) -> Comparison:
+    """Compare what two files hold, whatever its order."""
+    tensors, n_tensors = _differences(
+        {t.name: _tensor(t) for t in ours.tensors}, {t.name: _tensor(t) for t in theirs.tensors}
+    )
+    keys, n_keys = _differences(_values(ours), _values(theirs))
+    return Comparison(n_tensors, n_keys, tensors, keys)
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, str], int]:
+    found = {name: f"only in the converter's file: {_short(theirs[name])}" for name in theirs.keys() - ours.keys()}
+    found |= {name: f"only in ours: {_short(ours[name])}" for name in ours.keys() - theirs.keys()}
+    common = sorted(ours.keys() & theirs.keys())
+    differing = {
+        name: f"{_short(ours[name])}, the converter {_short(theirs[name])}"
+        for name in common
+        if ours[name] != theirs[name]
+    }
+    return dict(sorted((found | differing).items())), len(common) - len(differing)
+
+
+def _tensor(tensor: gguf.ReaderTensor) -> tuple[str, tuple[int, ...], bytes]:
+    return tensor.tensor_type.name, tuple(int(n) for n in tensor.shape), np.ascontiguousarray(tensor.data).tobytes()
+
+
+def _values(file: gguf.GGUFReader) -> dict[str, Any]:
+    fields = {name: field for name, field in file.fields.items() if not name.startswith(("GGUF.", *OURS_ALONE))}
+    return {
+        name: (tuple(kind.name for kind in field.types), field.contents())
+        for name, field in fields.items()
+        if name not in EXPECTED
+    }
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 90 else f"{text[:87]}..."
+
+
+def main() -> None:
+    """Print a table, and exit with 1 if anything differs."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from families import TINY_MODELS
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("models", nargs="*", default=list(TINY_MODELS), metavar="FAMILY|MODEL_DIR")
+    source = llama_cpp_source(CACHE)
+    all_equal = True
+    print(f"{'model':<16} {'tensors':>8} {'differ':>7} {'keys':>6} {'differ':>7}")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in parser.parse_args().models:
+            model = TINY_MODELS[name].write(Path(scratch) / name) if name in TINY_MODELS else Path(name)
+            result = compare(model, source, Path(scratch))
+            counts = result.n_tensors, len(result.tensors), result.n_keys, len(result.keys)
+            print(f"{model.name:<16} " + " ".join(f"{n:>{w}}" for n, w in zip(counts, (8, 7, 6, 7), strict=True)))
+            for key, difference in (result.tensors | result.keys).items():
+                print(f"    {key}: {difference}")
+            all_equal = all_equal and result.is_equal
+    sys.exit(not all_equal)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The source of the llama.cpp that the installed llama-cpp-python was built from: its converter, to compare with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+_WANTED = ("conversion/", "gguf-py/", "src/", "convert_hf_to_gguf.py")
+
+
+def llama_cpp_source(folder: Path) -> Path:
+    """``LLAMA_CPP_SOURCE``, or else what the package index has for this version, unpacked once into ``folder``.
+
+    Raises:
+        LookupError: if there is neither.
+    """
+    given = os.environ.get("LLAMA_CPP_SOURCE")
+    if given:
+        return Path(given)
+    package = f"llama-cpp-python=={version('llama-cpp-python')}"
+    source = folder / package
+    if source.is_dir():
+        return source
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        done = subprocess.run([*command, "--dest", scratch, package], capture_output=True, text=True)
+        archive = next(Path(scratch).glob("*.tar.gz"), None)
+        if archive is None:
+            raise LookupError(f"no source distribution of {package}: {done.stderr.strip()[-200:]}")
+        unpacked = Path(scratch) / "unpacked"
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                path = member.name.partition("/vendor/llama.cpp/")[2]
+                if member.isfile() and path.startswith(_WANTED):
+                    member.name = path
+                    tar.extract(member, unpacked, filter="data")
+        source.parent.mkdir(parents=True, exist_ok=True)
+        unpacked.replace(source)  # complete or not there
+    return source
