@@ -112,12 +112,8 @@ def calibrate(
     sums, modification, weight_shape = InputSums(), Modification(), WeightShape()
 
     # grows with the pass: a layer's entries are there when the layer is done
-    measured = ImportanceMatrix(sums.in_sum2, tokens.ids.size, tokens.ids.shape[1], tokens.dataset)
-    made_with = options.importance or measured
-
-    def importance_of(name: str) -> npt.NDArray[np.float32] | None:
-        return made_with.mean(name) if options.weigh_errors else None
-
+    measured = ImportanceMatrix(sums.in_sum2, tokens.ids.size, tokens.ids.shape[1], tokens.dataset, sums.counts)
+    made_with = (options.importance or measured) if options.weigh_errors else None
     observers: list[Observer] = [sums]
     prefixes = _heads(tokens.ids.shape, options.n_score_tokens, _SCORE_PREFIX)
     sample = _heads(tokens.ids.shape, options.n_damage_tokens, _DAMAGE_PREFIX)
@@ -135,9 +131,7 @@ def calibrate(
     if options.removal:
         removal = Removal(torch.from_numpy(tokens.ids), sample)
         observers.append(removal)
-    damage = QuantizationDamage(
-        options.error_types, importance_of, sample if options.measure else None, options.n_threads
-    )
+    damage = QuantizationDamage(options.error_types, made_with, sample if options.measure else None, options.n_threads)
     if options.measure or options.error_types:
         observers.append(damage)
     outer_damage = None

@@ -44,7 +44,7 @@ class DecodeCosts:
         """What a matrix adds to a token: nothing if it is an embedding that only gives rows."""
         if tensor.name == "token_embd.weight" and not is_tied:
             return 0.0
-        return self._per_weight(quant_type) * tensor.n_weights
+        return self._per_weight(quant_type) * tensor.n_weights * tensor.active_share
 
     def seconds(self, tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> float:
         """Seconds of a token.

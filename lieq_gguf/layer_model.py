@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lieq_gguf.errors import CalibrationError, SourceError
+from lieq_gguf.experts import separate_experts
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.model_directory import ModelDirectory
 
@@ -34,14 +35,15 @@ class LayerModel:
     Attributes:
         index: Index of the layer whose weights are loaded.
         layer: Its module.
-        tensors: Linear modules by their name inside the layer, and what the model calls their weights.
+        modules: Quantised tensors of the layer, and the names in it of the linear modules whose weights they hold: one,
+            or that of every expert.
         device: Where it runs.
         in_bfloat16: Whether its matrices are multiplied in bfloat16.
     """
 
     def __init__(self, config: PretrainedConfig, device: torch.device, *, in_bfloat16: bool = False) -> None:
         self.index = -1
-        self.tensors: Mapping[str, TensorSpec] = {}
+        self.modules: Mapping[TensorSpec, tuple[str, ...]] = {}
         self.device = device
         self.in_bfloat16 = in_bfloat16
         self._kinds = layer_kinds(config)
@@ -49,10 +51,10 @@ class LayerModel:
         self._model.get_input_embeddings().weight.fill_(1)  # type: ignore[operator]  # shows what the model makes of it
         self._init_weights = self._model._init_weights
         self._config = config
-        self._modules: Sequence[nn.Module] = list(self._model.get_submodule("layers").children())
-        for module in self._modules[1:]:
-            _share_weights(self._modules[0], module)
-        self.layer = self._modules[0]
+        self._layers: Sequence[nn.Module] = list(self._model.get_submodule("layers").children())
+        for module in self._layers[1:]:
+            _share_weights(self._layers[0], module)
+        self.layer = self._layers[0]
         self._around: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
     def embed(self, rows: torch.Tensor) -> torch.Tensor:
@@ -71,13 +73,24 @@ class LayerModel:
     def load(self, source: ModelDirectory, index: int) -> None:
         """Copy a layer's weights in, converting to float32."""
         self._select(index)
-        weights = {t.name_in_layer: source.read(t) for t in source.spec.tensors if t.layer == index}
+        weights: dict[str, torch.Tensor] = {}
+        for tensor in (t for t in source.spec.tensors if t.layer == index):
+            stored = source.read(tensor)
+            weights |= zip(tensor.names_in_layer, stored if tensor.of_experts else (stored,), strict=True)
         result = self.layer.load_state_dict(weights, strict=False)
         if result.missing_keys or result.unexpected_keys:
             raise SourceError(f"a layer's tensors do not match transformers' model: {result}")
         del weights
         source.release()
-        self.tensors = {t.name_in_layer.rpartition(".")[0]: t for t in source.spec.layer_matrices[index]}
+        self.modules = {
+            tensor: tuple(name.rpartition(".")[0] for name in tensor.names_in_layer)
+            for tensor in source.spec.layer_matrices[index]
+        }
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Linear modules by name, and the tensors that hold their weights."""
+        return {module: tensor for tensor, modules in self.modules.items() for module in modules}
 
     def weight(self, module: str) -> torch.Tensor:
         """``[n_out, n_in]`` float32 weights of a linear module of the layer."""
@@ -185,12 +198,12 @@ class LayerModel:
 
     def _select(self, index: int) -> None:
         self.index = index
-        self.layer = self._modules[sorted(set(self._kinds)).index(self._kinds[index])]
+        self.layer = self._layers[sorted(set(self._kinds)).index(self._kinds[index])]
 
     def _run(self, hidden: torch.Tensor, exact: bool) -> torch.Tensor:
         in_bfloat16 = self.in_bfloat16 and not exact
         precision = torch.autocast(self.device.type, torch.bfloat16) if in_bfloat16 else nullcontext()
-        around = self._around_layers(hidden.shape)[self._modules.index(self.layer)]
+        around = self._around_layers(hidden.shape)[self._layers.index(self.layer)]
         with precision:
             output = self.layer(hidden.to(self.device), **around)
         result: torch.Tensor = output.float().cpu()
@@ -212,7 +225,7 @@ class LayerModel:
             return hidden
 
         with ExitStack() as stack:
-            for module in self._modules:
+            for module in self._layers:
                 module.forward = catch  # hides the method of the class
                 stack.callback(delattr, module, "forward")
             self._model(use_cache=False, **inputs)
@@ -359,6 +372,7 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
     base: nn.Module = model.eval().base_model
+    separate_experts(base)
     return base
 
 

@@ -14,11 +14,12 @@ from lieq_gguf.architectures.olmo2 import Olmo2
 from lieq_gguf.architectures.phi3 import Phi3
 from lieq_gguf.architectures.qwen2 import Qwen2
 from lieq_gguf.architectures.qwen3 import Qwen3
+from lieq_gguf.architectures.qwen3moe import Qwen3Moe
 from lieq_gguf.architectures.smollm3 import SmolLM3
 from lieq_gguf.errors import ArchitectureError
 
 FAMILIES: tuple[Decoder, ...] = (
-    Llama(), Qwen2(), Qwen3(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(),
+    Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(),
 )  # fmt: skip
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}
 

@@ -28,10 +28,11 @@ class Part:
 
     Attributes:
         role: GGUF name without layer and suffix, such as ``attn_q``.
-        module: Name in the source's layer, such as ``self_attn.q_proj``.
+        module: Name in the source's layer, such as ``self_attn.q_proj``; with ``{}`` for the index of an expert.
         shape: Its weight's, in names of :meth:`Decoder.sizes`.
         heads: Size that counts the heads whose rows llama.cpp's rotary layout reorders; empty where it keeps the order.
         bias: Key of ``config.json`` that says whether there is a bias; ``always``; or empty for never.
+        is_fixed: Whether it stays in F32 although it has rows, since llama.cpp does not quantise it.
     """
 
     role: str
@@ -39,6 +40,7 @@ class Part:
     shape: tuple[str, ...]
     heads: str = ""
     bias: str = ""
+    is_fixed: bool = False
 
 
 NORMS = (
@@ -197,13 +199,17 @@ class Decoder:
     ) -> Iterator[TensorSpec]:
         source = f"model.layers.{layer}.{part.module}"
         shape = tuple(sizes[name] for name in part.shape)
+        heads = sizes[part.heads] if part.heads else 0
+        of_expert = "{}" in part.module
         yield TensorSpec(
             f"blk.{layer}.{part.role}.weight",
             f"{source}.weight",
             shape,
             layer,
-            rotary_heads=sizes[part.heads] if part.heads else 0,
+            rotary_heads=heads,
             offset=self.norm_offset if part.role.endswith("_norm") else 0.0,
+            is_fixed=part.is_fixed,
+            active_share=sizes["n_experts_used"] / sizes["n_experts"] if of_expert else 1.0,
         )
         if f"{source}.bias" in source_names or part.bias == "always":
             if part.bias != "always" and not (part.bias and config.get(part.bias, False)):
@@ -211,7 +217,6 @@ class Decoder:
                     f"the weights hold {source}.bias, but {part.bias or 'a bias'} in config.json is not set; "
                     "transformers would leave it out and llama.cpp not"
                 )
-            heads = sizes[part.heads] if part.heads else 0
             yield TensorSpec(f"blk.{layer}.{part.role}.bias", f"{source}.bias", shape[:1], layer, heads)
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:

@@ -16,6 +16,8 @@ from lieq_gguf.scorers.spectrum import energy_spectrum
 class Projections(Observer):
     """Energy spectra by role, of the layer on its own input and of the twin on the twin's.
 
+    Those of experts are left out: each sees too few tokens for a spectrum, and others in the twin.
+
     The twin is made one layer at a time, by the model's own initialiser.
 
     Attributes:
@@ -77,7 +79,8 @@ def _spectra(projections: dict[str, torch.Tensor], layer: LayerModel, n_threads:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(n_threads) as pool:
-            spectra = pool.map(energy_spectrum, projections.values())
-            return {layer.tensors[module].role: s for module, s in zip(projections, spectra, strict=True)}
+            roles = {m: t.role for m, t in layer.tensors.items() if m in projections and not t.of_experts}
+            spectra = pool.map(energy_spectrum, (projections[module] for module in roles))
+            return dict(zip(roles.values(), spectra, strict=True))
     finally:
         torch.set_num_threads(n_threads)

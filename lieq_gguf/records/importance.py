@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -26,16 +26,19 @@ class ImportanceMatrix:
     """Sums of squared inputs of every matrix.
 
     Attributes:
-        in_sum2: Tensor name to ``[n_in]``, the sum over tokens of the squared input of each column.
+        in_sum2: Tensor name to ``[n_in]``, the sum over tokens of the squared input of each column; for experts
+            ``[n_experts, n_in]``.
         n_tokens: Tokens summed over.
         chunk_size: Tokens in a calibration sequence.
         dataset: Name of the calibration text.
+        counts: Name of a tensor of experts to ``[n_experts]``, the tokens that reached each.
     """
 
     in_sum2: Mapping[str, FloatArray]
     n_tokens: int
     chunk_size: int
     dataset: str
+    counts: Mapping[str, FloatArray] = field(default_factory=dict)
 
     @property
     def n_chunks(self) -> int:
@@ -43,15 +46,30 @@ class ImportanceMatrix:
         return self.n_tokens // self.chunk_size
 
     def mean(self, name: str) -> FloatArray | None:
-        """Mean squared input of each column ``[n_in]``, what ggml's encoders take; None for a tensor without entry."""
+        """Mean squared input of each column ``[n_in]``, what ggml's encoders take; None for a tensor without entry.
+
+        For experts ``[n_experts, n_in]``, over the tokens of each; one that no token has reached gets the mean of all.
+        """
         sums = self.in_sum2.get(name)
-        return None if sums is None else sums / np.float32(self.n_tokens)
+        if sums is None or name not in self.counts:
+            return None if sums is None else sums / np.float32(self.n_tokens)
+        counts = self.counts[name]
+        means = np.asarray(sums / np.maximum(counts, 1)[:, None], dtype=np.float32)
+        means[counts == 0] = sums.sum(axis=0) / np.maximum(counts.sum(), 1)
+        return means
+
+    def expert_shares(self, name: str, n_experts: int) -> FloatArray:
+        """Share of the tokens that reached each expert ``[n_experts]``; all alike where that is not known."""
+        counts = self.counts.get(name, np.ones(n_experts, dtype=np.float32))
+        return np.asarray(counts / np.maximum(counts.sum(), 1), dtype=np.float32)
 
     def digest(self) -> str:
         """A digest of all sums."""
         result = hashlib.sha256(str(self.n_tokens).encode())
         for name in sorted(self.in_sum2):
             result.update(name.encode() + np.ascontiguousarray(self.in_sum2[name]).tobytes())
+            if name in self.counts:
+                result.update(self.counts[name].tobytes())
         return result.hexdigest()
 
     def check(self, spec: ModelSpec) -> None:
@@ -68,8 +86,9 @@ class ImportanceMatrix:
                 f"for example {missing[0]}; expected one made from this model"
             )
         for tensor in matrices:
-            width = self.in_sum2[tensor.name].shape[0]
-            if width != tensor.shape[-1]:
+            shape = self.in_sum2[tensor.name].shape
+            width = shape[-1]
+            if shape != (tensor.shape[::2] if tensor.of_experts else tensor.shape[1:]):
                 raise CalibrationError(
                     f"the importance matrix has {width} columns for {tensor.name}, the model {tensor.shape[-1]}; "
                     "expected one made from this model"
@@ -85,8 +104,10 @@ class ImportanceMatrix:
             writer.add_uint32("imatrix.chunk_count", self.n_chunks)
             writer.add_uint32("imatrix.chunk_size", self.chunk_size)
             for name in sorted(self.in_sum2):
-                writer.add_tensor(f"{name}.in_sum2", self.in_sum2[name][None, :].astype(np.float32))
-                writer.add_tensor(f"{name}.counts", np.array([[self.n_tokens]], dtype=np.float32))
+                sums = self.in_sum2[name].astype(np.float32)
+                counts = self.counts.get(name, np.array([self.n_tokens], dtype=np.float32))
+                writer.add_tensor(f"{name}.in_sum2", sums.reshape(len(counts), -1))
+                writer.add_tensor(f"{name}.counts", counts[:, None].astype(np.float32))
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -115,22 +136,25 @@ class ImportanceMatrix:
         sums = {n.removesuffix(".in_sum2"): a for n, a in arrays.items() if n.endswith(".in_sum2")}
         if not sums or sums.keys() != counts.keys():
             raise FormatError(f"{file} is incomplete; expected a pair in_sum2 and counts for every matrix")
-        per_tensor = {name: float(c[0]) for name, c in counts.items()}
-        for name, count in per_tensor.items():
-            if counts[name].size != 1 or not (count >= 1 and np.isfinite(count)):
-                raise FormatError(f"{file} has no usable count for {name}; make it again on more text")
         for name, values in sums.items():
+            count = counts[name]
+            if not (
+                np.isfinite(count).all() and (count >= 0).all() and count.max() >= 1 and values.size % count.size == 0
+            ):
+                raise FormatError(f"{file} has no usable count for {name}; make it again on more text")
             if not np.isfinite(values).all() or (values < 0).any():
                 raise FormatError(f"{file} has sums for {name} that are no squares; make it again")
         # llama-imatrix sees every token in every dense matrix; scale the odd entry so that one count serves all.
-        n_tokens = max(per_tensor.values())
+        of_experts = {name: count for name, count in counts.items() if count.size > 1}
+        dense = {name: float(count[0]) for name, count in counts.items() if count.size == 1}
+        n_tokens = max(dense.values(), default=1.0)
+        scaled = {n: sums[n] if c == n_tokens else sums[n] * np.float32(n_tokens / c) for n, c in dense.items()}
         return cls(
-            in_sum2={
-                n: s if per_tensor[n] == n_tokens else s * np.float32(n_tokens / per_tensor[n]) for n, s in sums.items()
-            },
+            in_sum2=scaled | {n: sums[n].reshape(c.size, -1) for n, c in of_experts.items()},
             n_tokens=int(n_tokens),
             chunk_size=_value(reader, "imatrix.chunk_size", 512),
             dataset=_dataset(reader),
+            counts=of_experts,
         )
 
 

@@ -15,7 +15,8 @@ class TensorSpec:
 
     Attributes:
         name: GGUF name, for example ``blk.0.attn_q.weight``.
-        source_name: Name in the source model, or None for a tensor computed from the configuration.
+        source_name: Name in the source model, with ``{}`` for the index of an expert, or None for a tensor computed
+            from the configuration.
         shape: ``(n_out, n_in)`` for a matrix, ``(n_experts, n_out, n_in)`` for those of experts, ``(n,)`` for a
             vector; rows last, as in numpy.
         layer: Index of the decoder layer, or None outside of them.
@@ -23,6 +24,7 @@ class TensorSpec:
         offset: What the file adds to every weight of the source.
         is_fixed: Whether the tensor keeps ``fixed_type`` although it has rows, since llama.cpp does not quantise it.
         fixed_type: Name of the type of a vector, and of a tensor that is fixed.
+        active_share: Share of the weights that a token uses; less than 1 for experts.
     """
 
     name: str
@@ -33,6 +35,19 @@ class TensorSpec:
     offset: float = 0.0
     is_fixed: bool = False
     fixed_type: str = "F32"
+    active_share: float = 1.0
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names in the source model: none for a computed tensor, one for each expert."""
+        if self.source_name is None:
+            return ()
+        return tuple(self.source_name.format(i) for i in range(self.shape[0] if self.of_experts else 1))
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether this holds the same matrix of all experts of a layer."""
+        return len(self.shape) == 3
 
     @property
     def n_weights(self) -> int:
@@ -50,10 +65,9 @@ class TensorSpec:
         return len(self.shape) > 1 and not self.is_fixed
 
     @property
-    def name_in_layer(self) -> str:
-        """Source name inside the layer: ``model.layers.3.mlp.up_proj.weight`` to ``mlp.up_proj.weight``."""
-        assert self.source_name is not None
-        return self.source_name.split(f"layers.{self.layer}.", 1)[1]
+    def names_in_layer(self) -> tuple[str, ...]:
+        """Source names inside the layer: ``model.layers.3.mlp.up_proj.weight`` to ``mlp.up_proj.weight``."""
+        return tuple(name.split(f"layers.{self.layer}.", 1)[1] for name in self.source_names)
 
     @property
     def role(self) -> str:

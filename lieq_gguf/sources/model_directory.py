@@ -65,14 +65,17 @@ class ModelDirectory:
         )
 
     def read(self, tensor: TensorSpec) -> torch.Tensor:
-        """The tensor in the source's own type and row order, mapped and not copied."""
+        """The tensor in the source's own type and row order, mapped and not copied.
+
+        Matrices of experts are put together, ``[n_experts, n_out, n_in]``.
+        """
         if tensor.source_name is None:
             return self.family.computed_tensor(self.spec.config, tensor.name)
-        shard = self._shard_of[tensor.source_name]
-        if shard not in self._open:
-            self._open[shard] = safe_open(shard, framework="pt")
-        loaded: torch.Tensor = self._open[shard].get_tensor(tensor.source_name)
-        return loaded
+        if not tensor.of_experts:
+            return self._stored(tensor.source_name)
+        import torch
+
+        return torch.stack([self._stored(name) for name in tensor.source_names])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -110,35 +113,37 @@ class ModelDirectory:
         """
         self._open.clear()
 
+    def _stored(self, name: str) -> torch.Tensor:
+        shard = self._shard_of[name]
+        if shard not in self._open:
+            self._open[shard] = safe_open(shard, framework="pt")
+        loaded: torch.Tensor = self._open[shard].get_tensor(name)
+        return loaded
+
     def _check_headers(self, tensors: tuple[TensorSpec, ...]) -> None:
-        wanted: dict[Path, list[TensorSpec]] = {}
+        wanted: dict[Path, list[tuple[str, tuple[int, ...]]]] = {}
         for tensor in tensors:
-            if tensor.source_name is None:
-                continue
-            if tensor.source_name not in self._shard_of:
-                raise SourceError(
-                    f"{self.path} has no tensor {tensor.source_name}; expected all tensors that config.json describes"
-                )
-            wanted.setdefault(self._shard_of[tensor.source_name], []).append(tensor)
-        for shard, shard_tensors in wanted.items():
+            shape = tensor.shape[1:] if tensor.of_experts else tensor.shape
+            for name in tensor.source_names:
+                if name not in self._shard_of:
+                    raise SourceError(
+                        f"{self.path} has no tensor {name}; expected all tensors that config.json describes"
+                    )
+                wanted.setdefault(self._shard_of[name], []).append((name, shape))
+        for shard, names_and_shapes in wanted.items():
             with _open_shard(shard) as file:
                 names = set(file.keys())
-                for tensor in shard_tensors:
-                    if tensor.source_name not in names:
+                for name, expected in names_and_shapes:
+                    if name not in names:
                         raise SourceError(
-                            f"{shard} has no tensor {tensor.source_name}, which {_INDEX} says it holds: "
-                            "download it again"
+                            f"{shard} has no tensor {name}, which {_INDEX} says it holds: download it again"
                         )
-                    header = file.get_slice(tensor.source_name)
+                    header = file.get_slice(name)
                     shape = tuple(header.get_shape())
-                    if shape != tensor.shape:
-                        raise SourceError(
-                            f"{tensor.source_name} in {shard} has shape {shape}; config.json makes it {tensor.shape}"
-                        )
+                    if shape != expected:
+                        raise SourceError(f"{name} in {shard} has shape {shape}; config.json makes it {expected}")
                     if header.get_dtype() not in _DTYPES:
-                        raise SourceError(
-                            f"{tensor.source_name} in {shard} is {header.get_dtype()}; expected {', '.join(_DTYPES)}"
-                        )
+                        raise SourceError(f"{name} in {shard} is {header.get_dtype()}; expected {', '.join(_DTYPES)}")
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

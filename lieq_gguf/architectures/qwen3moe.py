@@ -1,0 +1,53 @@
+"""Qwen 3 as a mixture of experts: a router sends each token to some of many feed-forward networks."""
+
+from __future__ import annotations
+
+import gguf
+
+from lieq_gguf.architectures.decoder import ATTENTION, HEAD_NORMS, NORMS, Config, Decoder, Part
+from lieq_gguf.errors import ArchitectureError
+
+
+class Qwen3Moe(Decoder):
+    """In the file, the same matrix of all experts is one tensor."""
+
+    gguf_name = "qwen3moe"
+    source_classes = ("Qwen3MoeForCausalLM",)
+    parts = (
+        NORMS[0],
+        *ATTENTION,
+        *HEAD_NORMS,
+        NORMS[1],
+        Part("ffn_gate_inp", "mlp.gate", ("n_experts", "width"), is_fixed=True),
+        Part("ffn_gate_exps", "mlp.experts.{}.gate_proj", ("n_experts", "n_expert_ff", "width")),
+        Part("ffn_up_exps", "mlp.experts.{}.up_proj", ("n_experts", "n_expert_ff", "width")),
+        Part("ffn_down_exps", "mlp.experts.{}.down_proj", ("n_experts", "width", "n_expert_ff")),
+    )
+
+    def check(self, config: Config) -> None:
+        """Refuse also layers without experts and weights of experts that do not sum to one."""
+        super().check(config)
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            raise ArchitectureError(
+                "some layers have no experts (mlp_only_layers, decoder_sparse_step), but llama.cpp's graph has them in "
+                "every layer"
+            )
+        if not config.get("norm_topk_prob", False):
+            raise ArchitectureError("norm_topk_prob is not set, but llama.cpp makes the weights of experts sum to one")
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """With the number of experts and their width."""
+        n_experts = int(config.get("num_experts") or config["num_local_experts"])
+        return super().sizes(config) | {
+            "n_experts": n_experts,
+            "n_experts_used": int(config["num_experts_per_tok"]),
+            "n_expert_ff": int(config["moe_intermediate_size"]),
+        }
+
+    def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """The common keys and those of the experts."""
+        super().add_hyper_parameters(config, writer)
+        sizes = self.sizes(config)
+        writer.add_expert_count(sizes["n_experts"])
+        writer.add_expert_used_count(sizes["n_experts_used"])
+        writer.add_expert_feed_forward_length(sizes["n_expert_ff"])
