@@ -20,7 +20,6 @@ from lieq_gguf.layer_model import (
     LayerModel,
     has_fast_bfloat16,
     keep_freed_memory,
-    model_config,
     torch_device,
     twin_embedding,
 )
@@ -36,7 +35,7 @@ from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.measurement import LayerMeasurement
-from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.sources.source import Source
 
 _SCORE_PREFIX = 128  # tokens at the head of a sequence that stand for it: attention is causal, so a prefix can
 _DAMAGE_PREFIX = 256
@@ -93,7 +92,7 @@ class Calibration:
 
 
 def calibrate(
-    source: ModelDirectory, tokens: CalibrationTokens, options: PassOptions, progress: Progress | None = None
+    source: Source, tokens: CalibrationTokens, options: PassOptions, progress: Progress | None = None
 ) -> Calibration:
     """Run the calibration pass.
 
@@ -107,7 +106,7 @@ def calibrate(
         CalibrationError: if the device is not there or the activations are not finite.
     """
     torch.set_num_threads(options.n_threads)
-    config = model_config(source.path)
+    config = source.transformers_config()
     device = torch_device(options.device)
     sums, modification, weight_shape = InputSums(), Modification(), WeightShape()
 
@@ -172,7 +171,7 @@ def calibrate(
 
 
 def _stream(
-    source: ModelDirectory,
+    source: Source,
     ids: npt.NDArray[np.int64],
     layer: LayerModel,
     observers: Sequence[Observer],

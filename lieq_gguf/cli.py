@@ -276,7 +276,7 @@ def convert(
         ignored = _ONLY_FOR_SCORES + (_ONLY_FOR_A_PASS if refine == "none" else ())
         _refuse_given(context, ignored, "with these files nothing is measured; leave this out")
     from lieq_gguf import pipeline
-    from lieq_gguf.sources.model_directory import ModelDirectory
+    from lieq_gguf.sources import open_source
 
     budget = _budget(bits, file_bits, size, nominal)
     allocation = _allocation(context.params)
@@ -285,7 +285,7 @@ def convert(
     target = output or Path(_default_name(source, budget, plan))
     if dry_run:
         planned = pipeline.make_plan(
-            ModelDirectory(source), budget, allocation, options, progress,
+            open_source(source), budget, allocation, options, progress,
             plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), for_writing=False,
         )  # fmt: skip
         _show_plan(planned, as_json)
@@ -338,12 +338,12 @@ def score(
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
     from lieq_gguf.scorers import NEEDS_REMOVAL
-    from lieq_gguf.sources.model_directory import ModelDirectory
+    from lieq_gguf.sources import open_source
 
     if output is not None:
         check_output(output, force)
     options = _calibration(context.params | ({"scorer": NEEDS_REMOVAL} if compare else {}))
-    known = pipeline.learn(ModelDirectory(source), _types("--types", types), options, _progress(quiet))
+    known = pipeline.learn(open_source(source), _types("--types", types), options, _progress(quiet))
     assert known.scores is not None
     if output is not None:
         known.scores.save(output, scorer)
@@ -379,11 +379,11 @@ def imatrix(
     del debug
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
-    from lieq_gguf.sources.model_directory import ModelDirectory
+    from lieq_gguf.sources import open_source
 
     check_output(output, force)
     options = _calibration(context.params)
-    known = pipeline.learn(ModelDirectory(source), (), options, _progress(quiet), scores=False)
+    known = pipeline.learn(open_source(source), (), options, _progress(quiet), scores=False)
     assert known.importance is not None
     known.importance.save(output)
     matrix = known.importance
@@ -442,12 +442,12 @@ def plan(
         raise typer.BadParameter("stdout is the recipe; give it a file with -o beside --json", param_hint="--json")
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output, replaced_when_complete
-    from lieq_gguf.sources.model_directory import ModelDirectory
+    from lieq_gguf.sources import open_source
 
     if output is not None:
         check_output(output, force)
     planned = pipeline.make_plan(
-        ModelDirectory(source),
+        open_source(source),
         _budget(bits, file_bits, size, nominal),
         _allocation(context.params),
         _calibration(context.params),

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lieq_gguf.errors import CalibrationError, SourceError
 from lieq_gguf.experts import separate_experts
 from lieq_gguf.records.spec import TensorSpec
-from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.sources.source import Source
 
 _LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry a layer
 _BATCH_TOKENS = 2048  # tokens that pass a layer at once; more spill out of the caches
@@ -70,7 +69,7 @@ class LayerModel:
             self.layer.cpu().apply(self._init_weights)  # type: ignore[arg-type]  # on the CPU: the same on any device
         self.layer.to(self.device)
 
-    def load(self, source: ModelDirectory, index: int) -> None:
+    def load(self, source: Source, index: int) -> None:
         """Copy a layer's weights in, converting to float32."""
         self._select(index)
         weights: dict[str, torch.Tensor] = {}
@@ -333,20 +332,6 @@ def torch_device(name: str) -> torch.device:
         first_line = str(error).splitlines()[0]
         raise CalibrationError(f"device '{name}' cannot be used: {first_line}; try --device cpu") from None
     return device
-
-
-def model_config(path: Path) -> PretrainedConfig:
-    """The configuration that transformers reads from a model directory, for float32.
-
-    Raises:
-        SourceError: if transformers does not read it.
-    """
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"transformers does not read {path / 'config.json'}: {str(error).splitlines()[0]}") from None
-    config.dtype = torch.float32
-    return config
 
 
 LayerKind: TypeAlias = tuple[str, ...]

@@ -24,14 +24,9 @@ from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import ModelSpec
-from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.tokenizers import (
-    Vocabulary,
-    known_deviation,
-    load_source_tokenizer,
-    read_vocabulary,
-    tokenizer_differences,
-)
+from lieq_gguf.sources import open_source
+from lieq_gguf.sources.source import Source
+from lieq_gguf.tokenizers import Vocabulary, known_deviation, tokenizer_differences
 from lieq_gguf.verification import verify
 from lieq_gguf.writer import Header, ImatrixNote, Provenance, encode_tensors, header_size, make_header, write_file
 
@@ -103,7 +98,7 @@ class Planned:
         plan: One type per tensor.
         header: Metadata and figures.
         importance: Importance matrix to quantise with, or None.
-        vocabulary: The tokenizer as the file has it.
+        vocabulary: The tokenizer as the file has it; None if it is taken over as it is.
         spec: The model.
         seconds: Stage name to wall-clock seconds, growing as the run goes on.
         costs: What decoding takes by type, or None.
@@ -112,7 +107,7 @@ class Planned:
     plan: QuantPlan
     header: Header
     importance: ImportanceMatrix | None
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary | None
     spec: ModelSpec
     seconds: Mapping[str, float]
     costs: DecodeCosts | None = None
@@ -194,7 +189,7 @@ def convert(
         LieqError: whatever is wrong; ``output`` is then as it was before.
     """
     check_output(output, force)
-    source = ModelDirectory(source_dir)
+    source = open_source(source_dir)
     planned = make_plan(
         source, budget, allocation, calibration, progress,
         plan_file=plan_file, pre_tokenizer=pre_tokenizer, command_line=command_line,
@@ -211,13 +206,11 @@ def convert(
             write_file(temporary, planned.header, encoded, advance)
         with progress.stage("verify", "Verifying", n_weights) as advance:
             verify(temporary, plan.types, {t.name: t.shape for t in spec.tensors}, calibration.n_threads, advance)
-            check_tokenizer(source_dir, temporary, planned.vocabulary, progress)
+            check_tokenizer(source, temporary, planned.vocabulary, progress)
     return Conversion(output, planned, () if refinement is None else tuple(refinement.block_errors))
 
 
-def _refinement(
-    source: ModelDirectory, planned: Planned, calibration: CalibrationOptions, progress: Progress
-) -> Refinement:
+def _refinement(source: Source, planned: Planned, calibration: CalibrationOptions, progress: Progress) -> Refinement:
     """The second pass, and what it will take."""
     from lieq_gguf.refinement import Refinement
 
@@ -240,7 +233,7 @@ def _refinement(
 
 
 def make_plan(
-    source: ModelDirectory,
+    source: Source,
     budget: BitBudget | None,
     allocation: Allocation,
     calibration: CalibrationOptions,
@@ -268,11 +261,11 @@ def make_plan(
         if not budget.covers_file:
             check_reachable(spec, budget, offered)
     with progress.stage("read", "Reading the tokenizer"):
-        vocabulary = read_vocabulary(source.path, spec.config["vocab_size"], pre_tokenizer)
+        metadata = source.read_metadata(pre_tokenizer)
     if budget is not None and budget.covers_file:
         provenance = Provenance(command_line, _imatrix_note(spec, calibration, None))
         # the vocabulary is part of the file, so only now is it known what the types may take
-        head = header_size(source, vocabulary, _draft(spec, budget, offered), provenance) + _HEADER_SLACK
+        head = header_size(spec, metadata, _draft(spec, budget, offered), provenance) + _HEADER_SLACK
         check_reachable(spec, budget, offered, head)
     if plan_file is not None:
         plan = QuantPlan.load(plan_file)
@@ -305,13 +298,13 @@ def make_plan(
     if not _quantizes_layers(plan, spec):
         plan = replace(plan, refine="none")
     note = _imatrix_note(spec, calibration, known.importance) if _quantizes_layers(plan, spec) else None
-    header = make_header(source, vocabulary, plan, Provenance(command_line, note))
+    header = make_header(spec, metadata, plan, Provenance(command_line, note))
     if plan.budget.covers_file and 8 * header.meter.file_bytes > plan.budget.limit(spec):
         found = f"the file has {header.meter.file_bytes} bytes, more than {plan.budget}"
         if budget is not None:
             raise BudgetError(f"{found}; please report this")
         progress.warn(f"{found}, which {plan_file} was made for")  # edited by hand, which is welcome
-    return Planned(plan, header, known.importance, vocabulary, spec, progress.seconds, allocation.costs)
+    return Planned(plan, header, known.importance, metadata.vocabulary, spec, progress.seconds, allocation.costs)
 
 
 def _quantizes_layers(plan: QuantPlan, spec: ModelSpec) -> bool:
@@ -342,7 +335,7 @@ def _imatrix_note(
 
 
 def learn(
-    source: ModelDirectory,
+    source: Source,
     types: tuple[QuantType, ...] = DEFAULT_LADDER,
     options: CalibrationOptions | None = None,
     progress: Progress | None = None,
@@ -376,7 +369,7 @@ def learn(
 
 
 def _measure(
-    source: ModelDirectory,
+    source: Source,
     types: tuple[QuantType, ...],
     options: CalibrationOptions,
     given: ImportanceMatrix | None,
@@ -446,11 +439,11 @@ def _measure(
     return scores, result.importance
 
 
-def _tokenize(source: ModelDirectory, text: str, dataset: str, n_tokens: int) -> CalibrationTokens:
-    return tokenize(text, dataset, load_source_tokenizer(source.path), n_tokens)
+def _tokenize(source: Source, text: str, dataset: str, n_tokens: int) -> CalibrationTokens:
+    return tokenize(text, dataset, source.load_tokenizer(), n_tokens)
 
 
-def check_tokenizer(source_dir: Path, file: Path, vocabulary: Vocabulary, progress: Progress) -> None:
+def check_tokenizer(source: Source, file: Path, vocabulary: Vocabulary | None, progress: Progress) -> None:
     """Tokenise a built-in text with the source's tokenizer and with the file in llama.cpp.
 
     A difference where llama.cpp is known to deviate is a warning, since no file could avoid it.
@@ -458,13 +451,13 @@ def check_tokenizer(source_dir: Path, file: Path, vocabulary: Vocabulary, progre
     Raises:
         TokenizerError: at any other difference.
     """
-    differences = tokenizer_differences(source_dir, file)
+    differences = tokenizer_differences(source.load_tokenizer(), file)
     if not differences:
         return
-    caveat = known_deviation(vocabulary, differences)
+    caveat = "" if vocabulary is None else known_deviation(vocabulary, differences)
     if not caveat:
         raise TokenizerError(
-            f"llama.cpp tokenises differently from {source_dir}: {differences[0]}; "
+            f"llama.cpp tokenises differently from {source.path}: {differences[0]}; "
             "name the right pre-tokenizer with --pre-tokenizer"
         )
     progress.warn(f"{caveat}; for example {differences[0]}")

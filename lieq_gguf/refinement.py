@@ -19,14 +19,15 @@ import torch
 from lieq_gguf import compensation, ggml
 from lieq_gguf.calibration_text import CalibrationTokens
 from lieq_gguf.errors import CalibrationError, QuantizationError
-from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, keep_freed_memory, model_config, torch_device
+from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, keep_freed_memory, torch_device
 from lieq_gguf.observers.quantization_damage import relative_change
 from lieq_gguf.observers.second_moments import SecondMoments
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
-from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.writer import EncodedRows, encode_tensors, rotary_order
+from lieq_gguf.sources.row_order import rotary_order
+from lieq_gguf.sources.source import Source
+from lieq_gguf.writer import EncodedRows, encode_tensors
 
 ByteArray = npt.NDArray[np.uint8]
 
@@ -44,7 +45,7 @@ class Refinement:
 
     def __init__(
         self,
-        source: ModelDirectory,
+        source: Source,
         plan: QuantPlan,
         tokens: CalibrationTokens,
         importance: ImportanceMatrix | None,
@@ -76,7 +77,7 @@ class Refinement:
         torch.set_num_threads(n_threads)
         on = torch_device(device)
         in_bfloat16 = not in_float32 and has_fast_bfloat16(on)
-        self._layer = LayerModel(model_config(source.path), on, in_bfloat16=in_bfloat16)
+        self._layer = LayerModel(source.transformers_config(), on, in_bfloat16=in_bfloat16)
 
     def expected_bytes(self) -> int:
         """Memory of the second moments and of the hidden states."""

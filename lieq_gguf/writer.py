@@ -16,7 +16,6 @@ from typing import TypeAlias
 import gguf
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from lieq_gguf import __version__, ggml
 from lieq_gguf.errors import OutputError, QuantizationError
@@ -24,11 +23,8 @@ from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.bits import BitMeter, measure_bits, padded
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
-from lieq_gguf.records.spec import TensorSpec
-from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.tokenizers import Vocabulary
-
-_CHUNK_WEIGHTS = 1 << 22  # weights converted to float32 at a time: 16 MiB, and as much being read ahead
+from lieq_gguf.records.spec import ModelSpec, TensorSpec
+from lieq_gguf.sources.source import Source, SourceMetadata
 
 _Rows: TypeAlias = tuple[TensorSpec, npt.NDArray[np.float32], bool]
 """A tensor, some rows of it ``[n_rows, n_in]``, and whether they are its last."""
@@ -92,22 +88,21 @@ class Header:
     meter: BitMeter
 
 
-def make_header(source: ModelDirectory, vocabulary: Vocabulary, plan: QuantPlan, provenance: Provenance) -> Header:
+def make_header(spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, provenance: Provenance) -> Header:
     """Lay out the file: metadata, and name, shape, type and place of every tensor.
 
     The figures of the file are themselves part of the metadata, so it is laid out twice, the first time to learn its
     size.
     """
-    spec = source.spec
     tensors_bytes = sum(padded(QUANT_TYPES[plan.types[t.name]].tensor_bytes(t.shape)) for t in spec.tensors)
-    size = header_size(source, vocabulary, plan, provenance)
+    size = header_size(spec, metadata, plan, provenance)
     meter = measure_bits(spec.tensors, plan.types, size + tensors_bytes)
-    return Header(_header_content(source, vocabulary, plan, provenance, meter), meter)
+    return Header(_header_content(spec, metadata, plan, provenance, meter), meter)
 
 
-def header_size(source: ModelDirectory, vocabulary: Vocabulary, plan: QuantPlan, provenance: Provenance) -> int:
+def header_size(spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, provenance: Provenance) -> int:
     """Bytes before the first tensor; they do not depend on the types."""
-    return len(_header_content(source, vocabulary, plan, provenance, measure_bits(source.spec.tensors, plan.types, 0)))
+    return len(_header_content(spec, metadata, plan, provenance, measure_bits(spec.tensors, plan.types, 0)))
 
 
 def write_file(
@@ -140,7 +135,7 @@ def write_file(
 
 
 def encode_tensors(
-    source: ModelDirectory,
+    source: Source,
     tensors: Sequence[TensorSpec],
     plan: QuantPlan,
     importance: ImportanceMatrix | None,
@@ -167,27 +162,13 @@ def encode_tensors(
         yield EncodedRows(tensor, data, is_last)
 
 
-def rotary_order(n_rows: int, n_heads: int) -> npt.NDArray[np.int64]:
-    """Source row of every row in llama.cpp's rotary layout ``[n_rows]``.
-
-    Hugging Face keeps the two halves of a head apart, llama.cpp interleaves them.
-    """
-    return np.arange(n_rows).reshape(n_heads, 2, n_rows // n_heads // 2).swapaxes(1, 2).reshape(n_rows)
-
-
-def _rows_in_order(source: ModelDirectory, tensors: Sequence[TensorSpec]) -> Iterator[_Rows]:
+def _rows_in_order(source: Source, tensors: Sequence[TensorSpec]) -> Iterator[_Rows]:
     """Weights as the file has them, some rows at a time."""
     for tensor in tensors:
-        loaded = source.read(tensor)
-        rows = loaded if loaded.ndim > 1 else loaded[None, :]
-        if tensor.rotary_heads and loaded.ndim == 1:  # a bias has its rotary rows in one line
-            rows = rows[:, rotary_order(tensor.shape[0], tensor.rotary_heads)]
-        order = rotary_order(tensor.shape[0], tensor.rotary_heads) if tensor.rotary_heads and loaded.ndim > 1 else None
-        step = max(1, _CHUNK_WEIGHTS // rows.shape[1])
-        for start in range(0, rows.shape[0], step):
-            chunk = rows[start : start + step] if order is None else rows[order[start : start + step]]
-            weights = chunk.float() + tensor.offset if tensor.offset else chunk.float()
-            yield tensor, weights.numpy(), start + step >= rows.shape[0]
+        n_left = tensor.n_rows
+        for rows in source.rows(tensor):
+            n_left -= len(rows)
+            yield tensor, rows, n_left == 0
         source.release()
 
 
@@ -201,14 +182,12 @@ def _read_ahead(parts: Iterator[_Rows]) -> Iterator[_Rows]:
 
 
 def _header_content(
-    source: ModelDirectory, vocabulary: Vocabulary, plan: QuantPlan, provenance: Provenance, meter: BitMeter
+    spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, provenance: Provenance, meter: BitMeter
 ) -> bytes:
-    spec = source.spec
     writer = gguf.GGUFWriter(None, spec.architecture)
-    writer.add_type(gguf.GGUFType.MODEL)
-    _add_general(writer, source, plan)
-    source.family.add_hyper_parameters(spec.config, writer)
-    vocabulary.add_to(writer)
+    metadata.add_to(writer)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(_file_type(spec.layer_matrices, plan.types))
     _add_provenance(writer, plan, provenance, meter)
     for tensor in spec.tensors:
         quant_type = QUANT_TYPES[plan.types[tensor.name]]
@@ -228,21 +207,6 @@ def _header_content(
     writer.write_ti_data_to_file()
     size = content.tell()
     return content.getvalue() + bytes(padded(size) - size)
-
-
-def _add_general(writer: gguf.GGUFWriter, source: ModelDirectory, plan: QuantPlan) -> None:
-    spec = source.spec
-    try:
-        metadata = gguf.Metadata.load(None, source.path, None, spec.n_weights)
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        metadata = gguf.Metadata()  # the model card is for people; one that cannot be parsed stops nothing
-    if metadata.name is None:
-        metadata.name = spec.name
-    if metadata.size_label is None:
-        metadata.size_label = gguf.size_label(spec.n_weights, 0, 0, 0)
-    metadata.set_gguf_meta_model(writer)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(_file_type(spec.layer_matrices, plan.types))
 
 
 def _file_type(layers: tuple[tuple[TensorSpec, ...], ...], types: Mapping[str, str]) -> int:

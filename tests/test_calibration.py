@@ -147,7 +147,7 @@ def test_the_twin_is_not_the_trained_model(streamed: Calibration) -> None:
 
 @pytest.mark.parametrize("initializer_range", [0.05, 0.005])
 def test_twin_has_the_initialisers_weights(tmp_path: Path, initializer_range: float) -> None:
-    config = layer_model.model_config(write_model(tmp_path, initializer_range=initializer_range))
+    config = ModelDirectory(write_model(tmp_path, initializer_range=initializer_range)).transformers_config()
     twin = layer_model.LayerModel(config, torch.device("cpu"))
     twin.initialise(3, 0)
     for module in MODULES.values():
@@ -158,7 +158,7 @@ def test_twin_has_the_initialisers_weights(tmp_path: Path, initializer_range: fl
 
 
 def test_layers_of_the_twin_differ(tiny_model: Path) -> None:
-    config = layer_model.model_config(tiny_model)
+    config = ModelDirectory(tiny_model).transformers_config()
     twin = layer_model.LayerModel(config, torch.device("cpu"))
     weights = []
     for seed in (1, 2, 1):
@@ -234,7 +234,7 @@ def test_block_errors_are_those_of_the_whole_model(pair: Pair) -> None:
 
 
 def loaded_layer(path: Path) -> layer_model.LayerModel:
-    layer = layer_model.LayerModel(layer_model.model_config(path), torch.device("cpu"))
+    layer = layer_model.LayerModel(ModelDirectory(path).transformers_config(), torch.device("cpu"))
     layer.load(ModelDirectory(path), 1)
     return layer
 

@@ -22,8 +22,8 @@ from lieq_gguf.quant_types import QUANT_TYPES, parse_types
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.refinement import Refinement
 from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.sources.row_order import rotary_order
 from lieq_gguf.tokenizers import load_source_tokenizer
-from lieq_gguf.writer import rotary_order
 
 
 def converted(source: Path, output: Path, text: Path, types: str = "Q2_K,IQ3_XXS") -> Conversion:

@@ -71,7 +71,7 @@ def with_config(model_dir: Path, vocab_size: int, **changes: Any) -> None:
 
 
 def differing_segments(model_dir: Path, vocabulary: Vocabulary, tmp_path: Path) -> set[str]:
-    found = tokenizer_differences(model_dir, write_gguf(vocabulary, tmp_path / "check.gguf"))
+    found = tokenizer_differences(load_source_tokenizer(model_dir), write_gguf(vocabulary, tmp_path / "check.gguf"))
     return {difference.segment for difference in found}
 
 
@@ -80,7 +80,7 @@ def test_llama_cpp_gives_the_tokens_of_the_source(name: str, tmp_path: Path) -> 
     vocab_size = WRITERS[name](tmp_path)
     vocabulary = read_vocabulary(tmp_path, vocab_size)
     assert len(vocabulary.tokens) == len(vocabulary.token_types) == vocab_size
-    assert tokenizer_differences(tmp_path, write_gguf(vocabulary, tmp_path / "vocab.gguf")) == []
+    assert tokenizer_differences(load_source_tokenizer(tmp_path), write_gguf(vocabulary, tmp_path / "vocab.gguf")) == []
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
@@ -113,7 +113,7 @@ def test_taking_words_whole_matters(tmp_path: Path) -> None:
 
 def test_a_difference_says_where(tmp_path: Path) -> None:
     vocabulary = read_vocabulary(tmp_path, fixtures.write_smollm2(tmp_path), pre_tokenizer="gpt-2")
-    found = tokenizer_differences(tmp_path, write_gguf(vocabulary, tmp_path / "vocab.gguf"))
+    found = tokenizer_differences(load_source_tokenizer(tmp_path), write_gguf(vocabulary, tmp_path / "vocab.gguf"))
     difference = next(d for d in found if d.segment == "digits")
     source = load_source_tokenizer(tmp_path)
     ids = source.encode(difference.text, add_special_tokens=False)
@@ -441,7 +441,7 @@ def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
     vocabulary = read_vocabulary(tmp_path, fixtures.write_smollm2(tmp_path))
     path = write_gguf(dataclasses.replace(vocabulary, pre_tokenizer="nonsense"), tmp_path / "vocab.gguf")
     assert "unknown pre-tokenizer type: 'nonsense'" in raised(
-        lambda: tokenizer_differences(tmp_path, path), VerificationError
+        lambda: tokenizer_differences(load_source_tokenizer(tmp_path), path), VerificationError
     )
 
 

@@ -11,13 +11,15 @@ from conftest import RunCli
 from models import write_model
 from safetensors.torch import load_file
 
-from lieq_gguf import __version__, pipeline, writer
+from lieq_gguf import __version__, pipeline
 from lieq_gguf.errors import OutputError, QuantizationError
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.sources import row_order
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.writer import EncodedRows, encode_tensors, rotary_order, write_file
+from lieq_gguf.sources.row_order import rotary_order
+from lieq_gguf.writer import EncodedRows, encode_tensors, write_file
 
 
 def keys(file: Path) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def test_bytes_do_not_depend_on_threads(conversion: pipeline.Conversion, tiny_mo
 def test_bytes_do_not_depend_on_the_rows_held_at_a_time(
     conversion: pipeline.Conversion, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_CHUNK_WEIGHTS", 256 * 7)  # no divisor of any number of rows
+    monkeypatch.setattr(row_order, "CHUNK_WEIGHTS", 256 * 7)  # no divisor of any number of rows
     assert write_again(tiny_model, conversion, tmp_path / "again.gguf") == conversion.output.read_bytes()
 
 

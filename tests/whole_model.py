@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lieq_gguf import calibration, layer_model
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.scorers import lieq
+from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.type_errors import probe_matrix
 
 PREFIX_ROWS, PREFIX_LENGTH = [0, 4], 128  # the sequences and heads that 256 tokens of five sequences are taken from
@@ -136,7 +137,7 @@ class OuterReference:
 
 def whole_twin(path: Path, n_layers: int, ids: npt.NDArray[np.int64], seed: int) -> dict[str, torch.Tensor]:
     """Projections of an untrained model of all layers at once, by tensor name."""
-    config = layer_model.model_config(path)
+    config = ModelDirectory(path).transformers_config()
     hidden = layer_model.twin_embedding(config, ids, seed)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(path)).model
     for layer, module in enumerate(model.layers):

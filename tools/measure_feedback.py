@@ -19,7 +19,7 @@ import torch
 from lieq_gguf import ggml
 from lieq_gguf.calibration_text import read_calibration_text, tokenize
 from lieq_gguf.compensation import Request, coupling, encode
-from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, model_config, torch_device
+from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, torch_device
 from lieq_gguf.observers.second_moments import SecondMoments
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -54,7 +54,7 @@ def main() -> None:
         text, name = read_calibration_text(Path(file))
         hidden.append(embedding[torch.from_numpy(tokenize(text, name, tokenizer, n_tokens).ids)].float())
     device = torch_device("cpu")
-    layer = LayerModel(model_config(source.path), device, in_bfloat16=has_fast_bfloat16(device))
+    layer = LayerModel(source.transformers_config(), device, in_bfloat16=has_fast_bfloat16(device))
     left: dict[str, list[list[float]]] = {name: [] for name in TYPES}
     for index in range(max(layers) + 1):
         layer.load(source, index)

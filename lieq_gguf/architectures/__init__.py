@@ -18,6 +18,8 @@ from lieq_gguf.architectures.qwen3moe import Qwen3Moe
 from lieq_gguf.architectures.smollm3 import SmolLM3
 from lieq_gguf.errors import ArchitectureError
 
+__all__ = ["FAMILIES", "Decoder", "find_family"]
+
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(),
 )  # fmt: skip

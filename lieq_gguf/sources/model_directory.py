@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,13 @@ from safetensors import SafetensorError, safe_open
 from lieq_gguf.architectures import find_family
 from lieq_gguf.errors import SourceError
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
+from lieq_gguf.sources.directory_metadata import DirectoryMetadata
+from lieq_gguf.sources.row_order import FloatArray, file_rows
+from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer, read_vocabulary
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -76,6 +80,43 @@ class ModelDirectory:
         import torch
 
         return torch.stack([self._stored(name) for name in tensor.source_names])
+
+    def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
+        """The weights in file order, some rows ``[n_rows, n_in]`` at a time; a vector is one row."""
+        yield from file_rows(tensor, self.read(tensor))
+
+    def transformers_config(self) -> PretrainedConfig:
+        """The configuration that transformers reads, for float32.
+
+        Raises:
+            SourceError: if transformers does not read it.
+        """
+        import torch
+        from transformers import AutoConfig
+
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise SourceError(
+                f"transformers does not read {self.path / 'config.json'}: {str(error).splitlines()[0]}"
+            ) from None
+        config.dtype = torch.float32
+        return config
+
+    def load_tokenizer(self) -> SourceTokenizer:
+        """The tokenizer that the directory's files define."""
+        return load_source_tokenizer(self.path)
+
+    def read_metadata(self, pre_tokenizer: str | None = None) -> DirectoryMetadata:
+        """What the file is to say of the model; with a name for the pre-tokenizer if it cannot be recognised.
+
+        Raises:
+            TokenizerError: if llama.cpp cannot tokenise as the model's files say.
+        """
+        vocabulary = read_vocabulary(self.path, self.spec.config["vocab_size"], pre_tokenizer)
+        return DirectoryMetadata(self.path, self.spec, self.family, vocabulary)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lieq_gguf.engine import LoadedModel, open_model
 from lieq_gguf.tokenizers.check_texts import CHECK_TEXTS
 from lieq_gguf.tokenizers.pre_tokenizers import explained_segments, pre_tokenizer_caveat
-from lieq_gguf.tokenizers.source_tokenizer import SourceTokenizer, load_source_tokenizer
+from lieq_gguf.tokenizers.source_tokenizer import SourceTokenizer
 from lieq_gguf.tokenizers.vocabulary import Vocabulary
 
 _AROUND = 2
@@ -43,24 +43,22 @@ class TokenizerDifference:
         )
 
 
-def tokenizer_differences(model_dir: Path, gguf_file: Path) -> list[TokenizerDifference]:
+def tokenizer_differences(source: SourceTokenizer, gguf_file: Path) -> list[TokenizerDifference]:
     """Tokenise test texts with the model's own tokenizer and with llama.cpp.
 
     The texts are ordinary and awkward ones in several languages, and one made of the model's own special tokens. They
     are compared without automatic tokens, then a short one with them.
 
     Args:
-        model_dir: the Hugging Face model directory.
+        source: the model's own tokenizer.
         gguf_file: the file made from it; only its vocabulary is read.
 
     Returns:
         One difference per text that is tokenised differently; an empty list if all are the same.
 
     Raises:
-        SourceError, TokenizerError: if the model's own tokenizer cannot be loaded.
         VerificationError: if llama.cpp refuses the file.
     """
-    source = load_source_tokenizer(model_dir)
     with open_model(gguf_file, vocab_only=True) as written:
         return list(_differences(source, written))
 
