@@ -209,6 +209,8 @@ def _header_content(
     source.family.add_hyper_parameters(spec.config, writer)
     vocabulary.add_to(writer)
     _add_provenance(writer, plan, provenance, meter)
+    if source.adapter is not None:
+        writer.add_string("lieq.adapter", source.adapter.name)
     for tensor in spec.tensors:
         quant_type = QUANT_TYPES[plan.types[tensor.name]]
         writer.add_tensor_info(
