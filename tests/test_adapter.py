@@ -616,6 +616,11 @@ def test_refuses_dora_on_weights_that_are_all_zero(untied: Path, tmp_path: Path)
         read_all(source)
 
 
+def test_adapter_in_place_of_its_base_is_told_where_it_belongs(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="lora is an adapter; give its base model, and this with --adapter"):
+        ModelDirectory(write_adapter(tmp_path / "lora", pair(Q_PROJ)))
+
+
 @pytest.mark.parametrize("command", ["convert", "score", "imatrix", "plan"])
 def test_what_is_wrong_is_one_line_and_leaves_nothing_behind(
     run_cli: RunCli, tiny_model: Path, tmp_path: Path, command: str

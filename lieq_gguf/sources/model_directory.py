@@ -159,6 +159,8 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (path / "adapter_config.json").is_file():
+            raise SourceError(f"{path} is an adapter; give its base model, and this with --adapter") from None
         raise SourceError(
             f"{path} has no config.json; expected a model directory as Hugging Face lays it out"
         ) from None
