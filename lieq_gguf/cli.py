@@ -99,6 +99,10 @@ def _show_version(value: bool) -> None:
 Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="Model directory with config.json and safetensors.", show_default=False)
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="LoRA adapter (PEFT) to merge into the weights as they are read."),
+]
 Bits = Annotated[
     float | None,
     typer.Option("--bits", help="Average stored bits per decoder weight; never exceeded.", callback=_finite),
@@ -226,6 +230,7 @@ def _root(
 def convert(
     context: typer.Context,
     source: Source,
+    adapter: Adapter = None,
     bits: Bits = None,
     file_bits: FileBits = None,
     size: Size = None,
@@ -285,14 +290,14 @@ def convert(
     target = output or Path(_default_name(source, budget, plan))
     if dry_run:
         planned = pipeline.make_plan(
-            open_source(source), budget, allocation, options, progress,
+            open_source(source, adapter), budget, allocation, options, progress,
             plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), for_writing=False,
         )  # fmt: skip
         _show_plan(planned, as_json)
         return
     result = pipeline.convert(
         source, target, budget, allocation, options, progress,
-        plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), force=force,
+        adapter_dir=adapter, plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), force=force,
     )  # fmt: skip
     if as_json:
         _print_json(result.to_json())
@@ -307,6 +312,7 @@ def convert(
 def score(
     context: typer.Context,
     source: Source,
+    adapter: Adapter = None,
     scorer: Annotated[
         str, typer.Option("--scorer", metavar="NAME", callback=_scorer_name, help="Score to show first and draw.")
     ] = "lieq",
@@ -343,7 +349,7 @@ def score(
     if output is not None:
         check_output(output, force)
     options = _calibration(context.params | ({"scorer": NEEDS_REMOVAL} if compare else {}))
-    known = pipeline.learn(open_source(source), _types("--types", types), options, _progress(quiet))
+    known = pipeline.learn(open_source(source, adapter), _types("--types", types), options, _progress(quiet))
     assert known.scores is not None
     if output is not None:
         known.scores.save(output, scorer)
@@ -362,6 +368,7 @@ def imatrix(
     context: typer.Context,
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
+    adapter: Adapter = None,
     calibration: CalibrationFile = None,
     n_tokens: NTokens = 16384,
     threads: Threads = 0,
@@ -383,7 +390,7 @@ def imatrix(
 
     check_output(output, force)
     options = _calibration(context.params)
-    known = pipeline.learn(open_source(source), (), options, _progress(quiet), scores=False)
+    known = pipeline.learn(open_source(source, adapter), (), options, _progress(quiet), scores=False)
     assert known.importance is not None
     known.importance.save(output)
     matrix = known.importance
@@ -394,6 +401,7 @@ def imatrix(
 def plan(
     context: typer.Context,
     source: Source,
+    adapter: Adapter = None,
     bits: Bits = None,
     file_bits: FileBits = None,
     size: Size = None,
@@ -447,7 +455,7 @@ def plan(
     if output is not None:
         check_output(output, force)
     planned = pipeline.make_plan(
-        open_source(source),
+        open_source(source, adapter),
         _budget(bits, file_bits, size, nominal),
         _allocation(context.params),
         _calibration(context.params),

@@ -166,6 +166,7 @@ def convert(
     calibration: CalibrationOptions,
     progress: Progress,
     *,
+    adapter_dir: Path | None = None,
     plan_file: Path | None = None,
     pre_tokenizer: str | None = None,
     command_line: str = "",
@@ -180,6 +181,7 @@ def convert(
         allocation: How to divide the bits.
         calibration: How to learn about the model.
         progress: Where stages are shown and timed.
+        adapter_dir: LoRA adapter to merge into the model.
         plan_file: Plan to carry out instead of making one.
         pre_tokenizer: Name of the pre-tokenizer, if it cannot be recognised.
         command_line: Kept in the file.
@@ -189,7 +191,7 @@ def convert(
         LieqError: whatever is wrong; ``output`` is then as it was before.
     """
     check_output(output, force)
-    source = open_source(source_dir)
+    source = open_source(source_dir, adapter_dir)
     planned = make_plan(
         source, budget, allocation, calibration, progress,
         plan_file=plan_file, pre_tokenizer=pre_tokenizer, command_line=command_line,
@@ -249,6 +251,8 @@ def make_plan(
     With ``for_writing`` off, no importance matrix is measured where scores are given.
     """
     spec = source.spec
+    for remark in source.notes:
+        progress.note(remark)
     offered, head = allocation, 0
     if budget is not None:
         types = offered_types(allocation.types, calibration.use_imatrix, allocation.profile)

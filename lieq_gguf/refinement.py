@@ -3,6 +3,9 @@
 Layer by layer: measure the second moments of the inputs, encode the layer's matrices so that their outputs and not
 their weights stay close (``compensation``), put them in the place of the original ones, and go on with what the layer
 gives now. So a layer's feedback also makes good some of the error of the layers before it.
+
+Experts are encoded without feedback: each sees few tokens for as many moments, and the moments of all would take many
+times the memory of the layer.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from lieq_gguf.observers.second_moments import SecondMoments
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.row_order import rotary_order
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writer import EncodedRows, encode_tensors
@@ -82,7 +86,7 @@ class Refinement:
     def expected_bytes(self) -> int:
         """Memory of the second moments and of the hidden states."""
         spec = self._source.spec
-        widths = sorted(t.shape[-1] for layer in spec.layer_matrices for t in layer)
+        widths = sorted(t.shape[-1] for layer in spec.layer_matrices for t in layer if not t.of_experts)
         of_moments = sum(n * n for n in set(widths)) + 2 * widths[-1] ** 2
         return 4 * (of_moments + 3 * self._ids.size * spec.embedding.shape[-1])
 
@@ -92,7 +96,7 @@ class Refinement:
         layer.load(self._source, 0)
         hidden = torch.zeros(*self._ids.shape, spec.embedding.shape[-1])
         rows = next(layer.batches(hidden))
-        moments = SecondMoments(layer.in_bfloat16)
+        moments = self._moments()
         with torch.inference_mode():
             start = time.perf_counter()
             with layer.watching_inputs(moments.see_input):
@@ -138,7 +142,7 @@ class Refinement:
         """The layer's matrices in file order of their rows, and its output with them."""
         layer = self._layer
         layer.load(self._source, index)
-        moments = SecondMoments(layer.in_bfloat16)
+        moments = self._moments()
         with torch.inference_mode():
             with layer.watching_inputs(moments.see_input):
                 wanted = layer.forward(hidden)
@@ -149,10 +153,27 @@ class Refinement:
                 # no name for the moments, which would keep them: of a wide matrix they take hundreds of megabytes
                 coupled = compensation.coupling(moments.take(modules[0]))
                 matrices |= self._encode_matrices(modules, coupled)
+            for tensor in layer.modules:
+                if tensor.of_experts:
+                    matrices[tensor.name] = self._encode_experts(tensor)
             found = layer.forward(hidden)
         some = slice(None, None, -(-len(hidden) // _N_COMPARED))
         self.block_errors.append(relative_change(wanted[some], found[some]))
         return matrices, found
+
+    def _moments(self) -> SecondMoments:
+        watched = [module for module, tensor in self._layer.tensors.items() if not tensor.of_experts]
+        return SecondMoments(watched, self._layer.in_bfloat16)
+
+    def _encode_experts(self, tensor: TensorSpec) -> ByteArray:
+        """Encode a matrix of every expert, and put them in their places in the layer."""
+        parts = encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
+        data = np.concatenate([part.data for part in parts])
+        modules = self._layer.modules[tensor]
+        for module, rows in zip(modules, np.split(data, len(modules)), strict=True):
+            decoded = ggml.dequantize(rows, QUANT_TYPES[self._plan.types[tensor.name]], self._n_threads)
+            self._layer.assign(module, torch.from_numpy(decoded))
+        return data
 
     def _encode_matrices(self, modules: list[str], coupled: compensation.FloatArray) -> dict[str, ByteArray]:
         """Encode the matrices of one input, and put them in their places in the layer."""

@@ -26,8 +26,8 @@ from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.source import Source, SourceMetadata
 
-_Rows: TypeAlias = tuple[TensorSpec, npt.NDArray[np.float32], bool]
-"""A tensor, some rows of it ``[n_rows, n_in]``, and whether they are its last."""
+_Rows: TypeAlias = tuple[TensorSpec, npt.NDArray[np.float32], int, bool]
+"""A tensor, some rows of it ``[n_rows, n_in]``, the index of the first, and whether they are its last."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,10 @@ def encode_tensors(
     Raises:
         QuantizationError: if a tensor cannot be encoded.
     """
-    for tensor, rows, is_last in _read_ahead(_rows_in_order(source, tensors)):
+    for tensor, rows, first_row, is_last in _read_ahead(_rows_in_order(source, tensors)):
         mean = None if importance is None else importance.mean(tensor.name)
+        if mean is not None and tensor.of_experts:
+            mean = mean[first_row // tensor.shape[1]]
         try:
             data = ggml.quantize(rows, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads)
         except QuantizationError as error:
@@ -167,8 +169,8 @@ def _rows_in_order(source: Source, tensors: Sequence[TensorSpec]) -> Iterator[_R
     for tensor in tensors:
         n_left = tensor.n_rows
         for rows in source.rows(tensor):
+            yield tensor, rows, tensor.n_rows - n_left, n_left == len(rows)
             n_left -= len(rows)
-            yield tensor, rows, n_left == 0
         source.release()
 
 

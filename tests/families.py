@@ -97,6 +97,13 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     "qwen3": TinyModel(
         "qwen3", "qwen3", "Qwen3", fixtures.write_smollm2, {"head_dim": 128, "tie_word_embeddings": True}
     ),
+    "qwen3moe": TinyModel(
+        "qwen3moe", "qwen3_moe", "Qwen3-30B-A3B", fixtures.write_smollm2,
+        {
+            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True,
+            "head_dim": 64,
+        },
+    ),
     "gemma2": TinyModel(
         "gemma2", "gemma2", "Gemma 2", fixtures.write_llama_2,
         {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 32},

@@ -126,6 +126,7 @@ def test_wrong_usage_exits_with_2_and_says_so_on_stderr(run_cli: RunCli, argumen
     [
         ["convert", "none", "--bits", "3"],
         ["convert", "MODEL", "--bits", "1"],
+        ["convert", "MODEL", "--bits", "3", "--adapter", "none"],
         ["plan", "MODEL", "--bits", "3", "--scores", "none.json"],
         ["inspect", "none.gguf"],
         ["verify", "none.gguf"],

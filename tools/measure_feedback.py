@@ -31,7 +31,7 @@ N_TOKENS, N_ROWS, N_THREADS = (16384, 8192), 384, 2
 
 def moments_of(layer: LayerModel, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
     """Second moments by the last module of each input."""
-    moments = SecondMoments(layer.in_bfloat16)
+    moments = SecondMoments(tuple(layer.tensors), layer.in_bfloat16)
     with layer.watching_inputs(moments.see_input):
         layer.forward(hidden)
     return {modules[-1]: moments.take(modules[0]) for modules in moments.groups()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,12 +18,14 @@ class SecondMoments(Observer):
 
     sees_inputs = True
 
-    def __init__(self, in_bfloat16: bool) -> None:
+    def __init__(self, modules: Collection[str], in_bfloat16: bool) -> None:
         """Begin a layer.
 
         Args:
+            modules: Linear modules to watch.
             in_bfloat16: Whether inputs may be rounded to bfloat16, as the layer rounds them; sums are float32 always.
         """
+        self._watched = modules
         self._in_bfloat16 = in_bfloat16
         self._sums: dict[str, torch.Tensor] = {}
         self._n_tokens: dict[str, int] = {}
@@ -32,6 +34,8 @@ class SecondMoments(Observer):
 
     def see_input(self, module: str, x: torch.Tensor) -> None:
         """Add a batch; the same tensor reaching several modules is summed once, under the name of the first."""
+        if module not in self._watched:
+            return
         if self._last is not None and self._last[0] is x:
             self._note(self._last[1], module)
             return

@@ -22,12 +22,14 @@ class DirectoryMetadata:
         spec: The model.
         family: The functions of its architecture.
         vocabulary: Its tokenizer.
+        adapter: Name of the adapter that is merged into it, or None.
     """
 
     path: Path
     spec: ModelSpec
     family: Decoder
     vocabulary: Vocabulary
+    adapter: str | None = None
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Write all of it."""
@@ -35,6 +37,8 @@ class DirectoryMetadata:
         self._add_general(writer)
         self.family.add_hyper_parameters(self.spec.config, writer)
         self.vocabulary.add_to(writer)
+        if self.adapter is not None:
+            writer.add_string("lieq.adapter", self.adapter)
 
     def _add_general(self, writer: gguf.GGUFWriter) -> None:
         try:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from lieq_gguf.architectures import find_family
 from lieq_gguf.errors import SourceError
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
+from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.directory_metadata import DirectoryMetadata
 from lieq_gguf.sources.row_order import FloatArray, file_rows
 from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer, read_vocabulary
@@ -37,13 +38,16 @@ class ModelDirectory:
         path: The directory.
         spec: What the model is made of.
         family: The functions of its architecture.
+        adapter: What is merged into its tensors as they are read, or None.
 
     Raises:
-        SourceError: if something is missing, damaged, or stored in a form that is no plain weight.
+        SourceError: if something is missing, damaged, or stored in a form that is no plain weight, or if the adapter
+            cannot be merged.
         ArchitectureError: if the architecture is not supported.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, adapter: Path | None = None) -> None:
+        """Open a model, with a LoRA adapter if there is a directory of one."""
         self.path = path
         config = _read_config(path)
         if "quantization_config" in config:
@@ -67,9 +71,15 @@ class ModelDirectory:
             tensors=tensors,
             has_tied_embeddings=not any(t.name == "output.weight" for t in tensors),
         )
+        self.adapter: LoraAdapter | None = None if adapter is None else load_adapter(adapter, path, self.spec)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user may want to know of the model."""
+        return () if self.adapter is None else self.adapter.notes
 
     def read(self, tensor: TensorSpec) -> torch.Tensor:
-        """The tensor in the source's own type and row order, mapped and not copied.
+        """The tensor in the source's own type and row order, mapped and not copied; float32 if an adapter changes it.
 
         Matrices of experts are put together, ``[n_experts, n_out, n_in]``.
         """
@@ -116,13 +126,15 @@ class ModelDirectory:
             TokenizerError: if llama.cpp cannot tokenise as the model's files say.
         """
         vocabulary = read_vocabulary(self.path, self.spec.config["vocab_size"], pre_tokenizer)
-        return DirectoryMetadata(self.path, self.spec, self.family, vocabulary)
+        adapter = None if self.adapter is None else self.adapter.name
+        return DirectoryMetadata(self.path, self.spec, self.family, vocabulary, adapter)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of configuration, tensor headers and some bytes of every tensor: another model has another.
+        """A digest of what the weights depend on: another model, or another adapter, has another.
 
-        Reads a few kilobytes a tensor, not the model.
+        That is configuration, tensor headers, some bytes of every tensor, and the adapter. Reads a few kilobytes a
+        tensor, not the model.
         """
         digest = hashlib.sha256(json.dumps(dict(self.spec.config), sort_keys=True).encode())
         for shard in sorted(set(self._shard_of.values())):
@@ -136,6 +148,8 @@ class ModelDirectory:
                         for offset in (start, (start + stop) // 2, max(start, stop - _SAMPLE_BYTES)):
                             file.seek(8 + header_bytes + offset)
                             digest.update(file.read(_SAMPLE_BYTES))
+        if self.adapter is not None:
+            digest.update(self.adapter.digest.encode())
         return digest.hexdigest()[:32]
 
     @property
@@ -159,7 +173,7 @@ class ModelDirectory:
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt")
         loaded: torch.Tensor = self._open[shard].get_tensor(name)
-        return loaded
+        return loaded if self.adapter is None else self.adapter.merged(name, loaded)
 
     def _check_headers(self, tensors: tuple[TensorSpec, ...]) -> None:
         wanted: dict[Path, list[tuple[str, tuple[int, ...]]]] = {}
@@ -195,6 +209,8 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (path / "adapter_config.json").is_file():
+            raise SourceError(f"{path} is an adapter; give its base model, and this with --adapter") from None
         raise SourceError(
             f"{path} has no config.json; expected a model directory as Hugging Face lays it out"
         ) from None

@@ -43,6 +43,10 @@ class Source(Protocol):
         """What it is made of."""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user may want to know of it."""
+
+    @property
     def fingerprint(self) -> str:
         """A digest of its weights and configuration, of a few kilobytes a tensor."""
 

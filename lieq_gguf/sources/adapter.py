@@ -1,0 +1,379 @@
+"""A LoRA adapter as PEFT saves it, merged into the weights as they are read: no merged copy, on disk or in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lieq_gguf.errors import SourceError
+from lieq_gguf.records.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+_MERGE_ELSEWHERE = "merge it with PEFT's merge_and_unload, save the model and convert that"
+
+# Options that make an adapter more than W + scale * B A, and what they do.
+_REFUSED_OPTIONS = {
+    "fan_in_fan_out": "is for transposed weights",
+    "layer_replication": "repeats layers",
+    "lora_bias": "adds a bias to B",
+    "megatron_config": "is for Megatron's layers",
+    "target_parameters": "adapts parameters that are no modules",
+    "trainable_token_indices": "trains single tokens of the embedding",
+    "use_bdlora": "makes blocks of A or B",
+    "kasa_config": "changes the base's weights",
+    "monteclora_config": "samples its weights",
+}
+# PEFT itself does not merge these.
+_UNMERGEABLE_OPTIONS = {
+    "alora_invocation_tokens": "acts only behind its invocation tokens",
+    "arrow_config": "chooses between adapters at every token",
+    "use_qalora": "works on pooled inputs",
+}
+# Initialisations that take the adapter's first state out of the base: the trained one does not fit the original.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_UPDATE = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
+    r"(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?"
+)
+_REPLACEMENT = re.compile(
+    r"(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.(?P<adapter>[^.]+))?)?\.(?P<kind>weight|bias)"
+)
+
+# Safetensors' name of a type: how to see its bits, and those that are all set in what is not finite.
+_EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """What is added to a matrix: ``scale * B A``, by the names that the adapter's file has for its parts.
+
+    Attributes:
+        a: ``[r, n_in]``; of an embedding ``[r, n_vocab]``.
+        b: ``[n_out, r]``; of an embedding ``[d_model, r]``.
+        scale: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
+        is_embedding: Whether the product is transposed, as an embedding's is.
+        magnitude: DoRA's norms, ``[n_out]``, or ``[d_model]`` of an embedding; None without DoRA.
+    """
+
+    a: str
+    b: str
+    scale: float
+    is_embedding: bool = False
+    magnitude: str | None = None
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter that fits a model.
+
+    Attributes:
+        name: Name of its directory.
+        file: Its tensors.
+        digest: Of configuration and tensors.
+        updates: Source tensor name to what is added.
+        replacements: Source tensor name to the name, in ``file``, of a tensor that takes its place (PEFT's
+            ``modules_to_save``, and trained biases).
+        notes: What the user may want to know of it.
+    """
+
+    name: str
+    file: Path
+    digest: str
+    updates: Mapping[str, LowRankUpdate]
+    replacements: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    def merged(self, source_name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor of the model with the adapter merged in.
+
+        PEFT's ``merge_and_unload`` rounds the sum to the type of the base; this does not.
+
+        Args:
+            source_name: Name of the tensor in the model.
+            weight: What the model has under that name.
+
+        Returns:
+            ``W + scale * B A`` in float32, with DoRA ``m * (W + scale * B A) / |W + scale * B A|``, the norm that of
+            each output's weights; or what replaces the tensor, in the adapter's type; or ``weight`` itself if the
+            adapter has nothing for it.
+
+        Raises:
+            SourceError: if DoRA divides by the norm of weights that are all zero.
+        """
+        replacement, update = self.replacements.get(source_name), self.updates.get(source_name)
+        if replacement is None and update is None:
+            return weight
+        with safe_open(self.file, framework="pt") as tensors:
+            if replacement is not None:
+                weight = tensors.get_tensor(replacement)
+            if update is None:
+                return weight
+            a, b = tensors.get_tensor(update.a).float(), tensors.get_tensor(update.b).float()
+            merged: torch.Tensor = a.T @ b.T if update.is_embedding else b @ a
+            merged *= update.scale
+            merged += weight
+            if update.magnitude is not None:
+                norms = merged.norm(dim=0 if update.is_embedding else 1, keepdim=True)
+                if not bool(norms.all()):
+                    raise SourceError(
+                        f"{source_name} has an output without weights, whose direction DoRA cannot scale; "
+                        f"{self.file} does not fit the model"
+                    )
+                merged *= tensors.get_tensor(update.magnitude).float().view_as(norms) / norms
+        return merged
+
+
+def load_adapter(path: Path, base: Path, spec: ModelSpec) -> LoraAdapter:
+    """Read an adapter's configuration and headers, and check that it can be merged into a model.
+
+    Args:
+        path: Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        base: Directory of the model.
+        spec: The model.
+
+    Raises:
+        SourceError: if something is missing or damaged, does not fit the model, or cannot be merged exactly.
+    """
+    config = _read_config(path)
+    _check_config(path / _CONFIG, config)
+    file = path / _WEIGHTS
+    shapes = _read_shapes(path)
+    shape_of = {name: t.shape[1:] if t.of_experts else t.shape for t in spec.tensors for name in t.source_names}
+    parts, replacements = _assign(file, shapes, shape_of, spec)
+    updates = {name: _make_update(file, config, name, found, shapes) for name, found in parts.items()}
+    for name, update in updates.items():
+        _check_shapes(file, shapes, update, shape_of[name])
+    for name, key in replacements.items():
+        if shapes[key] != shape_of[name]:
+            resized = name.startswith(("model.embed_tokens", "lm_head")) and shapes[key][1:] == shape_of[name][1:]
+            advice = f"its vocabulary was resized: {_MERGE_ELSEWHERE}" if resized else "is it made for another model?"
+            raise SourceError(f"{key} in {file} has shape {shapes[key]}, {name} has {shape_of[name]}; {advice}")
+    named = [key for u in updates.values() for key in (u.a, u.b, u.magnitude) if key is not None]
+    _check_finite(file, [*named, *replacements.values()])
+    return LoraAdapter(path.resolve().name, file, _digest(path), updates, replacements, _notes(path, base, config))
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise SourceError(f"{path} {found}; expected a directory with {_CONFIG} and {_WEIGHTS}")
+    file = path / _CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path} has no {_CONFIG}; expected a LoRA adapter as PEFT saves it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SourceError(f"{file} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise SourceError(f"{file} holds a {type(config).__name__}; expected a JSON object")
+    return config
+
+
+def _check_config(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what is not merged by ``W + scale * B A`` or DoRA's formula."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise SourceError(f"{file} is of an adapter with peft_type {kind!r}; expected 'LORA': {_MERGE_ELSEWHERE}")
+    for key, does in _UNMERGEABLE_OPTIONS.items():
+        if config.get(key):
+            raise SourceError(f"{file} sets {key}: such an adapter {does} and cannot be merged into weights")
+    for key, does in _REFUSED_OPTIONS.items():
+        if config.get(key):
+            raise SourceError(f"{file} sets {key}, which {does} and is not supported; {_MERGE_ELSEWHERE}")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise SourceError(
+            f"{file} says init_lora_weights '{start}', which changes the base's weights, so the adapter does not fit "
+            f"the original ones; convert it to plain LoRA as PEFT describes, or {_MERGE_ELSEWHERE}"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise SourceError(f"{key} in {file} is {config[key]!r}; expected an object")
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the adapter, from the header."""
+    file = path / _WEIGHTS
+    if not file.is_file():
+        pickle = next((name for name in _PICKLES if (path / name).exists()), None)
+        found = "no weights" if pickle is None else f"only pickled weights ({pickle}), which can run code when loaded"
+        raise SourceError(f"{path} holds {found}; expected {_WEIGHTS}: save the adapter with PEFT's save_pretrained")
+    shapes = {}
+    try:
+        # numpy as framework reads headers without loading torch.
+        with safe_open(file, framework="numpy") as opened:
+            for key in opened.keys():  # noqa: SIM118  # not a dict
+                header = opened.get_slice(key)
+                if header.get_dtype() not in _EXPONENTS:
+                    raise SourceError(f"{key} in {file} is {header.get_dtype()}; expected {', '.join(_EXPONENTS)}")
+                shapes[key] = tuple(header.get_shape())
+    except (SafetensorError, OSError) as error:
+        raise SourceError(
+            f"{file} is damaged or incomplete ({file.stat().st_size:,} bytes: {error}); expected a safetensors file: "
+            "download it again"
+        ) from None
+    return shapes
+
+
+def _assign(
+    file: Path, keys: Iterable[str], names: Collection[str], spec: ModelSpec
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Which tensors of the model the adapter's tensors are for.
+
+    Returns:
+        Source tensor name to ``lora_A``, ``lora_B``, … to the adapter's tensor; and source tensor name to the
+        adapter's tensor that replaces it.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    replacements: dict[str, str] = {}
+    adapters = set()
+    for key in sorted(keys, key=len):  # of several copies of a replacement, PEFT loads the one with the plain name
+        name = key.removeprefix("base_model.model.")
+        if ".original_module." in name:  # the base's own weights, beside those that replace them
+            continue
+        update, replacement = _UPDATE.fullmatch(name), _REPLACEMENT.fullmatch(name)
+        match = update or replacement
+        if match is None:
+            raise SourceError(f"{file} has a tensor {key}, which is no part of a LoRA adapter; {_MERGE_ELSEWHERE}")
+        target = f"{match['module']}.{'weight' if replacement is None or update else replacement['kind']}"
+        if spec.has_tied_embeddings and target in ("model.embed_tokens.weight", "lm_head.weight"):
+            raise SourceError(
+                f"{file} changes {match['module']}, but embedding and output of {spec.name} are one matrix, which "
+                f"training unties; {_MERGE_ELSEWHERE}"
+            )
+        if target not in names:
+            raise SourceError(
+                f"{file} has {key}, but {spec.name} with its {spec.n_layers} layers has no {target}; is the adapter "
+                "made for another model?"
+            )
+        if update:
+            adapters.add(update["adapter"])
+            parts.setdefault(target, {})[update["part"]] = key
+        else:
+            replacements.setdefault(target, key)
+    if len(adapters) > 1:
+        found = ", ".join(sorted(str(name) for name in adapters))
+        raise SourceError(f"{file} holds several adapters ({found}); expected one: save them apart")
+    if not parts and not replacements:
+        raise SourceError(f"{file} holds no tensors; expected those of a LoRA adapter: save it again")
+    return parts, replacements
+
+
+def _make_update(
+    file: Path, config: Mapping[str, Any], name: str, found: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> LowRankUpdate:
+    """The update of a source tensor, of the parts that were found for it."""
+    is_embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
+    expected = ["lora_embedding_A", "lora_embedding_B"] if is_embedding else ["lora_A", "lora_B"]
+    if config.get("use_dora"):
+        expected.append("lora_magnitude_vector")
+    if set(found) != set(expected):
+        raise SourceError(
+            f"{file} has {', '.join(sorted(found))} for {name}; {_CONFIG} makes it {', '.join(expected)}: "
+            "save the adapter again"
+        )
+    rank, scale = _rank_and_scale(file.parent / _CONFIG, config, name.removesuffix(".weight"))
+    a, b = found[expected[0]], found[expected[1]]
+    if shapes[a][:1] != (rank,):
+        raise SourceError(f"{a} in {file} has shape {shapes[a]}; {_CONFIG} gives it a rank of {rank}")
+    return LowRankUpdate(a, b, scale, is_embedding, found.get("lora_magnitude_vector"))
+
+
+def _rank_and_scale(file: Path, config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and scale of a module: the general ones, or those of the first pattern that its name ends with."""
+
+    def value(key: str, patterns: str) -> Any:
+        for pattern, special in (config.get(patterns) or {}).items():
+            try:
+                found = re.match(rf"(?:.*\.)?(?:{pattern})$", module)
+            except re.error as error:
+                raise SourceError(f"{patterns} in {file} has '{pattern}', no regular expression ({error})") from None
+            if found:
+                return special
+        return config.get(key)
+
+    rank, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise SourceError(f"r in {file} is {rank!r} for {module}; expected a positive integer")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise SourceError(f"lora_alpha in {file} is {alpha!r} for {module}; expected a number")
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_shapes(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], update: LowRankUpdate, shape: tuple[int, ...]
+) -> None:
+    """Refuse parts whose product has not the shape of the base's tensor."""
+    if len(shape) != 2:
+        raise SourceError(f"{file} has {update.a}, but the model has a vector there; expected a matrix")
+    rank = shapes[update.a][0]
+    n_out, n_in = reversed(shape) if update.is_embedding else shape
+    expected: dict[str, tuple[int, ...]] = {update.a: (rank, n_in), update.b: (n_out, rank)}
+    if update.magnitude is not None:
+        expected[update.magnitude] = (n_out,)
+    for key, wanted in expected.items():
+        if shapes[key] != wanted:
+            raise SourceError(
+                f"{key} in {file} has shape {shapes[key]}, the model makes it {wanted}; is the adapter made for "
+                "another model?"
+            )
+
+
+def _check_finite(file: Path, keys: Sequence[str]) -> None:
+    """Refuse NaN and infinite values, by their bits: torch takes seconds to load, and numpy has no BF16."""
+    with file.open("rb") as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(header_bytes))
+    content = np.memmap(file, np.uint8, "r", 8 + header_bytes)
+    for key in keys:
+        start, stop = header[key]["data_offsets"]
+        bits_type, exponent = _EXPONENTS[header[key]["dtype"]]
+        bits = content[start:stop].view(bits_type)
+        for first in range(0, len(bits), _CHUNK):
+            if ((bits[first : first + _CHUNK] & exponent) == exponent).any():
+                raise SourceError(f"{key} in {file} holds NaN or infinite values; the adapter is damaged")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256((path / _CONFIG).read_bytes())
+    with (path / _WEIGHTS).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()[:32]
+
+
+def _notes(path: Path, base: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = []
+    made_for = str(config.get("base_model_name_or_path") or "")
+    # a snapshot in the hub's cache has the model's name further up
+    if made_for.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() not in str(base.resolve()).lower():
+        notes.append(f"the adapter names {made_for} as its base model, which is merged into {base}")
+    differing = [
+        name
+        for name in _TOKENIZER_FILES
+        if (path / name).is_file()
+        and not ((base / name).is_file() and (base / name).read_bytes() == (path / name).read_bytes())
+    ]
+    if differing:
+        notes.append(
+            f"{path} has {', '.join(differing)}, other than {base}, whose tokenizer and chat template are used; "
+            "copy these files there if the adapter was trained with them"
+        )
+    return tuple(notes)
