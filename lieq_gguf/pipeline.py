@@ -268,7 +268,7 @@ def make_plan(
         if not budget.covers_file:
             check_reachable(spec, budget, offered)
     with progress.stage("read", "Reading the tokenizer"):
-        vocabulary = read_vocabulary(source.path, spec.config["vocab_size"], pre_tokenizer)
+        vocabulary = read_vocabulary(source.path, spec.config["vocab_size"], pre_tokenizer, spec.architecture)
     if budget is not None and budget.covers_file:
         provenance = Provenance(command_line, _imatrix_note(spec, calibration, None))
         # the vocabulary is part of the file, so only now is it known what the types may take
