@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE, Unigram
 
 from lieq_gguf.tokenizers.check_texts import CHECK_TEXTS
+from lieq_gguf.tokenizers.sentencepiece_model import open_sentencepiece
 
 ALL_TEXTS = tuple(text for _, text in CHECK_TEXTS)
 N_MERGED = 1200
@@ -47,6 +48,7 @@ QWEN_2_PLAIN = (
     "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
 QWEN_3_PLAIN = (*QWEN_2_PLAIN, "<tool_response>", "</tool_response>", "<think>", "</think>")
+DEEPSEEK_BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 SMOLLM3_PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<code>", "</code>")
 OLMO_2_SPECIAL = (
     "<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|im_start|>", "<|im_end|>",
@@ -169,10 +171,12 @@ def write_tekken(model_dir: Path, all_texts: bool = False) -> int:
     return int(tokenizer.get_vocab_size()) + 5
 
 
-def write_llama_2(model_dir: Path) -> int:
+def write_llama_2(model_dir: Path, byte_fallback: bool = True) -> int:
     """SentencePiece BPE with bytes as a fallback: tokenizer.model, the same as tokenizer.json, two added tokens."""
     model_dir.mkdir(parents=True, exist_ok=True)
-    processor = _train_sentencepiece(model_dir, model_type="bpe", vocab_size=1000, character_coverage=0.98)
+    processor = _train_sentencepiece(
+        model_dir, model_type="bpe", vocab_size=1000, character_coverage=0.98, byte_fallback=byte_fallback
+    )
     tokenizer = _llama_2_fast(processor)
     special = [AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>", "<|im_start|>")]
     tokenizer.add_special_tokens(special)
@@ -256,10 +260,11 @@ def write_qwen3(model_dir: Path) -> int:
 
 def write_deepseek_r1_qwen(model_dir: Path) -> int:
     """Qwen's rule with DeepSeek's tokens and an automatic BOS."""
-    roles = ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>")  # noqa: RUF001 - spelt so in the model
+    roles = (DEEPSEEK_BOS.replace("begin", "end"), DEEPSEEK_BOS)
     tokenizer = _trained(BPE(), _split_then_bytes(QWEN_2_REGEX), ())
     tokenizer.add_special_tokens(_added(roles, special=True))
-    tokenizer.add_tokens(_added(("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"), special=False))  # noqa: RUF001
+    turns = ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<think>", "</think>")
+    tokenizer.add_tokens(_added(turns, special=False))
     bos = (roles[1], int(tokenizer.token_to_id(roles[1]) or 0))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos]
@@ -495,7 +500,7 @@ def write_unigram(model_dir: Path, byte_fallback: bool = False) -> int:
     )
     pieces = [(processor.IdToPiece(i), processor.GetScore(i)) for i in range(processor.vocab_size())]
     tokenizer = Tokenizer(Unigram(pieces, unk_id=0, byte_fallback=byte_fallback))
-    charsmap = _precompiled_charsmap(model_dir / "tokenizer.model")
+    charsmap = open_sentencepiece(model_dir / "tokenizer.model").precompiled_charsmap
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Precompiled(charsmap),
@@ -535,14 +540,6 @@ def write_unigram_model_only(model_dir: Path) -> int:
     vocab_size = write_unigram(model_dir)
     (model_dir / "tokenizer.json").unlink()
     return vocab_size
-
-
-def _precompiled_charsmap(path: Path) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(path.read_bytes())
-    return bytes(proto.normalizer_spec.precompiled_charsmap)
 
 
 def _trained(model: BPE, pre_tokenizer: Any, special: Sequence[str], texts: Sequence[str] = ALL_TEXTS) -> Tokenizer:

@@ -41,6 +41,7 @@ _GPT_2_WORDS = "ByteLevel(words)"
 _EACH_DIGIT = "Digits(each)"
 # the check's texts in which llama.cpp can differ for the reason of a caveat
 _MARKS = frozenset({"accents, decomposed", "arabic", "hebrew", "devanagari", "thai", "khmer"})
+_DECOMPOSED = frozenset({"accents, decomposed"})
 _CAPITALS = frozenset({"accents, composed", "russian", "greek"})
 _CASE_CAVEAT = "llama.cpp knows capitals only in ASCII here and takes combining marks for punctuation"
 _NFC_CAVEAT = "llama.cpp does not normalise to NFC, so decomposed accents give other tokens"
@@ -80,7 +81,7 @@ TABLE = (
     # mpt, jais, phi-2 and others have the same structure and differ in nothing that llama.cpp does with them
     PreTokenizer("gpt-2", (_GPT_2_WORDS,)),
     # GPT-NeoX, from which OLMo 1 has it
-    PreTokenizer("olmo", (_GPT_2_WORDS,), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_MARKS),
+    PreTokenizer("olmo", (_GPT_2_WORDS,), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_DECOMPOSED),
     # StarCoder and its offspring: Refact and Granite 3 have the tokens of the first, StarCoder 2 others
     PreTokenizer("refact", (_EACH_DIGIT, _GPT_2_WORDS), markers=("<fim_prefix>", "<reponame>")),
     PreTokenizer("starcoder", (_EACH_DIGIT, _GPT_2_WORDS), markers=("<fim_prefix>",)),
@@ -110,14 +111,16 @@ TABLE = (
         normalizer=_NFC,
         markers=(_DEEPSEEK_BOS,),
         caveat=_NFC_CAVEAT,
-        caveat_segments=_MARKS,
+        caveat_segments=_DECOMPOSED,
     ),
     # Qwen 1.5 to 3; stablelm2, megrez and others have the same structure
     PreTokenizer("qwen2", (f"Split({_QWEN_2})", _BYTES)),
-    PreTokenizer("qwen2", (f"Split({_QWEN_2})", _BYTES), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_MARKS),
+    PreTokenizer(
+        "qwen2", (f"Split({_QWEN_2})", _BYTES), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_DECOMPOSED
+    ),
     PreTokenizer("qwen35", (f"Split({_QWEN_3_5})", _BYTES)),
     PreTokenizer(
-        "qwen35", (f"Split({_QWEN_3_5})", _BYTES), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_MARKS
+        "qwen35", (f"Split({_QWEN_3_5})", _BYTES), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_DECOMPOSED
     ),
     # OpenAI's o200k: gpt-oss, Phi-4-mini
     PreTokenizer("gpt-4o", (f"Split({_GPT_4O})", _BYTES), caveat=_CASE_CAVEAT, caveat_segments=_MARKS | _CAPITALS),
@@ -158,7 +161,7 @@ def recognise(tokenizer: tokenizers.Tokenizer, source: str) -> str:
         if is_same and added.issuperset(row.markers):
             return row.name
     text = " then ".join((*normalizer, *found)) or "nothing"
-    nearest = _nearest(text, {row.name: " then ".join((*row.normalizer, *row.steps)) for row in TABLE})
+    nearest = _nearest(text, ignore_merges)
     raise TokenizerError(
         f"{source}: the pre-tokenizer (ignore_merges={ignore_merges}) is {_shorten(text)!r}, which none of the known "
         f"ones does; nearest are {', '.join(nearest)}; pass --pre-tokenizer NAME if you know llama.cpp's name for it"
@@ -216,13 +219,15 @@ def _describe(step: JsonObject) -> str:
     return kind + (json.dumps(options, sort_keys=True) if options else "")
 
 
-def _nearest(text: str, choices: dict[str, str]) -> list[str]:
+def _nearest(text: str, ignore_merges: bool) -> list[str]:
     # by the pieces between the alternatives: characters would make any two long expressions look alike
-    def likeness(name: str) -> float:
-        wanted, other = (re.split(r"[|()]|(?= then )", t) for t in (text, choices[name]))
-        return difflib.SequenceMatcher(None, wanted, other).ratio()
+    def distance(row: PreTokenizer) -> tuple[float, bool, str]:
+        described = " then ".join((*row.normalizer, *row.steps))
+        wanted, other = (re.split(r"[|()]|(?= then )", t) for t in (text, described))
+        likeness = difflib.SequenceMatcher(None, wanted, other).ratio()
+        return -likeness, row.ignore_merges not in (ignore_merges, None), row.name
 
-    return sorted(choices, key=lambda name: (-likeness(name), name))[:3]
+    return list(dict.fromkeys(row.name for row in sorted(TABLE, key=distance)))[:3]
 
 
 def _shorten(text: str, limit: int = 120) -> str:

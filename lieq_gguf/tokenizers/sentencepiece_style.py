@@ -10,6 +10,7 @@ from dataclasses import replace
 import gguf
 import tokenizers
 
+from lieq_gguf.errors import TokenizerError
 from lieq_gguf.tokenizers.byte_level_bpe import SENTENCEPIECE_BLANK, check_ids, looks_special
 from lieq_gguf.tokenizers.chat_templates import read_chat_templates
 from lieq_gguf.tokenizers.model_files import AddedToken, TokenizerFiles, component, steps
@@ -97,6 +98,7 @@ def read_sentencepiece(
     elif model is None and tokenizer is not None and isinstance(tokenizer.model, tokenizers.models.Unigram):
         preparation = preparation_by_json(files, tokenizer)
     else:
+        _check_bytes(vocabulary, files)
         return replace(vocabulary, special=_with_ids(vocabulary.special, model, files, "llama"))
     return replace(
         vocabulary,
@@ -106,6 +108,18 @@ def read_sentencepiece(
         remove_extra_whitespaces=preparation.removes_extra_whitespaces,
         precompiled_charsmap=preparation.precompiled_charsmap,
     )
+
+
+def _check_bytes(vocabulary: Vocabulary, files: TokenizerFiles) -> None:
+    # llama.cpp looks for either spelling and ends the process if there is neither
+    known = set(vocabulary.tokens)
+    missing = next((b for b in range(256) if b"<0x%02X>" % b not in known and bytes([b]) not in known), None)
+    if missing is not None:
+        raise TokenizerError(
+            f"{files.sentencepiece_model or files.directory / 'tokenizer.json'}: the vocabulary has no token for byte "
+            f"0x{missing:02X}; expected tokens for all bytes, which llama.cpp needs for characters outside the "
+            "vocabulary; this tokenizer cannot be carried over"
+        )
 
 
 def _put_sentencepiece_model(
