@@ -93,32 +93,32 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     "mistral": TinyModel(
         "llama", "mistral", "Mistral Nemo, Ministral", fixtures.write_tekken, {"head_dim": 32, "sliding_window": None}
     ),
-    "qwen2": TinyModel("qwen2", "qwen2", "Qwen2, Qwen2.5", fixtures.write_smollm2, {"tie_word_embeddings": True}),
+    "qwen2": TinyModel("qwen2", "qwen2", "Qwen2, Qwen2.5", fixtures.write_qwen2, {"tie_word_embeddings": True}),
     "qwen3": TinyModel(
-        "qwen3", "qwen3", "Qwen3", fixtures.write_smollm2, {"head_dim": 128, "tie_word_embeddings": True}
+        "qwen3", "qwen3", "Qwen3", fixtures.write_qwen3, {"head_dim": 128, "tie_word_embeddings": True}
     ),
     "qwen3moe": TinyModel(
-        "qwen3moe", "qwen3_moe", "Qwen3-30B-A3B", fixtures.write_smollm2,
+        "qwen3moe", "qwen3_moe", "Qwen3-30B-A3B", fixtures.write_qwen3,
         {
             "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True,
             "head_dim": 64,
         },
     ),
     "gemma2": TinyModel(
-        "gemma2", "gemma2", "Gemma 2", fixtures.write_llama_2,
+        "gemma2", "gemma2", "Gemma 2", fixtures.write_gemma,
         {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 32},
     ),
     "gemma3": TinyModel(
-        "gemma3", "gemma3_text", "Gemma 3 (text)", fixtures.write_llama_2,
+        "gemma3", "gemma3_text", "Gemma 3 (text)", fixtures.write_gemma,
         {"num_hidden_layers": 7, "head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 32},
     ),
-    "phi3": TinyModel("phi3", "phi3", "Phi-3", fixtures.write_llama_2, {"sliding_window": 2047}),
+    "phi3": TinyModel("phi3", "phi3", "Phi-3", fixtures.write_phi_3, {"sliding_window": 2047}),
     "phi3-long": TinyModel(
-        "phi3", "phi3", "Phi-3.5", fixtures.write_llama_2,
+        "phi3", "phi3", "Phi-3.5", fixtures.write_phi_3,
         {"rope_parameters": PHI_3_ROPE, "original_max_position_embeddings": 256},
     ),
     "phi4-mini": TinyModel(
-        "phi3", "phi3", "Phi-4-mini", fixtures.write_smollm2,
+        "phi3", "phi3", "Phi-4-mini", fixtures.write_phi_4_mini,
         {
             "original_max_position_embeddings": 256,
             "rope_parameters": PHI_3_ROPE | {
@@ -127,10 +127,10 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "tie_word_embeddings": True,
         },
     ),
-    "smollm3": TinyModel("smollm3", "smollm3", "SmolLM3", fixtures.write_llama_3, {"num_hidden_layers": 5}),
-    "olmo2": TinyModel("olmo2", "olmo2", "OLMo 2", fixtures.write_smollm2),
+    "smollm3": TinyModel("smollm3", "smollm3", "SmolLM3", fixtures.write_smollm3, {"num_hidden_layers": 5}),
+    "olmo2": TinyModel("olmo2", "olmo2", "OLMo 2", fixtures.write_olmo2),
     "olmo3": TinyModel(
-        "olmo2", "olmo3", "Olmo 3", fixtures.write_smollm2,
+        "olmo2", "olmo3", "Olmo 3", fixtures.write_olmo2,
         {
             "num_hidden_layers": 5,
             "sliding_window": 32,
@@ -141,7 +141,7 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
     ),
     "granite": TinyModel(
-        "granite", "granite", "Granite 3", fixtures.write_smollm2,
+        "granite", "granite", "Granite 3", fixtures.write_granite,
         {
             "embedding_multiplier": 12.0, "attention_multiplier": 0.02, "residual_multiplier": 0.3,
             "logits_scaling": 8.0, "tie_word_embeddings": True,

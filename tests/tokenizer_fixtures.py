@@ -13,9 +13,10 @@ from unicodedata import category
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
 
 from lieq_gguf.tokenizers.check_texts import CHECK_TEXTS
+from lieq_gguf.tokenizers.sentencepiece_model import open_sentencepiece
 
 ALL_TEXTS = tuple(text for _, text in CHECK_TEXTS)
 N_MERGED = 1200
@@ -34,6 +35,42 @@ TEKKEN_REGEX = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+QWEN_2_REGEX = LLAMA_3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")
+GPT_4O_REGEX = TEKKEN_REGEX.replace(r"\p{M}]+|[^", rf"\p{{M}}]+{CONTRACTIONS}?|[^").replace(
+    r"\p{M}]*|\p{N}|", rf"\p{{M}}]*{CONTRACTIONS}?|\p{{N}}{{1,3}}|"
+)
+QWEN_2_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|vision_pad|>",
+)  # fmt: skip
+QWEN_2_PLAIN = (
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
+QWEN_3_PLAIN = (*QWEN_2_PLAIN, "<tool_response>", "</tool_response>", "<think>", "</think>")
+DEEPSEEK_BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+SMOLLM3_PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<code>", "</code>")
+OLMO_2_SPECIAL = (
+    "<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|im_start|>", "<|im_end|>",
+    "<|endofprompt|>", "<|pad|>",
+)  # fmt: skip
+OLMO_2_PLAIN = ("<|extra_id_0|>", "|||PHONE_NUMBER|||", "|||EMAIL_ADDRESS|||", "|||IP_ADDRESS|||")
+GRANITE_FIRST = (
+    "<|end_of_text|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<filename>", "<gh_stars>",
+    "<issue_start>", "<commit_msg>", "<reponame>",
+)  # fmt: skip
+GRANITE_LAST = ("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>")
+PHI_3_ADDED = (
+    "<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|system|>", "<|end|>", "<|user|>",
+)  # fmt: skip
+PHI_4_ADDED = ("<|endoftext|>", "<|endofprompt|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>", "<|tool|>")
+GEMMA_ROLES = ("<pad>", "<eos>", "<bos>", "<unk>")
+GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
+GEMMA_USER_DEFINED = (
+    "<mask>", "<2mass>", "[@BOS@]", "<unused0>", "<unused1>", *GEMMA_TURNS,
+    *("\n" * n for n in range(1, 32)), *(SPACE * n for n in range(2, 32)),
+    "<table>", "</table>", "<h1>", "</h1>", *("\t" * n for n in range(2, 32)), "<unused99>",
+)  # fmt: skip
 SMOLLM2_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>")
 LLAMA_3_SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
@@ -78,12 +115,7 @@ def write_smollm2_with_template_files(model_dir: Path) -> int:
 
 def write_llama_3(model_dir: Path) -> int:
     """Byte-level BPE that takes words of the vocabulary whole, BOS by a template, special tokens after the others."""
-    split = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA_3_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = _split_then_bytes(LLAMA_3_REGEX)
     model = json.loads(_trained(BPE(), split, ()).to_str())["model"]
     # a word without its merge is found only by a tokenizer that looks words up first
     merges = [(left, right) for left, right in model["merges"] if left + right != WORD_WITHOUT_MERGE]
@@ -118,17 +150,8 @@ def write_tekken(model_dir: Path, all_texts: bool = False) -> int:
         model_dir: where to write.
         all_texts: whether to learn merges with accented capitals and combining marks, at which llama.cpp deviates.
     """
-    texts = [
-        text
-        for segment, text in CHECK_TEXTS
-        if all_texts or not (segment.startswith("accents") or any(category(c).startswith("M") for c in text))
-    ]
-    split = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(TEKKEN_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    texts = ALL_TEXTS if all_texts else _texts_without_marks()
+    split = _split_then_bytes(TEKKEN_REGEX)
     tokenizer = _trained(BPE(ignore_merges=True), split, TEKKEN_SPECIAL, texts)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
@@ -148,27 +171,19 @@ def write_tekken(model_dir: Path, all_texts: bool = False) -> int:
     return int(tokenizer.get_vocab_size()) + 5
 
 
-def write_llama_2(model_dir: Path) -> int:
+def write_llama_2(model_dir: Path, byte_fallback: bool = True) -> int:
     """SentencePiece BPE with bytes as a fallback: tokenizer.model, the same as tokenizer.json, two added tokens."""
     model_dir.mkdir(parents=True, exist_ok=True)
-    content = BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in ALL_TEXTS for line in text.splitlines() if line]),
-        model_writer=content,
-        model_type="bpe",
-        vocab_size=1000,
-        character_coverage=0.98,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        num_threads=1,
-        minloglevel=3,
+    processor = _train_sentencepiece(
+        model_dir, model_type="bpe", vocab_size=1000, character_coverage=0.98, byte_fallback=byte_fallback
     )
-    (model_dir / "tokenizer.model").write_bytes(content.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=content.getvalue())
     tokenizer = _llama_2_fast(processor)
+    special = [AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>", "<|im_start|>")]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
     n_pieces = processor.vocab_size()
     added = {0: "<unk>", 1: "<s>", 2: "</s>", n_pieces: "<|im_start|>", n_pieces + 1: "<tool>"}
     decoder = {
@@ -203,6 +218,326 @@ def write_llama_2_json_only(model_dir: Path) -> int:
 def write_llama_2_model_only(model_dir: Path) -> int:
     """As Llama 2, without tokenizer.json."""
     vocab_size = write_llama_2(model_dir)
+    (model_dir / "tokenizer.json").unlink()
+    return vocab_size
+
+
+def _write_qwen(model_dir: Path, plain: Sequence[str]) -> int:
+    tokenizer = _trained(BPE(), _split_then_bytes(QWEN_2_REGEX), ())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.add_special_tokens(_added(QWEN_2_SPECIAL, special=True))
+    tokenizer.add_tokens(_added(plain, special=False))
+    _save(
+        tokenizer,
+        model_dir,
+        add_bos_token=False,
+        add_prefix_space=False,
+        added_tokens_decoder=_decoder_entries(tokenizer),
+        additional_special_tokens=list(QWEN_2_SPECIAL[1:]),
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        clean_up_tokenization_spaces=False,
+        errors="replace",
+        split_special_tokens=False,
+        chat_template=CHATML,
+        tokenizer_class="Qwen2Tokenizer",
+    )
+    return int(tokenizer.get_vocab_size()) + 7
+
+
+def write_qwen2(model_dir: Path) -> int:
+    """Qwen 2.5: NFC, each digit alone, no BOS, added tokens that are not special; the embedding has more rows."""
+    return _write_qwen(model_dir, QWEN_2_PLAIN)
+
+
+def write_qwen3(model_dir: Path) -> int:
+    """As Qwen 2.5, with the tokens around thoughts."""
+    return _write_qwen(model_dir, QWEN_3_PLAIN)
+
+
+def write_deepseek_r1_qwen(model_dir: Path) -> int:
+    """Qwen's rule with DeepSeek's tokens and an automatic BOS."""
+    roles = (DEEPSEEK_BOS.replace("begin", "end"), DEEPSEEK_BOS)
+    tokenizer = _trained(BPE(), _split_then_bytes(QWEN_2_REGEX), ())
+    tokenizer.add_special_tokens(_added(roles, special=True))
+    turns = ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<think>", "</think>")
+    tokenizer.add_tokens(_added(turns, special=False))
+    bos = (roles[1], int(tokenizer.token_to_id(roles[1]) or 0))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos]
+    )
+    _save(
+        tokenizer,
+        model_dir,
+        add_bos_token=True,
+        add_eos_token=False,
+        bos_token=roles[1],
+        eos_token=roles[0],
+        pad_token=roles[0],
+        unk_token=None,
+        legacy=True,
+        sp_model_kwargs={},
+        tokenizer_class="LlamaTokenizerFast",
+    )
+    return int(tokenizer.get_vocab_size())
+
+
+def write_smollm3(model_dir: Path) -> int:
+    """Llama 3's rule and words taken whole, but nothing automatic; thoughts and tools in added tokens."""
+    split = _split_then_bytes(LLAMA_3_REGEX)
+    tokenizer = _trained(BPE(ignore_merges=True), split, ())
+    tokenizer.add_special_tokens(_added((*LLAMA_3_SPECIAL, "<|im_start|>", "<|im_end|>"), special=True))
+    tokenizer.add_tokens(_added(SMOLLM3_PLAIN, special=False))
+    tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single="$A", pair="$A $B:1")]
+    )
+    _save(
+        tokenizer,
+        model_dir,
+        added_tokens_decoder=_decoder_entries(tokenizer),
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        clean_up_tokenization_spaces=True,
+        fast=False,
+        chat_template=CHATML,
+        tokenizer_class="PreTrainedTokenizerFast",
+    )
+    return int(tokenizer.get_vocab_size())
+
+
+def write_olmo2(model_dir: Path) -> int:
+    """OpenAI's cl100k as Olmo 2 and 3 have it: Llama 3's rule by merges alone, no post-processor."""
+    tokenizer = _trained(BPE(), _split_then_bytes(LLAMA_3_REGEX, "removed", invert=True), ())
+    tokenizer.add_special_tokens(_added(OLMO_2_SPECIAL, special=True))
+    tokenizer.add_tokens(_added(OLMO_2_PLAIN, special=False))
+    _save(
+        tokenizer,
+        model_dir,
+        add_prefix_space=False,
+        added_tokens_decoder=_decoder_entries(tokenizer),
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        tokenizer_class="GPT2Tokenizer",
+    )
+    return int(tokenizer.get_vocab_size()) + 9
+
+
+def write_granite(model_dir: Path) -> int:
+    """StarCoder's tokenizer as Granite 3 has it: code tokens first, roles last, one token in every role."""
+    tokenizer = _trained(
+        BPE(),
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+        GRANITE_FIRST,
+    )
+    tokenizer.add_special_tokens(_added(GRANITE_LAST, special=True))
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False)
+    _save(
+        tokenizer,
+        model_dir,
+        add_bos_token=False,
+        add_prefix_space=False,
+        added_tokens_decoder=_decoder_entries(tokenizer),
+        additional_special_tokens=list(GRANITE_LAST),
+        bos_token="<|end_of_text|>",
+        eos_token="<|end_of_text|>",
+        pad_token="<|end_of_text|>",
+        unk_token="<|end_of_text|>",
+        clean_up_tokenization_spaces=True,
+        errors="replace",
+        vocab_size=49152,
+        chat_template=CHATML,
+        tokenizer_class="GPT2Tokenizer",
+    )
+    return int(tokenizer.get_vocab_size())
+
+
+def write_phi_4_mini(model_dir: Path, all_texts: bool = False) -> int:
+    """OpenAI's o200k as Phi-4-mini has it; most added tokens swallow the blanks behind them.
+
+    Args:
+        model_dir: where to write.
+        all_texts: whether to learn merges with accented capitals and combining marks, at which llama.cpp deviates.
+    """
+    texts = ALL_TEXTS if all_texts else _texts_without_marks()
+    tokenizer = _trained(BPE(), _split_then_bytes(GPT_4O_REGEX, "removed", invert=True), (), texts)
+    tokenizer.add_special_tokens(_added(PHI_4_ADDED, special=True, swallowing=PHI_4_ADDED[2:]))
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False)
+    _save(
+        tokenizer,
+        model_dir,
+        add_prefix_space=False,
+        added_tokens_decoder=_decoder_entries(tokenizer),
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHATML,
+        tokenizer_class="GPT2Tokenizer",
+    )
+    return int(tokenizer.get_vocab_size()) + 4
+
+
+def write_phi_3(model_dir: Path) -> int:
+    """Phi-3-mini: Llama 2's tokenizer with added tokens, of which most swallow the blanks behind them.
+
+    llama.cpp does the same for models whose ``general.name`` has ``phi-3``, and for no others.
+    """
+    processor = _train_sentencepiece(model_dir, model_type="bpe", vocab_size=1000, character_coverage=0.98)
+    tokenizer = _llama_2_fast(processor)
+    tokenizer.add_special_tokens(_added(("<unk>", "<s>"), special=True))
+    tokenizer.add_tokens(_added(("</s>",), special=False, swallowing=("</s>",)))
+    tokenizer.add_special_tokens(_added(PHI_3_ADDED, special=True, swallowing=PHI_3_ADDED[1:]))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1")
+    decoder = _decoder_entries(tokenizer)
+    first_added = processor.vocab_size()
+    added = {
+        str(entry["content"]): int(token_id) for token_id, entry in decoder.items() if int(token_id) >= first_added
+    }
+    (model_dir / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    _save(
+        tokenizer,
+        model_dir,
+        add_bos_token=False,
+        add_eos_token=False,
+        added_tokens_decoder=decoder,
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        legacy=False,
+        sp_model_kwargs={},
+        clean_up_tokenization_spaces=False,
+        chat_template=CHATML,
+        tokenizer_class="LlamaTokenizer",
+    )
+    return int(tokenizer.get_vocab_size()) + 5
+
+
+def write_gemma(model_dir: Path) -> int:
+    """Gemma 2 and 3: SentencePiece BPE without a leading blank; runs of blanks and newlines are user-defined."""
+    processor = _train_sentencepiece(
+        model_dir,
+        model_type="bpe",
+        vocab_size=1200,
+        character_coverage=0.98,
+        add_dummy_prefix=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        user_defined_symbols=list(GEMMA_USER_DEFINED),
+    )
+    tokenizer = _llama_2_fast(processor)
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(_added((*GEMMA_ROLES, *GEMMA_TURNS), special=True))
+    tokenizer.add_tokens(_added([text for text in GEMMA_USER_DEFINED if text not in GEMMA_TURNS], special=False))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", 2)]
+    )
+    _save(
+        tokenizer,
+        model_dir,
+        add_bos_token=True,
+        add_eos_token=False,
+        added_tokens_decoder=_decoder_entries(tokenizer),
+        additional_special_tokens=list(GEMMA_TURNS),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        sp_model_kwargs={},
+        spaces_between_special_tokens=False,
+        use_default_system_prompt=False,
+        chat_template="{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}{% endfor %}",
+        tokenizer_class="GemmaTokenizer",
+    )
+    return int(processor.vocab_size()) + 6
+
+
+def write_gemma_json_only(model_dir: Path) -> int:
+    """As Gemma, without tokenizer.model and without added tokens in tokenizer_config.json, as transformers 5 saves."""
+    vocab_size = write_gemma(model_dir)
+    (model_dir / "tokenizer.model").unlink()
+    _update_json(model_dir / "tokenizer_config.json", added_tokens_decoder=None)
+    return vocab_size
+
+
+def write_gemma_model_only(model_dir: Path) -> int:
+    """As Gemma, with tokenizer.model alone."""
+    vocab_size = write_gemma(model_dir)
+    (model_dir / "tokenizer.json").unlink()
+    (model_dir / "tokenizer_config.json").unlink()
+    return vocab_size
+
+
+def write_unigram(model_dir: Path, byte_fallback: bool = False) -> int:
+    """SentencePiece Unigram with NFKC and one blank for several: tokenizer.model and the same as tokenizer.json."""
+    processor = _train_sentencepiece(
+        model_dir,
+        model_type="unigram",
+        vocab_size=500 + 256 * byte_fallback,
+        character_coverage=1.0,
+        byte_fallback=byte_fallback,
+        normalization_rule_name="nmt_nfkc",
+        remove_extra_whitespaces=True,
+        user_defined_symbols=["<tool>"],
+    )
+    pieces = [(processor.IdToPiece(i), processor.GetScore(i)) for i in range(processor.vocab_size())]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=0, byte_fallback=byte_fallback))
+    charsmap = open_sentencepiece(model_dir / "tokenizer.model").precompiled_charsmap
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Precompiled(charsmap),
+            normalizers.Strip(left=False, right=True),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(SPACE, prepend_scheme="always")
+    tokenizer.add_special_tokens(_added(("<unk>", "<s>", "</s>"), special=True))
+    tokenizer.add_tokens(_added(("<tool>",), special=False))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    _save(
+        tokenizer,
+        model_dir,
+        add_bos_token=True,
+        add_eos_token=False,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        tokenizer_class="PreTrainedTokenizerFast",
+    )
+    return int(processor.vocab_size()) + 3
+
+
+def write_unigram_json_only(model_dir: Path) -> int:
+    """As the Unigram, without tokenizer.model."""
+    vocab_size = write_unigram(model_dir)
+    (model_dir / "tokenizer.model").unlink()
+    return vocab_size
+
+
+def write_unigram_model_only(model_dir: Path) -> int:
+    """As the Unigram, without tokenizer.json."""
+    vocab_size = write_unigram(model_dir)
     (model_dir / "tokenizer.json").unlink()
     return vocab_size
 
@@ -243,13 +578,66 @@ def _llama_2_fast(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = [AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>", "<|im_start|>")]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
-    )
     return tokenizer
+
+
+def _split_then_bytes(regex: str, behavior: str = "isolated", invert: bool = False) -> Any:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(regex), behavior, invert),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _texts_without_marks() -> tuple[str, ...]:
+    """Texts without accented capitals and combining marks, at which some of llama.cpp's rules deviate."""
+    return tuple(
+        text
+        for segment, text in CHECK_TEXTS
+        if not (segment.startswith("accents") or any(category(c).startswith("M") for c in text))
+    )
+
+
+def _added(texts: Sequence[str], special: bool, swallowing: Sequence[str] = ()) -> list[AddedToken]:
+    return [AddedToken(text, special=special, normalized=False, rstrip=text in swallowing) for text in texts]
+
+
+def _decoder_entries(tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
+    """``added_tokens_decoder`` of tokenizer_config.json."""
+    return {
+        str(token_id): {
+            "content": token.content,
+            "lstrip": token.lstrip,
+            "normalized": token.normalized,
+            "rstrip": token.rstrip,
+            "single_word": token.single_word,
+            "special": token.special,
+        }
+        for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }
+
+
+def _train_sentencepiece(model_dir: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
+    """Write tokenizer.model, with all options of Llama 2's that are not given."""
+    model_dir.mkdir(parents=True, exist_ok=True)
+    content = BytesIO()
+    defaults = {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "num_threads": 1,
+        "minloglevel": 3,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in ALL_TEXTS for line in text.splitlines() if line]),
+        model_writer=content,
+        **{**defaults, **options},
+    )
+    (model_dir / "tokenizer.model").write_bytes(content.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=content.getvalue())
 
 
 def _save(tokenizer: Tokenizer, model_dir: Path, **config: Any) -> None:

@@ -125,7 +125,8 @@ class ModelDirectory:
         Raises:
             TokenizerError: if llama.cpp cannot tokenise as the model's files say.
         """
-        vocabulary = read_vocabulary(self.path, self.spec.config["vocab_size"], pre_tokenizer)
+        spec = self.spec
+        vocabulary = read_vocabulary(self.path, spec.config["vocab_size"], pre_tokenizer, spec.architecture)
         adapter = None if self.adapter is None else self.adapter.name
         return DirectoryMetadata(self.path, self.spec, self.family, vocabulary, adapter)
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE (GPT-2 style): Llama 3, SmolLM2, Mistral Nemo. Everything is in tokenizer.json."""
+"""Byte-level BPE (GPT-2 style): Llama 3, SmolLM, Qwen, Olmo, Granite, Phi-4... Everything is in tokenizer.json."""
 
 import re
 
@@ -9,7 +9,7 @@ from lieq_gguf.errors import TokenizerError
 from lieq_gguf.tokenizers import pre_tokenizers
 from lieq_gguf.tokenizers.chat_templates import read_chat_templates
 from lieq_gguf.tokenizers.model_files import JsonObject, TokenizerFiles, steps
-from lieq_gguf.tokenizers.special_tokens import read_special_tokens
+from lieq_gguf.tokenizers.special_tokens import is_llama_family, read_special_tokens, swallows_blanks
 from lieq_gguf.tokenizers.vocabulary import Vocabulary
 
 #: what separates words inside a piece of SentencePiece; byte-level BPE has it in added tokens at most
@@ -25,7 +25,11 @@ def looks_special(text: str) -> bool:
 
 
 def read_byte_level_bpe(
-    files: TokenizerFiles, tokenizer: tokenizers.Tokenizer, vocab_size: int, pre_tokenizer: str | None
+    files: TokenizerFiles,
+    tokenizer: tokenizers.Tokenizer,
+    vocab_size: int,
+    architecture: str,
+    pre_tokenizer: str | None,
 ) -> Vocabulary:
     """Read a byte-level BPE vocabulary.
 
@@ -33,6 +37,7 @@ def read_byte_level_bpe(
         files: of the model, with tokenizer.json.
         tokenizer: tokenizer.json loaded.
         vocab_size: rows of the embedding; ids that no token has become unused tokens.
+        architecture: llama.cpp's name of it.
         pre_tokenizer: llama.cpp's name of it; None to recognise it.
 
     Raises:
@@ -60,16 +65,19 @@ def read_byte_level_bpe(
                 text = text.replace(SENTENCEPIECE_BLANK, " ")
         tokens.append(text.encode())
         token_types.append(token_type)
-    add_space_prefix = files.config.get("add_prefix_space")
+    # llama.cpp makes nothing of it in byte-level BPE; the converter writes it for these architectures only
+    add_space_prefix = files.config.get("add_prefix_space") if is_llama_family(architecture) else None
+    adds_bos = pre_tokenizers.adds_bos_by_default(name)
     return Vocabulary(
         model="gpt2",
         pre_tokenizer=name,
         tokens=tuple(tokens),
         token_types=tuple(token_types),
         merges=tuple(_merge_text(merge) for merge in model["merges"]),
-        special=read_special_tokens(files, tokenizer, vocab_size, pre_tokenizers.adds_bos_by_default(name)),
+        special=read_special_tokens(files, tokenizer, vocab_size, architecture, adds_bos),
         add_space_prefix=add_space_prefix if isinstance(add_space_prefix, bool) else None,
         chat_templates=read_chat_templates(files),
+        swallows_blanks=swallows_blanks(tokenizer),
     )
 
 
@@ -91,9 +99,8 @@ def _checked_model(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) -> Js
     model: JsonObject = (files.tokenizer_json or {})["model"]
     kind = type(tokenizer.model).__name__
     if kind != "BPE":
-        way_out = " without tokenizer.model" if kind == "Unigram" else ""
         raise TokenizerError(
-            f"{path}: the tokenizer is of type {kind}{way_out}; expected BPE; convert the model with llama.cpp's own "
+            f"{path}: the tokenizer is of type {kind}; expected BPE or Unigram; convert the model with llama.cpp's own "
             "converter and give the GGUF to lieq-gguf"
         )
     if not any(step["type"] == "ByteLevel" for step in steps(tokenizer.pre_tokenizer)):

@@ -71,12 +71,23 @@ def known_deviation(vocabulary: Vocabulary, differences: Sequence[TokenizerDiffe
         differences: what :func:`tokenizer_differences` has found with it.
     """
     segments = {d.segment for d in differences}
+    causes: list[tuple[str, frozenset[str]]] = []
     if vocabulary.model == "gpt2":
-        explained = segments <= explained_segments(vocabulary.pre_tokenizer)
-        return pre_tokenizer_caveat(vocabulary.pre_tokenizer) if explained else ""
-    if segments <= {"special tokens", "blanks"}:
-        return "llama.cpp puts a blank behind special tokens and before leading blanks, where this tokenizer does not"
-    return ""
+        name = vocabulary.pre_tokenizer
+        causes.append((pre_tokenizer_caveat(name), explained_segments(name)))
+    elif vocabulary.model == "llama":
+        blank = "llama.cpp puts a blank behind special tokens and before leading blanks, where this tokenizer does not"
+        causes.append((blank, frozenset({"special tokens", "blanks"})))
+    if vocabulary.swallows_blanks:
+        # llama.cpp does so for models whose general.name has phi-3 or phi3
+        swallowed = "llama.cpp keeps the blanks behind special tokens, which this tokenizer swallows"
+        causes.insert(0, (swallowed, frozenset({"special tokens"})))
+    said = []
+    for cause, explained in causes:
+        if segments & explained:
+            said.append(cause)
+            segments -= explained
+    return "" if segments else "; ".join(said)
 
 
 def _differences(source: SourceTokenizer, written: LoadedModel) -> Iterator[TokenizerDifference]:

@@ -2,7 +2,8 @@
 
 llama.cpp knows the rules by name only and has them built in. The name is found from the structure of tokenizer.json,
 that is from its rules, not from the ids that a vocabulary gives to a text: fine-tunes with added tokens and unheard-of
-vocabularies with a well-known rule are recognised alike. A new rule is one more row in the table.
+vocabularies with a well-known rule are recognised alike. Where llama.cpp has several names for one rule, added tokens
+that a family has and others have not choose the name its converter gives. A new rule is one more row in the table.
 
 Source: the regular expressions are those in the models' own tokenizer.json; names and the defaults that come with
 them (adding BOS, ignoring merges) as in llama.cpp build 0.3.36 of llama-cpp-python.
@@ -23,6 +24,9 @@ _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA_3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _QWEN_2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_QWEN_3_5 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _START = r"[^\r\n\p{L}\p{N}]?"
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
@@ -37,6 +41,7 @@ _GPT_2_WORDS = "ByteLevel(words)"
 _EACH_DIGIT = "Digits(each)"
 # the check's texts in which llama.cpp can differ for the reason of a caveat
 _MARKS = frozenset({"accents, decomposed", "arabic", "hebrew", "devanagari", "thai", "khmer"})
+_DECOMPOSED = frozenset({"accents, decomposed"})
 _CAPITALS = frozenset({"accents, composed", "russian", "greek"})
 _CASE_CAVEAT = "llama.cpp knows capitals only in ASCII here and takes combining marks for punctuation"
 _NFC_CAVEAT = "llama.cpp does not normalise to NFC, so decomposed accents give other tokens"
@@ -51,6 +56,8 @@ class PreTokenizer:
         steps: what tokenizer.json does, in the notation of :func:`describe_steps`.
         ignore_merges: whether words of the vocabulary are taken whole; None where it makes no difference.
         normalizer: what is done before, in the same notation.
+        markers: added tokens that tell this name from another with the same structure; all of them must be there.
+            Empty for the name that stands where no other one's markers are found.
         adds_bos: llama.cpp's default where a file does not say whether BOS is automatic.
         caveat: where llama.cpp is known to deviate from the rule; empty if nowhere.
         caveat_segments: the check's texts that it explains.
@@ -60,16 +67,31 @@ class PreTokenizer:
     steps: tuple[str, ...]
     ignore_merges: bool | None = False
     normalizer: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
     adds_bos: bool = False
     caveat: str = ""
     caveat_segments: frozenset[str] = frozenset()
 
 
+_NFC = ("NFC",)
+_DEEPSEEK_BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+
+# the first row that fits counts, so those with markers come before those without
 TABLE = (
+    # mpt, jais, phi-2 and others have the same structure and differ in nothing that llama.cpp does with them
     PreTokenizer("gpt-2", (_GPT_2_WORDS,)),
-    # starcoder, refact, codeshell and others have the same structure; SmolLM2's name stands for all
+    # GPT-NeoX, from which OLMo 1 has it
+    PreTokenizer("olmo", (_GPT_2_WORDS,), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_DECOMPOSED),
+    # StarCoder and its offspring: Refact and Granite 3 have the tokens of the first, StarCoder 2 others
+    PreTokenizer("refact", (_EACH_DIGIT, _GPT_2_WORDS), markers=("<fim_prefix>", "<reponame>")),
+    PreTokenizer("starcoder", (_EACH_DIGIT, _GPT_2_WORDS), markers=("<fim_prefix>",)),
+    # codeshell, exaone and others have the same structure; SmolLM2's name stands for all
     PreTokenizer("smollm", (_EACH_DIGIT, _GPT_2_WORDS)),
+    # SmolLM3 too, which llama.cpp's converter takes for smaug-bpe because its hash is of a text without BOS; but
+    # smaug-bpe does not take words of the vocabulary whole. That BOS is not automatic is said by a key of its own.
     PreTokenizer("llama-bpe", (f"Split({_LLAMA_3})", _BYTES), ignore_merges=True, adds_bos=True),
+    # OpenAI's cl100k, known by its tokens to fill in the middle: DBRX, Olmo 2 and 3, Phi-4, Granite 4
+    PreTokenizer("dbrx", (f"Split({_LLAMA_3})", _BYTES), markers=("<|fim_prefix|>",)),
     # Llama 3's rule in a file that does not ignore merges
     PreTokenizer("smaug-bpe", (f"Split({_LLAMA_3})", _BYTES)),
     # llama.cpp always ignores merges here; where a file does not, the check tells whether that matters
@@ -81,23 +103,39 @@ TABLE = (
         caveat=_CASE_CAVEAT,
         caveat_segments=_MARKS | _CAPITALS,
     ),
+    # the same for llama.cpp; DeepSeek's distillations have tokens of their own
+    PreTokenizer("deepseek-r1-qwen", (f"Split({_QWEN_2})", _BYTES), markers=(_DEEPSEEK_BOS,)),
+    PreTokenizer(
+        "deepseek-r1-qwen",
+        (f"Split({_QWEN_2})", _BYTES),
+        normalizer=_NFC,
+        markers=(_DEEPSEEK_BOS,),
+        caveat=_NFC_CAVEAT,
+        caveat_segments=_DECOMPOSED,
+    ),
+    # Qwen 1.5 to 3; stablelm2, megrez and others have the same structure
     PreTokenizer("qwen2", (f"Split({_QWEN_2})", _BYTES)),
     PreTokenizer(
-        "qwen2", (f"Split({_QWEN_2})", _BYTES), normalizer=("NFC",), caveat=_NFC_CAVEAT, caveat_segments=_MARKS
+        "qwen2", (f"Split({_QWEN_2})", _BYTES), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_DECOMPOSED
     ),
+    PreTokenizer("qwen35", (f"Split({_QWEN_3_5})", _BYTES)),
+    PreTokenizer(
+        "qwen35", (f"Split({_QWEN_3_5})", _BYTES), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_DECOMPOSED
+    ),
+    # OpenAI's o200k: gpt-oss, Phi-4-mini
     PreTokenizer("gpt-4o", (f"Split({_GPT_4O})", _BYTES), caveat=_CASE_CAVEAT, caveat_segments=_MARKS | _CAPITALS),
 )
 
 #: further names that llama.cpp takes for byte-level BPE, which a user may ask for
 OTHER_NAMES = (
     "a.x-4.0", "afmoe", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell", "cohere2moe",
-    "command-r", "dbrx", "deepseek-coder", "deepseek-llm", "deepseek-r1-qwen", "deepseek-v3", "default", "exaone",
-    "exaone-moe", "exaone4", "f2llmv2", "falcon", "falcon-h1", "falcon3", "gigachat", "glm4", "gpt3-finnish",
-    "granite-docling", "granite-embed-multi-97m", "grok-2", "hunyuan", "hunyuan-dense", "hy_v4", "jais", "jais-2",
-    "joyai-llm", "kanana2", "kormo", "laguna", "lfm2", "llada-moe", "llama-v3", "llama3", "llama4", "megrez",
-    "mellum", "mellum2", "midm-2.0", "minerva-7b", "minicpm5", "minimax-m2", "modern-bert", "mpt", "olmo", "phi-2",
-    "pixtral", "poro-chat", "qwen35", "refact", "seed-coder", "solar-open", "spark2_5", "stablelm2", "starcoder",
-    "superbpe", "talkie", "tiny_aya", "trillion", "ufakzeka", "viking", "youtu",
+    "command-r", "deepseek-coder", "deepseek-llm", "deepseek-v3", "default", "exaone", "exaone-moe", "exaone4",
+    "f2llmv2", "falcon", "falcon-h1", "falcon3", "gigachat", "glm4", "gpt3-finnish", "granite-docling",
+    "granite-embed-multi-97m", "grok-2", "hunyuan", "hunyuan-dense", "hy_v4", "jais", "jais-2", "joyai-llm",
+    "kanana2", "kormo", "laguna", "lfm2", "llada-moe", "llama-v3", "llama3", "llama4", "megrez", "mellum", "mellum2",
+    "midm-2.0", "minerva-7b", "minicpm5", "minimax-m2", "modern-bert", "mpt", "phi-2", "pixtral", "poro-chat",
+    "seed-coder", "solar-open", "spark2_5", "stablelm2", "superbpe", "talkie", "tiny_aya", "trillion", "ufakzeka",
+    "viking", "youtu",
 )  # fmt: skip
 
 # the names outside the table that add BOS by default
@@ -117,11 +155,13 @@ def recognise(tokenizer: tokenizers.Tokenizer, source: str) -> str:
     found = describe_steps(tokenizer)
     normalizer = tuple(_describe(step) for step in steps(tokenizer.normalizer))
     ignore_merges = bool(getattr(tokenizer.model, "ignore_merges", False))
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for row in TABLE:
-        if row.steps == found and row.normalizer == normalizer and row.ignore_merges in (ignore_merges, None):
+        is_same = row.steps == found and row.normalizer == normalizer and row.ignore_merges in (ignore_merges, None)
+        if is_same and added.issuperset(row.markers):
             return row.name
     text = " then ".join((*normalizer, *found)) or "nothing"
-    nearest = _nearest(text, {row.name: " then ".join((*row.normalizer, *row.steps)) for row in TABLE})
+    nearest = _nearest(text, ignore_merges)
     raise TokenizerError(
         f"{source}: the pre-tokenizer (ignore_merges={ignore_merges}) is {_shorten(text)!r}, which none of the known "
         f"ones does; nearest are {', '.join(nearest)}; pass --pre-tokenizer NAME if you know llama.cpp's name for it"
@@ -179,13 +219,15 @@ def _describe(step: JsonObject) -> str:
     return kind + (json.dumps(options, sort_keys=True) if options else "")
 
 
-def _nearest(text: str, choices: dict[str, str]) -> list[str]:
+def _nearest(text: str, ignore_merges: bool) -> list[str]:
     # by the pieces between the alternatives: characters would make any two long expressions look alike
-    def likeness(name: str) -> float:
-        wanted, other = (re.split(r"[|()]|(?= then )", t) for t in (text, choices[name]))
-        return difflib.SequenceMatcher(None, wanted, other).ratio()
+    def distance(row: PreTokenizer) -> tuple[float, bool, str]:
+        described = " then ".join((*row.normalizer, *row.steps))
+        wanted, other = (re.split(r"[|()]|(?= then )", t) for t in (text, described))
+        likeness = difflib.SequenceMatcher(None, wanted, other).ratio()
+        return -likeness, row.ignore_merges not in (ignore_merges, None), row.name
 
-    return sorted(choices, key=lambda name: (-likeness(name), name))[:3]
+    return list(dict.fromkeys(row.name for row in sorted(TABLE, key=distance)))[:3]
 
 
 def _shorten(text: str, limit: int = 120) -> str:

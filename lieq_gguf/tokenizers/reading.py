@@ -10,17 +10,20 @@ from lieq_gguf.tokenizers.sentencepiece_style import is_sentencepiece_style, rea
 from lieq_gguf.tokenizers.vocabulary import Vocabulary
 
 
-def read_vocabulary(model_dir: Path, vocab_size: int, pre_tokenizer: str | None = None) -> Vocabulary:
-    """Read the vocabulary of a model of the Llama family for llama.cpp.
+def read_vocabulary(
+    model_dir: Path, vocab_size: int, pre_tokenizer: str | None = None, architecture: str = "llama"
+) -> Vocabulary:
+    """Read the vocabulary of a model for llama.cpp.
 
     The files are tried in the order of llama.cpp's converter: tokenizer.model, then tokenizer.json as
-    SentencePiece-style BPE, then tokenizer.json as byte-level BPE. They are read with the libraries they were written
-    for, so that no code of the model is run.
+    SentencePiece-style BPE or Unigram, then tokenizer.json as byte-level BPE. They are read with the
+    libraries they were written for, so that no code of the model is run.
 
     Args:
         model_dir: a Hugging Face model directory.
         vocab_size: of config.json, the number of rows of the embedding.
         pre_tokenizer: llama.cpp's name of it, for byte-level BPE; None to recognise it from tokenizer.json.
+        architecture: llama.cpp's name of it, such as ``qwen2``; some keys depend on it.
 
     Raises:
         SourceError: if a file cannot be read.
@@ -35,5 +38,5 @@ def read_vocabulary(model_dir: Path, vocab_size: int, pre_tokenizer: str | None 
                 f"{model_dir}: pre-tokenizer {name!r} was asked for, but the tokenizer is of SentencePiece style, "
                 "which has none; leave out --pre-tokenizer"
             )
-        return read_sentencepiece(files, tokenizer, vocab_size)
-    return read_byte_level_bpe(files, tokenizer, vocab_size, name)
+        return read_sentencepiece(files, tokenizer, vocab_size, architecture)
+    return read_byte_level_bpe(files, tokenizer, vocab_size, architecture, name)

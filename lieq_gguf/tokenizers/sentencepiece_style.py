@@ -1,23 +1,26 @@
-"""SentencePiece-style BPE (characters, bytes as a fallback): Llama 2, TinyLlama, Mistral 7B.
+"""SentencePiece and what is like it: Unigram, or BPE of characters with bytes as a fallback.
 
-The vocabulary is in tokenizer.model, or, for models that were published without it, in a tokenizer.json with
-``byte_fallback``.
+Llama 2, Mistral 7B, Gemma and Phi-3 have such BPE. The vocabulary is in tokenizer.model, or, for models that were
+published without it, in a tokenizer.json with ``byte_fallback`` or of type Unigram.
 """
 
 import re
-from pathlib import Path
+from dataclasses import replace
 
 import gguf
-import sentencepiece
 import tokenizers
 
 from lieq_gguf.errors import TokenizerError
 from lieq_gguf.tokenizers.byte_level_bpe import SENTENCEPIECE_BLANK, check_ids, looks_special
 from lieq_gguf.tokenizers.chat_templates import read_chat_templates
-from lieq_gguf.tokenizers.model_files import TokenizerFiles, component, steps
-from lieq_gguf.tokenizers.special_tokens import read_special_tokens
-from lieq_gguf.tokenizers.vocabulary import Vocabulary
+from lieq_gguf.tokenizers.model_files import AddedToken, TokenizerFiles, component, steps
+from lieq_gguf.tokenizers.sentencepiece_model import SentencePieceModel, open_sentencepiece
+from lieq_gguf.tokenizers.special_tokens import read_special_tokens, swallows_blanks
+from lieq_gguf.tokenizers.unigram import preparation_by_json, preparation_by_model
+from lieq_gguf.tokenizers.vocabulary import SpecialTokens, Vocabulary
 
+# what llama.cpp assumes where a file does not say, by tokenizer model
+_DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "t5": {"eos": 1, "unk": 2, "pad": 0}}
 _ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -39,37 +42,39 @@ class _Pieces:
 
 def is_sentencepiece_style(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether a tokenizer.json without tokenizer.model is to be read here rather than as byte-level BPE."""
+    if isinstance(tokenizer.model, tokenizers.models.Unigram):
+        return True
     decoder = component(tokenizer.decoder) or {}
     is_bpe = isinstance(tokenizer.model, tokenizers.models.BPE)
     return is_bpe and bool(tokenizer.model.byte_fallback) and decoder.get("type") == "Sequence"
 
 
-def read_sentencepiece(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None, vocab_size: int) -> Vocabulary:
-    """Read the vocabulary of a SentencePiece-style BPE.
+def read_sentencepiece(
+    files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None, vocab_size: int, architecture: str
+) -> Vocabulary:
+    """Read the vocabulary of SentencePiece-style BPE or Unigram.
 
     Args:
         files: of the model, with tokenizer.model, or else tokenizer.json.
         tokenizer: tokenizer.json loaded, if there is one.
         vocab_size: rows of the embedding; ids that no token has become unused tokens.
+        architecture: llama.cpp's name of it.
 
     Raises:
-        TokenizerError: if a file is damaged, an id is beyond ``vocab_size``, or the model is not BPE.
+        TokenizerError: if a file is damaged, an id is beyond ``vocab_size``, or llama.cpp cannot tokenise so.
     """
+    path = files.sentencepiece_model
+    model = None if path is None else open_sentencepiece(path)
     pieces = _Pieces(vocab_size)
     added = files.added_tokens()
     largest_added = max(added, default=-1)
     if largest_added >= 0:
         texts = {token_id: token.content for token_id, token in added.items()}
         check_ids(largest_added, vocab_size, texts, str(files.directory))
-    if files.sentencepiece_model is not None:
-        _put_sentencepiece_model(pieces, files.sentencepiece_model)
-        # in tokenizer.json <unk> and the like are also added tokens; only tokenizer_config.json overrules the model
-        overruling = {int(token_id) for token_id in files.config.get("added_tokens_decoder") or {}}
-        overruling |= set(files.legacy_added_tokens.values())
-        new = {i: t for i, t in added.items() if i in overruling or pieces.token_types[i] == gguf.TokenType.UNUSED}
+    if model is not None:
+        new = _put_sentencepiece_model(pieces, model, files, added)
     elif tokenizer is not None:
-        _put_tokenizer_json(pieces, files, tokenizer)
-        new = {i: t for i, t in added.items() if pieces.token_types[i] == gguf.TokenType.UNUSED}
+        new = _put_tokenizer_json(pieces, files, tokenizer, added)
     # a token that tokenizer.json alone calls special is a control token too, where the converter makes it user-defined
     for token_id, token in new.items():
         if token.is_special or looks_special(token.content):
@@ -77,87 +82,152 @@ def read_sentencepiece(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | 
         else:
             text = token.content.replace(SENTENCEPIECE_BLANK, " ")
             pieces.put(token_id, text, gguf.TokenType.USER_DEFINED, _ADDED_SCORE)
-    return Vocabulary(
+    vocabulary = Vocabulary(
         model="llama",
         pre_tokenizer="default",
         tokens=tuple(pieces.tokens),
         token_types=tuple(pieces.token_types),
         scores=tuple(pieces.scores),
-        special=read_special_tokens(files, tokenizer, vocab_size, adds_bos_by_default=True),
-        add_space_prefix=_add_space_prefix(files, tokenizer),
+        special=read_special_tokens(files, tokenizer, vocab_size, architecture, adds_bos_by_default=True),
+        add_space_prefix=_add_space_prefix(files, tokenizer, model),
         chat_templates=read_chat_templates(files),
+        swallows_blanks=swallows_blanks(tokenizer),
+    )
+    if path is not None and model is not None and model.is_unigram:
+        preparation = preparation_by_model(model, path)
+    elif model is None and tokenizer is not None and isinstance(tokenizer.model, tokenizers.models.Unigram):
+        preparation = preparation_by_json(files, tokenizer)
+    else:
+        _check_bytes(vocabulary, files)
+        return replace(vocabulary, special=_with_ids(vocabulary.special, model, files, "llama"))
+    return replace(
+        vocabulary,
+        model="t5",
+        special=_with_both_said(_with_ids(vocabulary.special, model, files, "t5"), tokenizer),
+        add_space_prefix=preparation.adds_space_prefix,
+        remove_extra_whitespaces=preparation.removes_extra_whitespaces,
+        precompiled_charsmap=preparation.precompiled_charsmap,
     )
 
 
-def open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Load tokenizer.model.
-
-    Raises:
-        TokenizerError: if it is not a SentencePiece model.
-    """
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromFile(str(path))
-    except (OSError, RuntimeError) as error:
+def _check_bytes(vocabulary: Vocabulary, files: TokenizerFiles) -> None:
+    # llama.cpp looks for either spelling and ends the process if there is neither
+    known = set(vocabulary.tokens)
+    missing = next((b for b in range(256) if b"<0x%02X>" % b not in known and bytes([b]) not in known), None)
+    if missing is not None:
         raise TokenizerError(
-            f"{path}: sentencepiece cannot read it ({' '.join(str(error).split())}); expected a SentencePiece model; "
-            "download the file again (a file of a few hundred bytes is a Git LFS pointer)"
-        ) from error
-    return processor
+            f"{files.sentencepiece_model or files.directory / 'tokenizer.json'}: the vocabulary has no token for byte "
+            f"0x{missing:02X}; expected tokens for all bytes, which llama.cpp needs for characters outside the "
+            "vocabulary; this tokenizer cannot be carried over"
+        )
 
 
-def _put_sentencepiece_model(pieces: _Pieces, path: Path) -> None:
-    processor = open_sentencepiece(path)
-    n_pieces = processor.vocab_size()
-    last = {n_pieces - 1: processor.IdToPiece(n_pieces - 1)}
-    check_ids(n_pieces - 1, len(pieces.tokens), last, str(path))
-    for token_id in range(n_pieces):
-        token_type = gguf.TokenType.NORMAL
-        if processor.IsUnknown(token_id):
-            token_type = gguf.TokenType.UNKNOWN
-        elif processor.IsControl(token_id):
-            token_type = gguf.TokenType.CONTROL
-        elif processor.IsUnused(token_id):
-            token_type = gguf.TokenType.UNUSED
-        elif processor.IsByte(token_id):
-            token_type = gguf.TokenType.BYTE
-        pieces.put(token_id, processor.IdToPiece(token_id), token_type, processor.GetScore(token_id))
+def _put_sentencepiece_model(
+    pieces: _Pieces, model: SentencePieceModel, files: TokenizerFiles, added: dict[int, AddedToken]
+) -> dict[int, AddedToken]:
+    """Put all pieces, and tell which added tokens are new or overrule theirs."""
+    n_pieces = len(model.pieces)
+    last = {n_pieces - 1: model.pieces[-1].text}
+    check_ids(n_pieces - 1, len(pieces.tokens), last, str(files.sentencepiece_model))
+    for token_id, piece in enumerate(model.pieces):
+        pieces.put(token_id, piece.text, piece.token_type, piece.score)
+    # in tokenizer.json <unk> and the like are also added tokens; only tokenizer_config.json overrules the model
+    overruling = {int(token_id) for token_id in files.config.get("added_tokens_decoder") or {}}
+    overruling |= set(files.legacy_added_tokens.values())
+    new = {i: token for i, token in added.items() if i in overruling or pieces.token_types[i] == gguf.TokenType.UNUSED}
+    # SentencePiece finds user-defined pieces before all others; the converter makes them ordinary ones if no file but
+    # the model names them, which are then found only where merges lead to them
+    for token_id, piece in enumerate(model.pieces):
+        if piece.token_type == gguf.TokenType.USER_DEFINED:
+            new.setdefault(token_id, added.get(token_id, AddedToken(piece.text, is_special=False)))
+    return new
 
 
-def _put_tokenizer_json(pieces: _Pieces, files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) -> None:
+def _put_tokenizer_json(
+    pieces: _Pieces, files: TokenizerFiles, tokenizer: tokenizers.Tokenizer, added: dict[int, AddedToken]
+) -> dict[int, AddedToken]:
+    """Put the whole vocabulary, and tell which added tokens are new or found before all others."""
     model = (files.tokenizer_json or {})["model"]
-    vocabulary: dict[str, int] = model["vocab"]
-    largest = max(vocabulary.values(), default=-1)
-    text_of = {token_id: text for text, token_id in vocabulary.items()}
+    is_unigram = isinstance(tokenizer.model, tokenizers.models.Unigram)
+    ids: dict[str, int]
+    ids = {text: i for i, (text, _) in enumerate(model["vocab"])} if is_unigram else model["vocab"]
+    largest = max(ids.values(), default=-1)
+    text_of = {token_id: text for text, token_id in ids.items()}
     check_ids(largest, len(pieces.tokens), text_of, str(files.directory / "tokenizer.json"))
-    # llama.cpp merges by the score of the result, tokenizer.json by the merge's rank: the rank becomes the score.
-    # The converter gives all tokens the same score, with which llama.cpp merges from left to right regardless.
-    score_of: dict[str, float] = {}
-    for rank, merge in enumerate(model["merges"]):
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        score_of.setdefault(left + right, float(-rank))
-    unmerged = float(-len(model["merges"]) - 1)
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    for text, token_id in vocabulary.items():
+    score_of = dict(model["vocab"]) if is_unigram else _scores_by_rank(model["merges"])
+    unmerged = float(-len(score_of) - 1)
+    by_id = tokenizer.get_added_tokens_decoder()
+    special = {token.content for token in by_id.values() if token.special}
+    for text, token_id in ids.items():
         token_type = gguf.TokenType.NORMAL
-        if _BYTE.fullmatch(text):
+        if is_unigram and token_id == model["unk_id"]:
+            token_type = gguf.TokenType.UNKNOWN
+        elif _BYTE.fullmatch(text):
             token_type = gguf.TokenType.BYTE
         elif text in special:
             token_type = gguf.TokenType.CONTROL
         pieces.put(token_id, text, token_type, score_of.get(text, unmerged))
+    # Gemma's runs of blanks are spelt so that they are not found in a text as they stand, but by merges
+    found = {
+        token_id
+        for token_id, token in by_id.items()
+        if not token.special and (token.normalized or SENTENCEPIECE_BLANK not in token.content)
+    }
+    return {i: token for i, token in added.items() if i in found or pieces.token_types[i] == gguf.TokenType.UNUSED}
 
 
-def _add_space_prefix(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None) -> bool | None:
+def _scores_by_rank(merges: list[str | list[str]]) -> dict[str, float]:
+    # llama.cpp merges by the score of the result, tokenizer.json by the merge's rank: the rank becomes the score.
+    # The converter gives all tokens the same score, with which llama.cpp merges from left to right regardless.
+    score_of: dict[str, float] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        score_of.setdefault(left + right, float(-rank))
+    return score_of
+
+
+def _with_ids(
+    special: SpecialTokens, model: SentencePieceModel | None, files: TokenizerFiles, kind: str
+) -> SpecialTokens:
+    """Add ids that no other file names where llama.cpp's default would be wrong."""
+    ids = dict(special.ids)
+    if model is not None:
+        read = model.processor
+        known = {"bos": read.bos_id(), "eos": read.eos_id(), "unk": read.unk_id(), "pad": read.pad_id()}
+    else:
+        unk = (files.tokenizer_json or {})["model"].get("unk_id")
+        known = {"unk": unk if isinstance(unk, int) else -1}
+    for role, token_id in known.items():
+        if token_id >= 0 and token_id != _DEFAULT_IDS[kind].get(role):
+            ids.setdefault(role, token_id)
+    return replace(special, ids=tuple(ids.items()))
+
+
+def _with_both_said(special: SpecialTokens, tokenizer: tokenizers.Tokenizer | None) -> SpecialTokens:
+    """Say of BOS and EOS whether they are automatic: llama.cpp's defaults for Unigram are those of T5."""
+    ids, automatic = dict(special.ids), dict(special.automatic)
+    if tokenizer is None:
+        automatic = {"bos": True, "eos": False} | automatic
+    else:
+        around = tokenizer.encode("", add_special_tokens=True).ids
+        automatic.setdefault("bos", bool(around) and around[0] == ids.get("bos"))
+        automatic.setdefault("eos", bool(around) and around[-1] == ids.get("eos"))
+    return replace(special, automatic=tuple(automatic.items()))
+
+
+def _add_space_prefix(
+    files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None, model: SentencePieceModel | None
+) -> bool | None:
+    # llama.cpp adds the blank by default; the converter looks at the configuration only, and for Gemma not even there
     declared = files.config.get("add_prefix_space")
     if isinstance(declared, bool):
         return declared
     if tokenizer is None:
-        return None
+        return None if model is None or model.adds_space_prefix else False
     prefixes = [step for step in steps(tokenizer.normalizer) if step["type"] == "Prepend"]
     prefixes += [
         step
         for step in steps(tokenizer.pre_tokenizer)
         if step["type"] == "Metaspace" and step["prepend_scheme"] != "never"
     ]
-    # llama.cpp adds the blank by default; the converter does not look here and leaves it so
     return None if prefixes else False

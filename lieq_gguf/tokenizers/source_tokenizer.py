@@ -10,7 +10,7 @@ import tokenizers
 
 from lieq_gguf.errors import TokenizerError
 from lieq_gguf.tokenizers.model_files import TokenizerFiles, open_tokenizer, read_tokenizer_files
-from lieq_gguf.tokenizers.sentencepiece_style import open_sentencepiece
+from lieq_gguf.tokenizers.sentencepiece_model import open_sentencepiece
 from lieq_gguf.tokenizers.special_tokens import automatic_tokens
 
 
@@ -85,7 +85,7 @@ def _add_template(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer, automa
 
 def _from_sentencepiece(files: TokenizerFiles) -> SourceTokenizer:
     path = files.directory / "tokenizer.model"
-    processor = open_sentencepiece(path)
+    processor = open_sentencepiece(path).processor
     n_pieces = processor.vocab_size()
     added = {processor.IdToPiece(i): i for i in range(n_pieces) if processor.IsControl(i) or processor.IsUnknown(i)}
     added |= {token.content: token_id for token_id, token in files.added_tokens().items()}

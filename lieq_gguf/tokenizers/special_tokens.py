@@ -12,21 +12,27 @@ import tokenizers
 from lieq_gguf.tokenizers.model_files import ROLES, JsonObject, TokenizerFiles, component
 from lieq_gguf.tokenizers.vocabulary import SpecialTokens
 
-# Llama-family models are told apart by this number alone, in llama.cpp's converter too
+# the architectures that llama.cpp's converter handles as Llama's; it tells some of them apart by these numbers alone
+_LLAMA_FAMILY = frozenset({"llama", "granite", "smollm3"})
 _CODE_LLAMA_VOCAB_SIZE = 32016
 _CODE_LLAMA_EOT = 32010
 _GRANITE_VOCAB_SIZE = 49152
 
 
 def read_special_tokens(
-    files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None, vocab_size: int, adds_bos_by_default: bool
+    files: TokenizerFiles,
+    tokenizer: tokenizers.Tokenizer | None,
+    vocab_size: int,
+    architecture: str,
+    adds_bos_by_default: bool,
 ) -> SpecialTokens:
-    """Ids with a role, and the automatic ones, for a model of the Llama family.
+    """Ids with a role, and the automatic ones.
 
     Args:
         files: of the model.
         tokenizer: tokenizer.json, if there is one.
         vocab_size: rows of the embedding; an id beyond it is left out.
+        architecture: llama.cpp's name of it.
         adds_bos_by_default: what llama.cpp does where the file does not say.
     """
     texts, automatic = _texts_and_automatic(files, tokenizer)
@@ -40,14 +46,26 @@ def read_special_tokens(
         if isinstance(token_id, int) and 0 <= token_id < vocab_size and role != "cls":
             ids[role] = token_id
 
-    if vocab_size == _CODE_LLAMA_VOCAB_SIZE:
+    is_llama = is_llama_family(architecture)
+    if is_llama and vocab_size == _CODE_LLAMA_VOCAB_SIZE:
         ids.setdefault("eot", _CODE_LLAMA_EOT)
-    if vocab_size == _GRANITE_VOCAB_SIZE:
+    if is_llama and vocab_size == _GRANITE_VOCAB_SIZE:
         automatic["bos"] = False
     elif tokenizer is not None and "bos" not in automatic and adds_bos_by_default != _starts_with(tokenizer, ids):
         # no file says it, yet the tokenizer does otherwise than llama.cpp would by default
         automatic["bos"] = not adds_bos_by_default
     return SpecialTokens(tuple(ids.items()), tuple(automatic.items()))
+
+
+def is_llama_family(architecture: str) -> bool:
+    """Whether llama.cpp's converter reads vocabularies of this architecture as it does Llama's."""
+    return architecture in _LLAMA_FAMILY
+
+
+def swallows_blanks(tokenizer: tokenizers.Tokenizer | None) -> bool:
+    """Whether blanks beside an added token are part of it."""
+    added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
+    return any(token.lstrip or token.rstrip for token in added.values())
 
 
 def automatic_tokens(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None) -> dict[str, bool]:

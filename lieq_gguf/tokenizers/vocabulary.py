@@ -39,7 +39,7 @@ class Vocabulary:
     """A tokenizer in llama.cpp's terms.
 
     Attributes:
-        model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece-style BPE.
+        model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece-style BPE, ``t5`` for Unigram.
         pre_tokenizer: llama.cpp's name of the rule that splits text into words (``tokenizer.ggml.pre``).
         tokens: one per id, UTF-8; there are exactly as many as the embedding has rows.
         token_types: ``gguf.TokenType`` of each token.
@@ -48,6 +48,9 @@ class Vocabulary:
         special: ids with a role, and which of them are automatic.
         add_space_prefix: whether a text gets a leading blank; None leaves llama.cpp's default.
         chat_templates: carried over unchanged.
+        remove_extra_whitespaces: whether blanks at the ends go and several become one; None leaves llama.cpp's default.
+        precompiled_charsmap: SentencePiece's table of replacements, for Unigram; empty if there is none.
+        swallows_blanks: whether blanks beside added tokens are part of them, which no key of the format can say.
 
     Raises:
         TokenizerError: if two tokens have the same text, which makes llama.cpp abort.
@@ -62,6 +65,9 @@ class Vocabulary:
     special: SpecialTokens = SpecialTokens()
     add_space_prefix: bool | None = None
     chat_templates: ChatTemplates = ChatTemplates()
+    remove_extra_whitespaces: bool | None = None
+    precompiled_charsmap: bytes = b""
+    swallows_blanks: bool = False
 
     def __post_init__(self) -> None:
         if len(set(self.tokens)) == len(self.tokens):
@@ -93,6 +99,10 @@ class Vocabulary:
             writer.add_bool(f"tokenizer.ggml.add_{role}_token", is_added)
         if self.add_space_prefix is not None:
             writer.add_add_space_prefix(self.add_space_prefix)
+        if self.remove_extra_whitespaces is not None:
+            writer.add_remove_extra_whitespaces(self.remove_extra_whitespaces)
+        if self.precompiled_charsmap:
+            writer.add_precompiled_charsmap(self.precompiled_charsmap)
         if self.chat_templates.default is not None:
             writer.add_chat_template(self.chat_templates.default)
         if self.chat_templates.named:
