@@ -233,8 +233,12 @@ def _add_general(writer: gguf.GGUFWriter, source: ModelDirectory, plan: QuantPla
     spec = source.spec
     try:
         metadata = gguf.Metadata.load(None, source.path, None, spec.n_weights)
+        if source.repository is not None:
+            _name_after_repository(metadata, source, source.repository)
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         metadata = gguf.Metadata()  # the model card is for people; one that cannot be parsed stops nothing
+    if source.repository is not None and metadata.source_repo_url is None:
+        metadata.source_repo_url = f"https://huggingface.co/{source.repository}"
     if metadata.name is None:
         metadata.name = spec.name
     if metadata.size_label is None:
@@ -242,6 +246,16 @@ def _add_general(writer: gguf.GGUFWriter, source: ModelDirectory, plan: QuantPla
     metadata.set_gguf_meta_model(writer)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(spec.layer_matrices, plan.types))
+
+
+def _name_after_repository(metadata: gguf.Metadata, source: ModelDirectory, repository: str) -> None:
+    """Take what gguf reads out of a directory's name from the name on the hub: a snapshot's own is a commit."""
+    card = gguf.Metadata.load_model_card(source.path)
+    named = gguf.Metadata.apply_metadata_heuristic(
+        gguf.Metadata(), card, {"_name_or_path": repository}, None, source.spec.n_weights
+    )
+    for key in ("name", "organization", "basename", "finetune", "version", "size_label"):
+        setattr(metadata, key, getattr(named, key))
 
 
 def _file_type(layers: tuple[tuple[TensorSpec, ...], ...], types: Mapping[str, str]) -> int:
