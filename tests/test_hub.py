@@ -132,7 +132,8 @@ def test_names(name: str) -> None:
     [
         "./owner/name", "../owner", "/owner/name", "owner/name/deeper", "name", "owner/", "/name", "~/name", ".h/x",
         "owner/file.gguf", "owner/model.safetensors", "owner/config.json", "owner\\name", "owner/a name", "owner/..",
-        "",
+        "", "own--er/name", "owner/na..me", "owner/name-", "-owner/name", "owner/name.git", "öwner/name",
+        "owner/name\n",
     ],
 )  # fmt: skip
 def test_paths(path: str) -> None:
@@ -293,7 +294,7 @@ def test_offline_with_an_empty_cache(home: Path, hub: HubServer) -> None:
 
 def test_no_network_with_an_empty_cache(home: Path, hub: HubServer) -> None:
     hub.endpoint = "http://127.0.0.1:9"
-    assert_refused(plan(home, hub), NAME, "127.0.0.1:9 does not answer", "run the command again")
+    assert_refused(plan(home, hub), NAME, "127.0.0.1:9 does not answer", "check the network")
 
 
 def test_hub_is_down(home: Path, hub: HubServer) -> None:

@@ -26,9 +26,9 @@ _SMALL_FILES = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
     "README.md",
 )  # fmt: skip
-_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
-_NAME = re.compile(f"{_PART}/{_PART}")
-_FILE_SUFFIXES = (".gguf", ".safetensors", ".json")
+_PART = r"\w(?:[\w.-]*\w)?"
+_NAME = re.compile(rf"(?!.*(?:--|\.\.)){_PART}/{_PART}", re.ASCII)
+_NO_NAMES = (".gguf", ".safetensors", ".json", ".git")
 _UNAUTHORIZED, _FORBIDDEN, _TOO_MANY_REQUESTS, _SERVER_ERRORS = 401, 403, 429, 500
 _N_SHOWN = 6  # file names in a message
 
@@ -39,7 +39,7 @@ def is_hub_name(source: str) -> bool:
     Names without an owner are not taken: the few models that have one are of no supported family, and a mistyped
     directory should not ask the network.
     """
-    return _NAME.fullmatch(source) is not None and not source.endswith(_FILE_SUFFIXES) and not Path(source).exists()
+    return _NAME.fullmatch(source) is not None and not source.endswith(_NO_NAMES) and not Path(source).exists()
 
 
 def fetch(name: str, revision: str | None, progress: Progress) -> Path:
@@ -114,7 +114,8 @@ class _UnreachableError(SourceError):
     """
 
     def __init__(self, model: _HubModel, reason: str, is_wanted: bool = False) -> None:
-        way_out = "unset it to download" if is_wanted else "run the command again, which goes on where it stopped"
+        again = "check the network and run the command again, which goes on where it stopped"
+        way_out = "unset it to download" if is_wanted else again
         super().__init__(f"{model.name} is not, or not completely, in {model.cache}, and {reason}; {way_out}")
         self.reason = reason
         self.is_wanted = is_wanted
