@@ -97,7 +97,16 @@ def _show_version(value: bool) -> None:
 
 
 Source = Annotated[
-    Path, typer.Argument(metavar="SOURCE", help="Model directory with config.json and safetensors.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Model directory with config.json and safetensors, or a model of the Hugging Face hub as owner/name.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model of the hub."),
 ]
 Adapter = Annotated[
     Path | None,
@@ -230,6 +239,7 @@ def _root(
 def convert(
     context: typer.Context,
     source: Source,
+    revision: Revision = None,
     adapter: Adapter = None,
     bits: Bits = None,
     file_bits: FileBits = None,
@@ -281,6 +291,7 @@ def convert(
         ignored = _ONLY_FOR_SCORES + (_ONLY_FOR_A_PASS if refine == "none" else ())
         _refuse_given(context, ignored, "with these files nothing is measured; leave this out")
     from lieq_gguf import pipeline
+    from lieq_gguf.records.files import check_output
     from lieq_gguf.sources import open_source
 
     budget = _budget(bits, file_bits, size, nominal)
@@ -288,15 +299,18 @@ def convert(
     options = _calibration(context.params)
     progress = _progress(quiet)
     target = output or Path(_default_name(source, budget, plan))
+    if not dry_run:
+        check_output(target, force)  # before a download
+    path = _directory(source, revision, progress)
     if dry_run:
         planned = pipeline.make_plan(
-            open_source(source, adapter), budget, allocation, options, progress,
+            open_source(path, adapter), budget, allocation, options, progress,
             plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), for_writing=False,
         )  # fmt: skip
         _show_plan(planned, as_json)
         return
     result = pipeline.convert(
-        source, target, budget, allocation, options, progress,
+        path, target, budget, allocation, options, progress,
         adapter_dir=adapter, plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), force=force,
     )  # fmt: skip
     if as_json:
@@ -312,6 +326,7 @@ def convert(
 def score(
     context: typer.Context,
     source: Source,
+    revision: Revision = None,
     adapter: Adapter = None,
     scorer: Annotated[
         str, typer.Option("--scorer", metavar="NAME", callback=_scorer_name, help="Score to show first and draw.")
@@ -349,7 +364,8 @@ def score(
     if output is not None:
         check_output(output, force)
     options = _calibration(context.params | ({"scorer": NEEDS_REMOVAL} if compare else {}))
-    known = pipeline.learn(open_source(source, adapter), _types("--types", types), options, _progress(quiet))
+    offered, progress = _types("--types", types), _progress(quiet)
+    known = pipeline.learn(open_source(_directory(source, revision, progress), adapter), offered, options, progress)
     assert known.scores is not None
     if output is not None:
         known.scores.save(output, scorer)
@@ -368,6 +384,7 @@ def imatrix(
     context: typer.Context,
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
+    revision: Revision = None,
     adapter: Adapter = None,
     calibration: CalibrationFile = None,
     n_tokens: NTokens = 16384,
@@ -389,8 +406,10 @@ def imatrix(
     from lieq_gguf.sources import open_source
 
     check_output(output, force)
-    options = _calibration(context.params)
-    known = pipeline.learn(open_source(source, adapter), (), options, _progress(quiet), scores=False)
+    options, progress = _calibration(context.params), _progress(quiet)
+    known = pipeline.learn(
+        open_source(_directory(source, revision, progress), adapter), (), options, progress, scores=False
+    )
     assert known.importance is not None
     known.importance.save(output)
     matrix = known.importance
@@ -401,6 +420,7 @@ def imatrix(
 def plan(
     context: typer.Context,
     source: Source,
+    revision: Revision = None,
     adapter: Adapter = None,
     bits: Bits = None,
     file_bits: FileBits = None,
@@ -454,12 +474,14 @@ def plan(
 
     if output is not None:
         check_output(output, force)
+    budget, allocation = _budget(bits, file_bits, size, nominal), _allocation(context.params)
+    options, progress = _calibration(context.params), _progress(quiet)
     planned = pipeline.make_plan(
-        open_source(source, adapter),
-        _budget(bits, file_bits, size, nominal),
-        _allocation(context.params),
-        _calibration(context.params),
-        _progress(quiet),
+        open_source(_directory(source, revision, progress), adapter),
+        budget,
+        allocation,
+        options,
+        progress,
         pre_tokenizer=pre_tokenizer,
         command_line=_command_line(),
         for_writing=False,
@@ -533,8 +555,14 @@ def verify(
 def evaluate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="GGUF files.", show_default=False)],
     reference: Annotated[
-        Path, typer.Option("--reference", metavar="REF", help="What to compare with: an F16 GGUF or a model directory.")
+        str,
+        typer.Option(
+            "--reference",
+            metavar="REF",
+            help="What to compare with: an F16 GGUF, a model directory, or a model of the hub.",
+        ),
     ],
+    revision: Revision = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -573,8 +601,10 @@ def evaluate(
     content = evaluation.read_text(text)
     questions = () if tasks is None else load_questions(None if tasks == "demo" else Path(tasks))
     total = evaluation.count_chunks(files[0], content, n_ctx, chunks) + len(questions)
-    with _progress(quiet).stage("eval", "Comparing", total) as advance:
-        results = evaluation.evaluate(files, reference, content, n_ctx, chunks, threads, advance, questions)
+    progress = _progress(quiet)
+    path = _directory(reference, revision, progress)
+    with progress.stage("eval", "Comparing", total) as advance:
+        results = evaluation.evaluate(files, path, content, n_ctx, chunks, threads, advance, questions)
     if as_json:
         documents = [r.to_json() for r in results]
         _print_json(documents[0] if len(documents) == 1 else documents)
@@ -801,14 +831,27 @@ def _calibration(given: Mapping[str, Any]) -> CalibrationOptions:
 _TARGET_NAMES = {"bits": "bpw", "nominal": "-nominal", "file-bits": "bpw-file"}
 
 
-def _default_name(source: Path, budget: BitBudget | None, plan_file: Path | None) -> str:
+def _directory(source: str, revision: str | None, progress: Progress) -> Path:
+    """Where a source is, downloaded if it is the name of a model on the hub."""
+    from lieq_gguf.sources.hub import fetch, is_hub_name
+
+    if is_hub_name(source):
+        return fetch(source, revision, progress)
+    if revision is not None:
+        raise typer.BadParameter(f"'{source}' is no model of the hub; leave this out", param_hint="--revision")
+    return Path(source)
+
+
+def _default_name(source: str, budget: BitBudget | None, plan_file: Path | None) -> str:
+    from lieq_gguf.sources.model_directory import model_name
+
     if budget is None:
         target = plan_file.stem if plan_file is not None else "gguf"
     elif budget.kind == "size":
         target = f"{budget.value / 1e6:g}MB"
     else:
         target = f"{budget.value:g}{_TARGET_NAMES[budget.kind]}"
-    return f"{source.resolve().name}-{target}.gguf"
+    return f"{model_name(Path(source))}-{target}.gguf"
 
 
 def _command_line() -> str:

@@ -167,7 +167,7 @@ def heavy_modules(arguments: list[str]) -> list[str]:
         "    main()\n"
         "except SystemExit as stop:\n"
         "    code = stop.code\n"
-        "print('heavy', *sorted({'torch', 'transformers'} & sys.modules.keys()), file=sys.stderr)\n"
+        "print('heavy', *sorted({'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys()), file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
     done = subprocess.run(

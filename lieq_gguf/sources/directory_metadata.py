@@ -19,6 +19,7 @@ class DirectoryMetadata:
 
     Attributes:
         path: The directory.
+        repository: Its name on the hub, ``owner/name``, or None.
         spec: The model.
         family: The functions of its architecture.
         vocabulary: Its tokenizer.
@@ -26,6 +27,7 @@ class DirectoryMetadata:
     """
 
     path: Path
+    repository: str | None
     spec: ModelSpec
     family: Decoder
     vocabulary: Vocabulary
@@ -43,10 +45,31 @@ class DirectoryMetadata:
     def _add_general(self, writer: gguf.GGUFWriter) -> None:
         try:
             metadata = gguf.Metadata.load(None, self.path, None, self.spec.n_weights)
+            if self.repository is not None:
+                self._name_after_repository(metadata, self.repository)
         except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             metadata = gguf.Metadata()  # the model card is for people; one that cannot be parsed stops nothing
+        if self.repository is not None and metadata.source_repo_url is None:
+            metadata.source_repo_url = f"https://huggingface.co/{self.repository}"
         if metadata.name is None:
             metadata.name = self.spec.name
         if metadata.size_label is None:
-            metadata.size_label = gguf.size_label(self.spec.n_weights, 0, 0, 0)
+            metadata.size_label = self._size_label()
         metadata.set_gguf_meta_model(writer)
+
+    def _name_after_repository(self, metadata: gguf.Metadata, repository: str) -> None:
+        """Take what gguf reads out of a directory's name from the name on the hub: a snapshot's own is a commit."""
+        card = gguf.Metadata.load_model_card(self.path)
+        named = gguf.Metadata.apply_metadata_heuristic(
+            gguf.Metadata(), card, {"_name_or_path": repository}, None, self.spec.n_weights
+        )
+        for key in ("name", "organization", "basename", "finetune", "version", "size_label"):
+            setattr(metadata, key, getattr(named, key))
+
+    def _size_label(self) -> str:
+        """Number of weights for people, such as ``135M``, or ``8x1.6M`` with experts."""
+        experts = [t for t in self.spec.tensors if t.of_experts]
+        n_experts = experts[0].shape[0] if experts else 0
+        of_experts = sum(t.n_weights for t in experts)
+        n_shared = self.spec.n_weights - of_experts
+        return gguf.size_label(self.spec.n_weights, n_shared, of_experts // n_experts if experts else 0, n_experts)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from lieq_gguf.architectures import find_family
+from lieq_gguf.architectures import Decoder, find_family
 from lieq_gguf.errors import SourceError
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
 _DTYPES = ("BF16", "F16", "F32")
 _SAMPLE_BYTES = 1024
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[0-9a-f]{40}")
 
 
 class ModelDirectory:
@@ -36,6 +39,7 @@ class ModelDirectory:
 
     Attributes:
         path: The directory.
+        repository: Its name on the hub, ``owner/name``, if it is a snapshot in the hub's cache.
         spec: What the model is made of.
         family: The functions of its architecture.
         adapter: What is merged into its tensors as they are read, or None.
@@ -49,22 +53,15 @@ class ModelDirectory:
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
         """Open a model, with a LoRA adapter if there is a directory of one."""
         self.path = path
-        config = _read_config(path)
-        if "quantization_config" in config:
-            details = config["quantization_config"]
-            method = details.get("quant_method", "unnamed") if isinstance(details, dict) else "unnamed"
-            raise SourceError(f"{path} is already quantised ({method}); expected the original BF16, F16 or F32 weights")
-        self.family = find_family(config)
+        self.repository = repository_of(path)
+        config, self.family = read_supported_config(path)
         self._shard_of = _find_shards(path)
-        try:
-            self.family.check(config)
+        with _complete_config(path):
             tensors = self.family.tensors(config, frozenset(self._shard_of))
-        except KeyError as error:
-            raise SourceError(f"{path / 'config.json'} has no {error}; expected the configuration of a model") from None
         self._check_headers(tensors)
         self._open: dict[Path, Any] = {}
         self.spec = ModelSpec(
-            name=path.resolve().name,
+            name=model_name(path),
             architecture=self.family.gguf_name,
             config=config,
             n_layers=config["num_hidden_layers"],
@@ -128,7 +125,7 @@ class ModelDirectory:
         spec = self.spec
         vocabulary = read_vocabulary(self.path, spec.config["vocab_size"], pre_tokenizer, spec.architecture)
         adapter = None if self.adapter is None else self.adapter.name
-        return DirectoryMetadata(self.path, self.spec, self.family, vocabulary, adapter)
+        return DirectoryMetadata(self.path, self.repository, spec, self.family, vocabulary, adapter)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -192,7 +189,7 @@ class ModelDirectory:
                 for name, expected in names_and_shapes:
                     if name not in names:
                         raise SourceError(
-                            f"{shard} has no tensor {name}, which {_INDEX} says it holds: download it again"
+                            f"{shard} has no tensor {name}, which {INDEX_FILE} says it holds: download it again"
                         )
                     header = file.get_slice(name)
                     shape = tuple(header.get_shape())
@@ -202,10 +199,63 @@ class ModelDirectory:
                         raise SourceError(f"{name} in {shard} is {header.get_dtype()}; expected {', '.join(_DTYPES)}")
 
 
+def repository_of(path: Path) -> str | None:
+    """The name on the hub, ``owner/name``, of a snapshot in the hub's cache; None for any other directory."""
+    snapshot = _SNAPSHOT.fullmatch(path.resolve().as_posix())
+    return None if snapshot is None else snapshot[1].replace("--", "/")
+
+
+def model_name(path: Path) -> str:
+    """Name of a model for people: that of its directory, or on the hub without its owner."""
+    return (repository_of(path) or path.resolve().name).rpartition("/")[2]
+
+
+def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
+    """Read ``config.json`` of a directory, which needs no weights yet.
+
+    Raises:
+        SourceError: if it is missing or damaged, or the model is quantised already.
+        ArchitectureError: if the architecture is not supported.
+    """
+    config = _read_config(path)
+    if "quantization_config" in config:
+        details = config["quantization_config"]
+        method = details.get("quant_method", "unnamed") if isinstance(details, dict) else "unnamed"
+        raise SourceError(f"{path} is already quantised ({method}); expected the original BF16, F16 or F32 weights")
+    family = find_family(config)
+    with _complete_config(path):
+        family.check(config)
+    return config, family
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor name to file name, by the index of a model in several files.
+
+    Raises:
+        SourceError: if it is damaged.
+    """
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in weight_map.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, AttributeError, TypeError):
+        raise SourceError(f"{file} is damaged; expected a JSON object with a 'weight_map'") from None
+
+
+@contextmanager
+def _complete_config(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise SourceError(f"{path / 'config.json'} has no {error}; expected the configuration of a model") from None
+
+
 def _read_config(path: Path) -> Mapping[str, Any]:
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
-        raise SourceError(f"{path} {found}; expected a model directory with config.json and model.safetensors")
+        raise SourceError(
+            f"{path} {found}; expected a model directory with config.json and {WEIGHTS_FILE}, "
+            "or a model of the Hugging Face hub as owner/name"
+        )
     file = path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -224,18 +274,14 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 def _find_shards(path: Path) -> dict[str, Path]:
     """Which file holds each tensor."""
-    index = path / _INDEX
+    index = path / INDEX_FILE
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = {str(name): path / str(file) for name, file in weight_map.items()}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, AttributeError, TypeError):
-            raise SourceError(f"{index} is damaged; expected a JSON object with a 'weight_map'") from None
+        shards = {name: path / file for name, file in read_index(index).items()}
         for shard in sorted(set(shards.values())):
             if not shard.is_file():
                 raise SourceError(f"{shard.name} is missing, which {index} names; download it into {path}")
         return shards
-    single = path / _SINGLE
+    single = path / WEIGHTS_FILE
     if single.is_file():
         with _open_shard(single) as file:
             return dict.fromkeys(file.keys(), single)
@@ -243,9 +289,9 @@ def _find_shards(path: Path) -> dict[str, Path]:
     if pickles:
         raise SourceError(
             f"{path} holds only pickled weights ({pickles[0]}), which can run code when loaded; "
-            f"expected {_SINGLE}: re-save the model with transformers' save_pretrained"
+            f"expected {WEIGHTS_FILE}: re-save the model with transformers' save_pretrained"
         )
-    raise SourceError(f"{path} holds no weights; expected {_SINGLE} or {_INDEX} with its shards")
+    raise SourceError(f"{path} holds no weights; expected {WEIGHTS_FILE} or {INDEX_FILE} with its shards")
 
 
 def _open_shard(shard: Path) -> Any:
