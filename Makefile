@@ -42,6 +42,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python tools/make_cli_docs.py --check
+	$(BIN)/python tools/make_models_docs.py --check
 	$(BIN)/python -m pytest
 
 bench: install $(DEMO)/model.safetensors
@@ -49,6 +50,7 @@ bench: install $(DEMO)/model.safetensors
 
 docs: install
 	$(BIN)/python tools/make_cli_docs.py
+	$(BIN)/python tools/make_models_docs.py
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache

@@ -425,6 +425,12 @@ def _measure(
         in_float32=options.in_float32,
     )
     result = calibrate(source, tokens, wanted, progress)
+    if result.importance.n_unseen:
+        n_matrices = sum(counts.size for counts in result.importance.counts.values())
+        progress.warn(
+            f"{result.importance.n_unseen} of {n_matrices} matrices of experts were reached by no calibration token "
+            "and get the importance of the others; give more --n-tokens, or a --calibration text nearer to the use"
+        )
     scores = None
     if needs_scores:
         scores = LayerScores(

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import RunCli
+from families import TINY_MODELS
 from models import write_model
 from safetensors.torch import load_file, save_file
 
@@ -21,9 +22,8 @@ from lieq_gguf.engine import llama_cpp
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.tokenizers.check_texts import CHECK_TEXTS
 
-ROLES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-MATRICES = tuple(f"blk.{layer}.{role}.weight" for layer in range(3) for role in ROLES)
 QUICK = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
          "IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ3_S", "IQ2_XXS", "TQ1_0", "TQ2_0", "MXFP4",
          "F16", "BF16", "F32")  # fmt: skip
@@ -51,10 +51,10 @@ def llama_quantize(source: Path, target: Path, tensor_types: str, importance: Im
 
 
 def mean_squared_inputs(imatrix: Path) -> Importance:
-    """As llama-quantize reads the file: float32 sums divided by float32 counts."""
-    arrays = {t.name: np.array(t.data, dtype=np.float32).reshape(-1) for t in gguf.GGUFReader(imatrix).tensors}
+    """As llama-quantize reads the file: float32 sums divided by float32 counts, of each expert where there are some."""
+    arrays = {t.name: np.array(t.data, dtype=np.float32) for t in gguf.GGUFReader(imatrix).tensors}
     return {
-        name.removesuffix(".in_sum2"): sums / arrays[name.replace(".in_sum2", ".counts")][0]
+        name.removesuffix(".in_sum2"): (sums / arrays[name.replace(".in_sum2", ".counts")]).reshape(-1)
         for name, sums in arrays.items()
         if name.endswith(".in_sum2")
     }
@@ -72,7 +72,8 @@ def plan_with(run_cli: RunCli, model: Path, plan: Path, layer_types: Sequence[st
     made = run_cli("plan", model, "--types", "F16", "--bits", 16, "--no-imatrix", "-q", "-o", plan)
     assert made.exit_code == 0, made.stderr
     document = json.loads(plan.read_text())
-    for i, name in enumerate(MATRICES):
+    matrices = [tensor.name for layer in ModelDirectory(model).spec.layer_matrices for tensor in layer]
+    for i, name in enumerate(matrices):
         document["types"][name] = layer_types[i % len(layer_types)]
     document["types"] |= {f"{role}.weight": quant_type for role, quant_type in outer.items()}
     plan.write_text(json.dumps(document))
@@ -147,6 +148,14 @@ def test_same_bytes_of_an_untied_model_from_f16(
     run_cli: RunCli, tmp_path: Path, untied_f32: Path, calibration_text: Path
 ) -> None:
     compare(run_cli, tmp_path, untied_f32, calibration_text, ("Q6_K", "IQ4_NL"), token_embd="Q2_K", output="Q8_0")
+
+
+def test_same_bytes_of_a_mixture_of_experts(run_cli: RunCli, tmp_path: Path) -> None:
+    model = TINY_MODELS["qwen3moe"].write(tmp_path / "qwen3moe", dtype=torch.float16)
+    calibration_text = tmp_path / "text.txt"  # varied enough to reach every expert; for others llama-quantize has ones
+    calibration_text.write_text("\n".join(text for _, text in CHECK_TEXTS), encoding="utf-8")
+    types = ("Q2_K", "Q4_K", "IQ4_XS", "IQ2_XXS", "Q3_K")
+    compare(run_cli, tmp_path, model, calibration_text, types, token_embd="Q6_K", output="Q6_K")
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Our F16 file against the one that llama.cpp's convert_hf_to_gguf.py makes: every tensor, every metadata key.
+"""Our F16 file against the one that llama.cpp's convert_hf_to_gguf.py makes, and against the model in transformers.
+
+Compared are every tensor and every metadata key, and the logits of some random tokens.
 
 Usage: compare_with_converter.py FAMILY|MODEL_DIR …
 
@@ -26,12 +28,15 @@ from llama_cpp_source import llama_cpp_source
 
 from lieq_gguf import pipeline
 from lieq_gguf.allocation import Allocation
+from lieq_gguf.engine import open_model
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.reference import open_reference
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "llama.cpp"
+_N_TOKENS = 128  # more than the windows of the tiny models
 # docs/formats.md says why
 OURS_ALONE = ("lieq.",)
 EXPECTED: dict[str, str] = {}
@@ -56,12 +61,16 @@ class Comparison:
         n_keys: Metadata keys that are equal.
         tensors: What differs, by name.
         keys: The same of the metadata.
+        top_1: Share of positions at which our file and transformers prefer the same token.
+        logit_difference: Largest difference of a logit, by the standard deviation of all logits.
     """
 
     n_tensors: int
     n_keys: int
     tensors: dict[str, str]
     keys: dict[str, str]
+    top_1: float
+    logit_difference: float
 
     @property
     def is_equal(self) -> bool:
@@ -95,7 +104,10 @@ def compare(model: Path, source: Path, scratch: Path) -> Comparison:
     pre = our_file.get_field("tokenizer.ggml.pre")
     name = pre.contents() if pre is not None and pre.contents() != "default" else ""
     run_converter(model, theirs, source, str(name))
-    return compare_files(our_file, gguf.GGUFReader(theirs))
+    their_file = gguf.GGUFReader(theirs)
+    tensors, n_tensors = differences(*({t.name: _tensor(t) for t in f.tensors} for f in (our_file, their_file)))
+    keys, n_keys = differences(_values(our_file), _values(their_file))
+    return Comparison(n_tensors, n_keys, tensors, keys, *compare_logits(model, ours))
 
 
 def run_converter(model: Path, target: Path, source: Path, pre_tokenizer: str) -> None:
@@ -107,25 +119,23 @@ def run_converter(model: Path, target: Path, source: Path, pre_tokenizer: str) -
         raise RuntimeError(f"llama.cpp's converter fails on {model}: {done.stderr.strip()[-600:]}")
 
 
-def compare_files(ours: gguf.GGUFReader, theirs: gguf.GGUFReader) -> Comparison:
-    """Compare what two files hold, whatever its order."""
-    tensors, n_tensors = _differences(
-        {t.name: _tensor(t) for t in ours.tensors}, {t.name: _tensor(t) for t in theirs.tensors}
-    )
-    keys, n_keys = _differences(_values(ours), _values(theirs))
-    return Comparison(n_tensors, n_keys, tensors, keys)
-
-
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, str], int]:
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, str], int]:
+    """What is not the same in both, in words, and the number of entries that are."""
     found = {name: f"only in the converter's file: {_short(theirs[name])}" for name in theirs.keys() - ours.keys()}
     found |= {name: f"only in ours: {_short(ours[name])}" for name in ours.keys() - theirs.keys()}
-    common = sorted(ours.keys() & theirs.keys())
-    differing = {
-        name: f"{_short(ours[name])}, the converter {_short(theirs[name])}"
-        for name in common
-        if ours[name] != theirs[name]
-    }
-    return dict(sorted((found | differing).items())), len(common) - len(differing)
+    common = ours.keys() & theirs.keys()
+    other = {name for name in common if ours[name] != theirs[name]}
+    found |= {name: f"{_short(ours[name])}, the converter {_short(theirs[name])}" for name in other}
+    return dict(sorted(found.items())), len(common) - len(other)
+
+
+def compare_logits(model: Path, file: Path) -> tuple[float, float]:
+    """Top-1 agreement, and largest difference by standard deviation, of a file and its model in transformers."""
+    with open_reference(model, _N_TOKENS, 1) as reference, open_model(file, n_ctx=_N_TOKENS) as written:
+        ids = np.random.default_rng(0).integers(8, reference.n_vocab - 8, _N_TOKENS).tolist()
+        expected, found = reference.logits(ids), written.logits(ids)
+    agreement = (expected.argmax(-1) == found.argmax(-1)).mean()
+    return float(agreement), float(np.abs(found - expected).max() / expected.std())
 
 
 def _tensor(tensor: gguf.ReaderTensor) -> tuple[str, tuple[int, ...], bytes]:
@@ -155,15 +165,17 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(TINY_MODELS), metavar="FAMILY|MODEL_DIR")
     source = llama_cpp_source(CACHE)
     all_equal = True
-    print(f"{'model':<16} {'tensors':>8} {'differ':>7} {'keys':>6} {'differ':>7}")
+    header = ("model", "equal tensors", "others", "equal keys", "others", "top-1", "largest difference of a logit")
+    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
     with tempfile.TemporaryDirectory() as scratch:
         for name in parser.parse_args().models:
             model = TINY_MODELS[name].write(Path(scratch) / name) if name in TINY_MODELS else Path(name)
             result = compare(model, source, Path(scratch))
-            counts = result.n_tensors, len(result.tensors), result.n_keys, len(result.keys)
-            print(f"{model.name:<16} " + " ".join(f"{n:>{w}}" for n, w in zip(counts, (8, 7, 6, 7), strict=True)))
+            cells = result.n_tensors, len(result.tensors), result.n_keys, len(result.keys)
+            figures = f"{result.top_1:.1%} | {result.logit_difference:.4f} deviations"
+            print(f"| {model.name} | {' | '.join(str(n) for n in cells)} | {figures} |", flush=True)
             for key, difference in (result.tensors | result.keys).items():
-                print(f"    {key}: {difference}")
+                print(f"{model.name}: {key}: {difference}", file=sys.stderr)
             all_equal = all_equal and result.is_equal
     sys.exit(not all_equal)
 

@@ -1,4 +1,4 @@
-"""The Llama family: Llama 2 and 3.x, SmolLM2, TinyLlama, Mistral."""
+"""Llama 2 and 3.x, SmolLM2, TinyLlama, Mistral: rows of query and key in the order of Llama's own code."""
 
 from __future__ import annotations
 

@@ -58,6 +58,11 @@ class ImportanceMatrix:
         means[counts == 0] = sums.sum(axis=0) / np.maximum(counts.sum(), 1)
         return means
 
+    @property
+    def n_unseen(self) -> int:
+        """Matrices of experts that no token has reached."""
+        return sum(int((counts == 0).sum()) for counts in self.counts.values())
+
     def expert_shares(self, name: str, n_experts: int) -> FloatArray:
         """Share of the tokens that reached each expert ``[n_experts]``; all alike where that is not known."""
         counts = self.counts.get(name, np.ones(n_experts, dtype=np.float32))

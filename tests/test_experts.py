@@ -1,0 +1,198 @@
+"""Mixtures of experts: what each expert sees and does, against transformers' stacked experts and plain sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RunCli
+from families import TINY_MODELS
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
+
+from lieq_gguf import ggml
+from lieq_gguf.calibration import Calibration, PassOptions, calibrate
+from lieq_gguf.calibration_text import CalibrationTokens
+from lieq_gguf.experts import Experts, separate_experts
+from lieq_gguf.gguf_file import GgufFile
+from lieq_gguf.observers.quantization_damage import relative_change
+from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.type_errors import probe_matrix
+
+N_EXPERTS = 8
+ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TINY_MODELS["qwen3moe"].write(tmp_path_factory.mktemp("experts") / "model")
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Path) -> CalibrationTokens:
+    n_vocab = ModelDirectory(model).spec.config["vocab_size"]
+    return CalibrationTokens(np.random.default_rng(1).integers(8, n_vocab - 8, (2, 128)), "random")
+
+
+@pytest.fixture(scope="module")
+def streamed(model: Path, tokens: CalibrationTokens) -> Calibration:
+    types = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"])
+    return calibrate(ModelDirectory(model), tokens, PassOptions(error_types=types, in_float32=True, n_threads=2))
+
+
+class Whole:
+    """transformers' model in one piece; inputs and outputs of its mixtures and layers."""
+
+    def __init__(self, path: Path, tokens: CalibrationTokens) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.requires_grad_(False)
+        self.mixtures: list[Qwen3MoeSparseMoeBlock] = [layer.mlp for layer in self.model.layers]
+        self.inputs: dict[int, torch.Tensor] = {}
+        for index, mixture in enumerate(self.mixtures):
+            mixture.register_forward_pre_hook(self._keep(index))
+        with torch.inference_mode():
+            self.hidden = self.model(
+                torch.from_numpy(tokens.ids), output_hidden_states=True, use_cache=False
+            ).hidden_states
+
+    def _keep(self, index: int) -> Callable[..., None]:
+        return lambda _module, inputs: self.inputs.update({index: inputs[0].reshape(-1, inputs[0].shape[-1])})
+
+    def expert_inputs(self, layer: int, expert: int) -> torch.Tensor:
+        _, _, chosen = self.mixtures[layer].gate(self.inputs[layer])
+        return self.inputs[layer][(chosen == expert).any(dim=-1)]
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tokens: CalibrationTokens) -> Whole:
+    return Whole(model, tokens)
+
+
+def test_experts_with_modules_compute_what_stacked_ones_do(whole: Whole) -> None:
+    holder = nn.ModuleList([whole.mixtures[0].experts])
+    hidden = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    _, shares, chosen = whole.mixtures[0].gate(hidden)
+    with torch.inference_mode():
+        expected = holder[0](hidden, chosen, shares)
+        separate_experts(holder)
+        found = holder[0](hidden, chosen, shares)
+    assert isinstance(holder[0], Experts) and isinstance(whole.mixtures[0].experts, Qwen3MoeExperts)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_importance_is_by_expert(streamed: Calibration, whole: Whole, layer: int) -> None:
+    importance = streamed.importance
+    for expert in range(N_EXPERTS):
+        inputs = whole.expert_inputs(layer, expert).double()
+        for role in ROLES[:2]:
+            name = f"blk.{layer}.{role}.weight"
+            assert importance.counts[name][expert] == len(inputs)
+            np.testing.assert_allclose(importance.in_sum2[name][expert], (inputs**2).sum(0), rtol=1e-3)
+        gate, up = whole.mixtures[layer].experts.gate_up_proj[expert].detach().double().chunk(2)
+        middle = nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)
+        down = importance.in_sum2[f"blk.{layer}.ffn_down_exps.weight"][expert]
+        np.testing.assert_allclose(down, (middle**2).sum(0), rtol=1e-3)
+
+
+def test_an_expert_without_tokens_gets_the_importance_of_the_others() -> None:
+    sums = np.array([[2.0, 4.0], [0.0, 0.0], [6.0, 2.0]], dtype=np.float32)
+    counts = np.array([2, 0, 2], dtype=np.float32)
+    importance = ImportanceMatrix({"a": sums}, 4, 4, "text", {"a": counts})
+    np.testing.assert_allclose(np.array(importance.mean("a")), [[1.0, 2.0], [2.0, 1.5], [3.0, 1.0]])
+    assert importance.n_unseen == 1
+    np.testing.assert_allclose(importance.expert_shares("a", 3), [0.5, 0.0, 0.5])
+
+
+def test_importance_of_experts_survives_its_file(streamed: Calibration, model: Path, tmp_path: Path) -> None:
+    streamed.importance.save(tmp_path / "imatrix.gguf")
+    loaded = ImportanceMatrix.load(tmp_path / "imatrix.gguf")
+    assert loaded.digest() == streamed.importance.digest()
+    loaded.check(ModelDirectory(model).spec)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_damage_is_that_of_all_experts_at_once(
+    role: str, streamed: Calibration, model: Path, whole: Whole, tokens: CalibrationTokens
+) -> None:
+    name, source = f"blk.1.{role}.weight", ModelDirectory(model)
+    tensor = next(t for t in source.spec.tensors if t.name == name)
+    means = np.array(streamed.importance.mean(name))
+    probes = [probe_matrix(w.float().numpy(), m) for w, m in zip(source.read(tensor), means, strict=True)]
+    shares = streamed.importance.expert_shares(name, N_EXPERTS)
+    energies = [p.energy * s for p, s in zip(probes, shares, strict=True)]
+    probe_error = sum(p.relative_error * e for p, e in zip(probes, energies, strict=True)) / sum(energies)
+    found = streamed.sensitivities[name] * probe_error  # the block error of the probe
+
+    experts = whole.mixtures[1].experts
+    stacked, rows = {
+        "ffn_gate_exps": (experts.gate_up_proj, slice(0, 256)),
+        "ffn_up_exps": (experts.gate_up_proj, slice(256, 512)),
+        "ffn_down_exps": (experts.down_proj, slice(None)),
+    }[role]
+    kept = stacked.detach().clone()
+    last: list[torch.Tensor] = []
+    hook = whole.model.layers[1].register_forward_hook(lambda _module, _inputs, output: last.append(output))
+    with torch.inference_mode():
+        whole.model(torch.from_numpy(tokens.ids), use_cache=False)
+        for index, probe in enumerate(probes):
+            stacked[index, rows] = torch.from_numpy(probe.decoded)
+        whole.model(torch.from_numpy(tokens.ids), use_cache=False)
+        stacked.copy_(kept)
+    hook.remove()
+    assert found == pytest.approx(relative_change(last[0], last[1]), rel=0.02)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_errors_by_type_are_near_the_true_ones(role: str, streamed: Calibration, model: Path) -> None:
+    name, source = f"blk.0.{role}.weight", ModelDirectory(model)
+    tensor = next(t for t in source.spec.tensors if t.name == name)
+    means = np.array(streamed.importance.mean(name))
+    shares = streamed.importance.expert_shares(name, N_EXPERTS)
+    for type_name, estimate in streamed.type_errors[name].items():
+        quant_type, error, energy = QUANT_TYPES[type_name], 0.0, 0.0
+        for loaded, mean, share in zip(source.read(tensor), means, shares, strict=True):
+            weights = np.ascontiguousarray(loaded.float().numpy())
+            decoded = ggml.dequantize(ggml.quantize(weights, quant_type, mean), quant_type)
+            error += share * float((mean * (weights - decoded) ** 2).sum())
+            energy += share * float((mean * weights**2).sum())
+        assert estimate == pytest.approx(error / energy, rel=0.1)
+
+
+def test_scores_leave_experts_out(streamed: Calibration) -> None:
+    for measurement in streamed.measurements:
+        assert set(measurement.spectra) == {"attn_q", "attn_k", "attn_v", "attn_output"}
+        assert set(ROLES) < set(measurement.block_errors)
+
+
+def test_experts_are_written_one_behind_the_other(
+    run_cli: RunCli, model: Path, streamed: Calibration, tmp_path: Path
+) -> None:
+    streamed.importance.save(tmp_path / "imatrix.gguf")
+    output = tmp_path / "small.gguf"
+    done = run_cli(
+        "convert", model, "--types", "Q2_K", "--bits", 2.625, "--imatrix", tmp_path / "imatrix.gguf", "-q", "-o", output
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    source, file = ModelDirectory(model), GgufFile(output)
+    stored = {t.spec.name: t for t in file.tensors}
+    assert stored["blk.0.ffn_gate_inp.weight"].quant_type.name == "F32"
+    for tensor in (t for t in source.spec.tensors if t.of_experts):
+        means = np.array(streamed.importance.mean(tensor.name))
+        rows = np.split(stored[tensor.name].data, N_EXPERTS)
+        for loaded, mean, data in zip(source.read(tensor), means, rows, strict=True):
+            expected = ggml.quantize(np.ascontiguousarray(loaded.float().numpy()), QUANT_TYPES["Q2_K"], mean)
+            assert np.array_equal(data, expected)
+
+
+def test_unseen_experts_are_warned_of(run_cli: RunCli, model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one " * 40, encoding="utf-8")
+    done = run_cli("imatrix", model, "--calibration", text, "--n-tokens", 16, "-o", tmp_path / "imatrix.gguf")
+    assert done.exit_code == 0, done.stderr
+    assert "matrices of experts were reached by no calibration token" in done.stderr

@@ -1,0 +1,193 @@
+"""Every family: the streamed pass and the file are transformers' model, and llama.cpp's converter makes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import compare_with_converter
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from families import TINY_MODELS, edit_config
+from llama_cpp_source import llama_cpp_source
+from transformers import AutoModelForCausalLM
+
+from lieq_gguf import pipeline
+from lieq_gguf.allocation import Allocation
+from lieq_gguf.architectures import FAMILIES
+from lieq_gguf.engine import open_model
+from lieq_gguf.errors import ArchitectureError
+from lieq_gguf.gguf_file import GgufFile
+from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.progress import Progress
+from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.sources.model_directory import ModelDirectory
+
+N_TOKENS = 128  # more than the windows of the tiny models
+EVERY_MODEL = pytest.mark.parametrize("name", TINY_MODELS)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tiny model, and what transformers makes of some tokens."""
+
+    path: Path
+    ids: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
+    @cache
+    def write(name: str) -> Written:
+        path = TINY_MODELS[name].write(tmp_path_factory.mktemp("families") / name)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        n_vocab = model.config.vocab_size
+        ids = np.random.default_rng(0).integers(8, n_vocab - 8, (2, N_TOKENS))
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+        return Written(path, ids, logits)
+
+    return write
+
+
+def test_every_family_has_a_model() -> None:
+    assert {model.family for model in TINY_MODELS.values()} == {family.gguf_name for family in FAMILIES}
+
+
+@EVERY_MODEL
+def test_streamed_layers_are_the_whole_model(name: str, written: Callable[[str], Written]) -> None:
+    model = written(name)
+    source = ModelDirectory(model.path)
+    layer = LayerModel(source.transformers_config(), torch.device("cpu"))
+    tensors = {t.name: t for t in source.spec.tensors}
+    with torch.inference_mode():
+        hidden = layer.embed(source.read(source.spec.embedding)[torch.from_numpy(model.ids)])
+        for index in range(source.spec.n_layers):
+            layer.load(source, index)
+            hidden = layer.forward(hidden)
+        output = tensors.get("output.weight", source.spec.embedding)
+        logits = layer.head(source.read(tensors["output_norm.weight"]), source.read(output)).logits(hidden)
+    np.testing.assert_allclose(logits.numpy(), model.logits, atol=1e-4 * model.logits.std())
+
+
+@EVERY_MODEL
+def test_f16_file_computes_what_transformers_does(name: str, written: Callable[[str], Written], tmp_path: Path) -> None:
+    model = written(name)
+    file = convert(model.path, tmp_path / "f16.gguf", 16.0, types=("F16",))
+    with open_model(file, n_ctx=N_TOKENS, n_threads=2) as loaded:
+        found = loaded.logits(model.ids[0].tolist())
+    expected = model.logits[0]
+    assert np.abs(found - expected).max() < 0.015 * expected.std()
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.98
+
+
+@EVERY_MODEL
+def test_conversion_to_few_bits_runs(name: str, written: Callable[[str], Written], tmp_path: Path) -> None:
+    file = convert(written(name).path, tmp_path / "small.gguf", 2.7)
+    meter = GgufFile(file).bit_meter()
+    assert 2.6 < meter.layer_bpw <= 2.7
+    with open_model(file, n_ctx=64, n_threads=2) as loaded:
+        prompt = loaded.tokenize("The quick brown fox", add_special_tokens=True)
+        assert np.isfinite(loaded.logits(prompt)).all()
+
+
+@pytest.mark.slow
+@EVERY_MODEL
+def test_same_file_as_llama_cpps_converter(
+    name: str, written: Callable[[str], Written], tmp_path: Path, llama_cpp: Path
+) -> None:
+    result = compare_with_converter.compare(written(name).path, llama_cpp, tmp_path)
+    assert (result.tensors, result.keys) == ({}, {})
+    assert result.n_tensors == len(ModelDirectory(written(name).path).spec.tensors)
+    assert result.n_keys > 20
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Path:
+    """Folder with llama.cpp's converter."""
+    try:
+        return llama_cpp_source(compare_with_converter.CACHE)
+    except LookupError as error:
+        pytest.skip(str(error))
+
+
+def convert(source: Path, target: Path, bits: float, types: tuple[str, ...] | None = None) -> Path:
+    """Convert all matrices; with ``types`` also the embedding and without any measurement."""
+    if types is None:
+        allocation, options = Allocation("best"), pipeline.CalibrationOptions(n_tokens=1024, n_threads=2)
+    else:
+        offered = tuple(QUANT_TYPES[name] for name in types)
+        allocation = Allocation("block-error", types=offered, embedding_type=offered[0], output_type=offered[0])
+        options = pipeline.CalibrationOptions(use_imatrix=False, n_threads=2)
+    return pipeline.convert(source, target, BitBudget("bits", bits), allocation, options, Progress(silent=True)).output
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [1.0] * 32}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "activation": ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', but llama.cpp runs qwen2"),
+    "rotary scaling": ("gemma2", {"rope_parameters": LINEAR}, "rope type 'linear' is not supported"),
+    "base of rotation": ("gemma2", {"rope_parameters": LINEAR | {"rope_type": "default", "rope_theta": 5.0}}, "is 5.0"),
+    "no cap": ("gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping is 0"),
+    "other windows": ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer 0 of 2 .* full_attention"),
+    "scale": ("gemma2", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar is 64"),
+    "cap": ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is set"),
+    "both directions": ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "local rotation": (
+        "gemma3",
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": LINEAR}},
+        "sliding window have rope type 'linear'",
+    ),
+    "all windows": ("gemma3", {"layer_types": ["sliding_attention"] * 7}, "layer 5 of 7 .* sliding_attention"),
+    "number of factors": ("phi3", {"rope_parameters": LONGROPE}, "short_factor in config.json has 3 numbers"),
+    "rotation everywhere": ("smollm3", {"no_rope_layers": [1] * 5}, "no_rope_layers"),
+    "windows": ("smollm3", {"use_sliding_window": True}, "use_sliding_window"),
+    "two rotations": (
+        "olmo3",
+        {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}},
+        "rope_theta 10000.0 and the others 500000.0",
+    ),
+    "head width": ("granite", {"head_dim": 32}, "head_dim is 32"),
+    "dense layers": ("qwen3moe", {"mlp_only_layers": [0]}, "some layers have no experts"),
+    "shares": ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is not set"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_what_the_graph_does_not_compute(case: str, tmp_path: Path) -> None:
+    name, change, words = REFUSED[case]
+    path = TINY_MODELS[name].write(tmp_path / name)
+    edit_config(path, **change)
+    with pytest.raises(ArchitectureError, match=words):
+        ModelDirectory(path)
+
+
+GEMMA_3_BEFORE = {
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+
+
+def test_older_configuration_of_gemma_3_is_the_same_model(tmp_path: Path) -> None:
+    new = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+           "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
+    path = TINY_MODELS["gemma3"].write(tmp_path / "gemma3", rope_parameters=new)
+    expected = keys(convert(path, tmp_path / "new.gguf", 16.0, types=("F16",)))
+    edit_config(path, rope_parameters=None, layer_types=None, sliding_window_pattern=6, **GEMMA_3_BEFORE)
+    assert keys(convert(path, tmp_path / "old.gguf", 16.0, types=("F16",))) == expected
+    assert expected["gemma3.rope.scaling.factor"] == 8.0
+
+
+def keys(file: Path) -> dict[str, Any]:
+    """The hyper-parameters in a file."""
+
+    return {name: f.contents() for name, f in gguf.GGUFReader(file).fields.items() if name.startswith("gemma3.")}
