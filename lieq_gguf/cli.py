@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lieq_gguf.progress import Progress
     from lieq_gguf.quant_types import QuantType
     from lieq_gguf.records.bits import BitBudget
+    from lieq_gguf.sources.source import Source
 
 app = typer.Typer(
     name="lieq-gguf",
@@ -96,8 +97,17 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-Source = Annotated[
-    Path, typer.Argument(metavar="SOURCE", help="Model directory with config.json and safetensors.", show_default=False)
+SourcePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Model directory with config.json and safetensors, or a GGUF file in F16, BF16 or F32.",
+        show_default=False,
+    ),
+]
+AllowRequantize = Annotated[
+    bool,
+    typer.Option("--allow-requantize", help="Take a GGUF file that is quantised already; the errors of both add up."),
 ]
 Bits = Annotated[
     float | None,
@@ -225,7 +235,7 @@ def _root(
 @app.command()
 def convert(
     context: typer.Context,
-    source: Source,
+    source: SourcePath,
     bits: Bits = None,
     file_bits: FileBits = None,
     size: Size = None,
@@ -252,6 +262,7 @@ def convert(
     ] = None,
     refine: Refine = None,
     pre_tokenizer: PreTokenizer = None,
+    allow_requantize: AllowRequantize = False,
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
@@ -276,7 +287,6 @@ def convert(
         ignored = _ONLY_FOR_SCORES + (_ONLY_FOR_A_PASS if refine == "none" else ())
         _refuse_given(context, ignored, "with these files nothing is measured; leave this out")
     from lieq_gguf import pipeline
-    from lieq_gguf.sources import open_source
 
     budget = _budget(bits, file_bits, size, nominal)
     allocation = _allocation(context.params)
@@ -285,14 +295,15 @@ def convert(
     target = output or Path(_default_name(source, budget, plan))
     if dry_run:
         planned = pipeline.make_plan(
-            open_source(source), budget, allocation, options, progress,
+            _open(source, allow_requantize, progress), budget, allocation, options, progress,
             plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), for_writing=False,
         )  # fmt: skip
         _show_plan(planned, as_json)
         return
     result = pipeline.convert(
         source, target, budget, allocation, options, progress,
-        plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), force=force,
+        plan_file=plan, pre_tokenizer=pre_tokenizer, allow_requantize=allow_requantize,
+        command_line=_command_line(), force=force,
     )  # fmt: skip
     if as_json:
         _print_json(result.to_json())
@@ -306,7 +317,7 @@ def convert(
 @app.command()
 def score(
     context: typer.Context,
-    source: Source,
+    source: SourcePath,
     scorer: Annotated[
         str, typer.Option("--scorer", metavar="NAME", callback=_scorer_name, help="Score to show first and draw.")
     ] = "lieq",
@@ -317,6 +328,7 @@ def score(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep scores and type errors as JSON.")
     ] = None,
     types: Types = None,
+    allow_requantize: AllowRequantize = False,
     calibration: CalibrationFile = None,
     n_tokens: NTokens = 16384,
     imatrix: Imatrix = None,
@@ -338,12 +350,12 @@ def score(
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
     from lieq_gguf.scorers import NEEDS_REMOVAL
-    from lieq_gguf.sources import open_source
 
     if output is not None:
         check_output(output, force)
     options = _calibration(context.params | ({"scorer": NEEDS_REMOVAL} if compare else {}))
-    known = pipeline.learn(open_source(source), _types("--types", types), options, _progress(quiet))
+    offered, progress = _types("--types", types), _progress(quiet)
+    known = pipeline.learn(_open(source, allow_requantize, progress), offered, options, progress)
     assert known.scores is not None
     if output is not None:
         known.scores.save(output, scorer)
@@ -360,8 +372,9 @@ def score(
 @app.command()
 def imatrix(
     context: typer.Context,
-    source: Source,
+    source: SourcePath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
+    allow_requantize: AllowRequantize = False,
     calibration: CalibrationFile = None,
     n_tokens: NTokens = 16384,
     threads: Threads = 0,
@@ -379,11 +392,10 @@ def imatrix(
     del debug
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
-    from lieq_gguf.sources import open_source
 
     check_output(output, force)
-    options = _calibration(context.params)
-    known = pipeline.learn(open_source(source), (), options, _progress(quiet), scores=False)
+    options, progress = _calibration(context.params), _progress(quiet)
+    known = pipeline.learn(_open(source, allow_requantize, progress), (), options, progress, scores=False)
     assert known.importance is not None
     known.importance.save(output)
     matrix = known.importance
@@ -393,7 +405,7 @@ def imatrix(
 @app.command()
 def plan(
     context: typer.Context,
-    source: Source,
+    source: SourcePath,
     bits: Bits = None,
     file_bits: FileBits = None,
     size: Size = None,
@@ -421,6 +433,7 @@ def plan(
     scores: Scores = None,
     refine: Refine = None,
     pre_tokenizer: PreTokenizer = None,
+    allow_requantize: AllowRequantize = False,
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
@@ -442,16 +455,17 @@ def plan(
         raise typer.BadParameter("stdout is the recipe; give it a file with -o beside --json", param_hint="--json")
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output, replaced_when_complete
-    from lieq_gguf.sources import open_source
 
     if output is not None:
         check_output(output, force)
+    budget, allocation = _budget(bits, file_bits, size, nominal), _allocation(context.params)
+    options, progress = _calibration(context.params), _progress(quiet)
     planned = pipeline.make_plan(
-        open_source(source),
-        _budget(bits, file_bits, size, nominal),
-        _allocation(context.params),
-        _calibration(context.params),
-        _progress(quiet),
+        _open(source, allow_requantize, progress),
+        budget,
+        allocation,
+        options,
+        progress,
         pre_tokenizer=pre_tokenizer,
         command_line=_command_line(),
         for_writing=False,
@@ -793,14 +807,24 @@ def _calibration(given: Mapping[str, Any]) -> CalibrationOptions:
 _TARGET_NAMES = {"bits": "bpw", "nominal": "-nominal", "file-bits": "bpw-file"}
 
 
+def _open(source: Path, allow_requantize: bool, progress: Progress) -> Source:
+    from lieq_gguf.pipeline import open_with_warnings
+
+    return open_with_warnings(source, progress, allow_requantize=allow_requantize)
+
+
 def _default_name(source: Path, budget: BitBudget | None, plan_file: Path | None) -> str:
+    from lieq_gguf.sources import is_gguf
+    from lieq_gguf.sources.gguf_source import model_name
+
     if budget is None:
         target = plan_file.stem if plan_file is not None else "gguf"
     elif budget.kind == "size":
         target = f"{budget.value / 1e6:g}MB"
     else:
         target = f"{budget.value:g}{_TARGET_NAMES[budget.kind]}"
-    return f"{source.resolve().name}-{target}.gguf"
+    name = model_name(source) if is_gguf(source) else source.resolve().name
+    return f"{name}-{target}.gguf"
 
 
 def _command_line() -> str:

@@ -43,6 +43,9 @@ class ModelDirectory:
         ArchitectureError: if the architecture is not supported.
     """
 
+    has_transformers_model = True
+    warnings: tuple[str, ...] = ()
+
     def __init__(self, path: Path) -> None:
         self.path = path
         config = _read_config(path)
@@ -83,6 +86,9 @@ class ModelDirectory:
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
         """The weights in file order, some rows ``[n_rows, n_in]`` at a time; a vector is one row."""
         yield from file_rows(tensor, self.read(tensor))
+
+    def check_output(self, output: Path) -> None:
+        """Nothing: no file of the directory is a GGUF."""
 
     def transformers_config(self) -> PretrainedConfig:
         """The configuration that transformers reads, for float32.
