@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lieq_gguf.progress import Progress
     from lieq_gguf.quant_types import QuantType
     from lieq_gguf.records.bits import BitBudget
+    from lieq_gguf.sources.source import Source
 
 app = typer.Typer(
     name="lieq-gguf",
@@ -96,11 +97,12 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-Source = Annotated[
+SourceName = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Model directory with config.json and safetensors, or a model of the Hugging Face hub as owner/name.",
+        help="Model directory with config.json and safetensors, a model of the Hugging Face hub as owner/name, or a "
+        "GGUF file in F16, BF16 or F32.",
         show_default=False,
     ),
 ]
@@ -111,6 +113,10 @@ Revision = Annotated[
 Adapter = Annotated[
     Path | None,
     typer.Option("--adapter", metavar="DIR", help="LoRA adapter (PEFT) to merge into the weights as they are read."),
+]
+AllowRequantize = Annotated[
+    bool,
+    typer.Option("--allow-requantize", help="Take a GGUF file that is quantised already; the errors of both add up."),
 ]
 Bits = Annotated[
     float | None,
@@ -238,7 +244,7 @@ def _root(
 @app.command()
 def convert(
     context: typer.Context,
-    source: Source,
+    source: SourceName,
     revision: Revision = None,
     adapter: Adapter = None,
     bits: Bits = None,
@@ -267,6 +273,7 @@ def convert(
     ] = None,
     refine: Refine = None,
     pre_tokenizer: PreTokenizer = None,
+    allow_requantize: AllowRequantize = False,
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
@@ -292,7 +299,6 @@ def convert(
         _refuse_given(context, ignored, "with these files nothing is measured; leave this out")
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
-    from lieq_gguf.sources import open_source
 
     budget = _budget(bits, file_bits, size, nominal)
     allocation = _allocation(context.params)
@@ -301,17 +307,17 @@ def convert(
     target = output or Path(_default_name(source, budget, plan))
     if not dry_run:
         check_output(target, force)  # before a download
-    path = _directory(source, revision, progress)
     if dry_run:
         planned = pipeline.make_plan(
-            open_source(path, adapter), budget, allocation, options, progress,
+            _open(source, revision, adapter, allow_requantize, progress), budget, allocation, options, progress,
             plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), for_writing=False,
         )  # fmt: skip
         _show_plan(planned, as_json)
         return
     result = pipeline.convert(
-        path, target, budget, allocation, options, progress,
-        adapter_dir=adapter, plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), force=force,
+        _directory(source, revision, progress), target, budget, allocation, options, progress,
+        adapter_dir=adapter, plan_file=plan, pre_tokenizer=pre_tokenizer, allow_requantize=allow_requantize,
+        command_line=_command_line(), force=force,
     )  # fmt: skip
     if as_json:
         _print_json(result.to_json())
@@ -325,7 +331,7 @@ def convert(
 @app.command()
 def score(
     context: typer.Context,
-    source: Source,
+    source: SourceName,
     revision: Revision = None,
     adapter: Adapter = None,
     scorer: Annotated[
@@ -338,6 +344,7 @@ def score(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep scores and type errors as JSON.")
     ] = None,
     types: Types = None,
+    allow_requantize: AllowRequantize = False,
     calibration: CalibrationFile = None,
     n_tokens: NTokens = 16384,
     imatrix: Imatrix = None,
@@ -359,13 +366,12 @@ def score(
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
     from lieq_gguf.scorers import NEEDS_REMOVAL
-    from lieq_gguf.sources import open_source
 
     if output is not None:
         check_output(output, force)
     options = _calibration(context.params | ({"scorer": NEEDS_REMOVAL} if compare else {}))
     offered, progress = _types("--types", types), _progress(quiet)
-    known = pipeline.learn(open_source(_directory(source, revision, progress), adapter), offered, options, progress)
+    known = pipeline.learn(_open(source, revision, adapter, allow_requantize, progress), offered, options, progress)
     assert known.scores is not None
     if output is not None:
         known.scores.save(output, scorer)
@@ -382,10 +388,11 @@ def score(
 @app.command()
 def imatrix(
     context: typer.Context,
-    source: Source,
+    source: SourceName,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
     revision: Revision = None,
     adapter: Adapter = None,
+    allow_requantize: AllowRequantize = False,
     calibration: CalibrationFile = None,
     n_tokens: NTokens = 16384,
     threads: Threads = 0,
@@ -403,12 +410,11 @@ def imatrix(
     del debug
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
-    from lieq_gguf.sources import open_source
 
     check_output(output, force)
     options, progress = _calibration(context.params), _progress(quiet)
     known = pipeline.learn(
-        open_source(_directory(source, revision, progress), adapter), (), options, progress, scores=False
+        _open(source, revision, adapter, allow_requantize, progress), (), options, progress, scores=False
     )
     assert known.importance is not None
     known.importance.save(output)
@@ -419,7 +425,7 @@ def imatrix(
 @app.command()
 def plan(
     context: typer.Context,
-    source: Source,
+    source: SourceName,
     revision: Revision = None,
     adapter: Adapter = None,
     bits: Bits = None,
@@ -449,6 +455,7 @@ def plan(
     scores: Scores = None,
     refine: Refine = None,
     pre_tokenizer: PreTokenizer = None,
+    allow_requantize: AllowRequantize = False,
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
@@ -470,14 +477,13 @@ def plan(
         raise typer.BadParameter("stdout is the recipe; give it a file with -o beside --json", param_hint="--json")
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output, replaced_when_complete
-    from lieq_gguf.sources import open_source
 
     if output is not None:
         check_output(output, force)
     budget, allocation = _budget(bits, file_bits, size, nominal), _allocation(context.params)
     options, progress = _calibration(context.params), _progress(quiet)
     planned = pipeline.make_plan(
-        open_source(_directory(source, revision, progress), adapter),
+        _open(source, revision, adapter, allow_requantize, progress),
         budget,
         allocation,
         options,
@@ -842,8 +848,17 @@ def _directory(source: str, revision: str | None, progress: Progress) -> Path:
     return Path(source)
 
 
+def _open(
+    source: str, revision: str | None, adapter: Path | None, allow_requantize: bool, progress: Progress
+) -> Source:
+    from lieq_gguf.pipeline import open_with_warnings
+
+    path = _directory(source, revision, progress)
+    return open_with_warnings(path, progress, adapter, allow_requantize=allow_requantize)
+
+
 def _default_name(source: str, budget: BitBudget | None, plan_file: Path | None) -> str:
-    from lieq_gguf.sources.model_directory import model_name
+    from lieq_gguf.sources import model_name
 
     if budget is None:
         target = plan_file.stem if plan_file is not None else "gguf"

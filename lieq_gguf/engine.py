@@ -7,8 +7,9 @@ it cannot load with no reason. Everything llama.cpp logs is kept, so that an err
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,18 @@ def open_model(file: Path, *, vocab_only: bool = False, n_ctx: int = 512, n_thre
         if context:
             api.llama_free(context)
         api.llama_model_free(model)
+
+
+def load_vocabulary(file: Path) -> LoadedModel:
+    """Load the tokenizer of a file alone, for as long as somebody holds it.
+
+    Raises:
+        VerificationError: if llama.cpp refuses the file, in its own words.
+    """
+    stack = ExitStack()
+    model = stack.enter_context(open_model(file, vocab_only=True))
+    weakref.finalize(model, stack.close)
+    return model
 
 
 def _last_error() -> str:

@@ -18,7 +18,8 @@ from lieq_gguf.records.bits import BitMeter, measure_bits
 from lieq_gguf.records.spec import TensorSpec
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
-_COMPUTED = ("rope_freqs.weight",)  # made by the converter, no weight of the source
+COMPUTED_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+"""Made by the converter: no weights of the source."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class StoredTensor:
         spec: Name and shape.
         quant_type: How it is stored.
         data: ``[n_rows, row_bytes]``, mapped from the file.
+        offset: First byte in the file.
     """
 
     spec: TensorSpec
     quant_type: QuantType
     data: npt.NDArray[np.uint8]
+    offset: int
 
 
 class GgufFile:
@@ -55,7 +58,7 @@ class GgufFile:
             # an empty file cannot be mapped
             self._content = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, dtype=np.uint8)
             header = read_header(self._content.data)
-            self._values = header.values
+            self._values, self._spans = header.values, header.spans
             self.tensors = tuple(self._stored(t) for t in header.tensors)
         except (ValueError, OSError) as error:
             size = path.stat().st_size
@@ -85,6 +88,16 @@ class GgufFile:
         """A value of the metadata."""
         return self._values.get(key, default)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the metadata in file order."""
+        return tuple(self._values)
+
+    def value_bytes(self, key: str) -> bytes:
+        """A value of the metadata as it is stored, its type at the front."""
+        start, stop = self._spans[key]
+        return self._content[start:stop].tobytes()
+
     def bit_meter(self) -> BitMeter:
         """The three figures of the file.
 
@@ -109,7 +122,7 @@ class GgufFile:
         layer = _LAYER.match(tensor.name)
         spec = TensorSpec(
             name=tensor.name,
-            source_name=None if tensor.name in _COMPUTED else tensor.name,
+            source_name=None if tensor.name in COMPUTED_TENSORS else tensor.name,
             shape=tensor.shape,
             layer=int(layer.group(1)) if layer else None,
         )
@@ -117,7 +130,7 @@ class GgufFile:
         if stop > len(self._content):
             raise ValueError(f"{tensor.name} ends at byte {stop:,}")
         data = self._content[tensor.offset : stop].reshape(-1, quant_type.row_bytes(tensor.shape[-1]))
-        return StoredTensor(spec, quant_type, data)
+        return StoredTensor(spec, quant_type, data, tensor.offset)
 
 
 def _type_name(ggml_id: int) -> str:

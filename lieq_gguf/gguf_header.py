@@ -53,10 +53,32 @@ class GgufHeader:
     Attributes:
         values: Metadata by key.
         tensors: In file order.
+        spans: First byte and end of every value in the file, type included, by key.
     """
 
     values: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
+    spans: dict[str, tuple[int, int]]
+
+
+class HeaderWriter(gguf.GGUFWriter):
+    """A writer that also takes values as the bytes another file has for them, of whatever type."""
+
+    def add_bytes(self, key: str, content: bytes) -> None:
+        """Add a value, its type at the front, as :attr:`GgufHeader.spans` finds it."""
+        self.kv_data[0][key] = gguf.GGUFValue(_Bytes(content), gguf.GGUFValueType.STRING)
+
+    def _pack_val(
+        self, val: Any, vtype: gguf.GGUFValueType, add_vtype: bool, sub_type: gguf.GGUFValueType | None = None
+    ) -> bytes:
+        if isinstance(val, _Bytes):
+            return val.content
+        return super()._pack_val(val, vtype, add_vtype, sub_type)
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    content: bytes
 
 
 def read_header(content: memoryview) -> GgufHeader:
@@ -82,20 +104,23 @@ class _HeaderReader:
             raise ValueError(f"version {version}, expected one of {_VERSIONS}")
         n_tensors, n_values = self._scalar("Q"), self._scalar("Q")
         values: dict[str, Any] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(n_values):
             key = self._string()
             if key in values:
                 raise ValueError(f"the key {key} occurs twice")
+            start = self._place
             values[key] = self._value(self._scalar("I"))
+            spans[key] = start, self._place
         infos = [self._tensor() for _ in range(n_tensors)]
         alignment = values.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"the alignment {alignment} is no power of two")
-        start = -(-self._place // alignment) * alignment
-        tensors = tuple(TensorInfo(name, shape, kind, start + offset) for name, shape, kind, offset in infos)
+        data_start = -(-self._place // alignment) * alignment
+        tensors = tuple(TensorInfo(name, shape, kind, data_start + offset) for name, shape, kind, offset in infos)
         if len({t.name for t in tensors}) != len(tensors):
             raise ValueError("two tensors have the same name")
-        return GgufHeader(values, tensors)
+        return GgufHeader(values, tensors, spans)
 
     def _take(self, n_bytes: int) -> memoryview:
         stop = self._place + n_bytes

@@ -159,7 +159,7 @@ class Conversion:
 
 
 def convert(
-    source_dir: Path,
+    source_path: Path,
     output: Path,
     budget: BitBudget | None,
     allocation: Allocation,
@@ -169,13 +169,14 @@ def convert(
     adapter_dir: Path | None = None,
     plan_file: Path | None = None,
     pre_tokenizer: str | None = None,
+    allow_requantize: bool = False,
     command_line: str = "",
     force: bool = False,
 ) -> Conversion:
-    """From a model directory to a verified GGUF file.
+    """From a model directory or a GGUF file to a verified GGUF file.
 
     Args:
-        source_dir: The model.
+        source_path: The model.
         output: File to write.
         budget: Target, unless there is a ``plan_file``.
         allocation: How to divide the bits.
@@ -184,6 +185,7 @@ def convert(
         adapter_dir: LoRA adapter to merge into the model.
         plan_file: Plan to carry out instead of making one.
         pre_tokenizer: Name of the pre-tokenizer, if it cannot be recognised.
+        allow_requantize: Whether a GGUF file may be quantised already.
         command_line: Kept in the file.
         force: Whether an existing ``output`` may be replaced.
 
@@ -191,7 +193,8 @@ def convert(
         LieqError: whatever is wrong; ``output`` is then as it was before.
     """
     check_output(output, force)
-    source = open_source(source_dir, adapter_dir)
+    source = open_with_warnings(source_path, progress, adapter_dir, allow_requantize=allow_requantize)
+    source.check_output(output)
     planned = make_plan(
         source, budget, allocation, calibration, progress,
         plan_file=plan_file, pre_tokenizer=pre_tokenizer, command_line=command_line,
@@ -210,6 +213,20 @@ def convert(
             verify(temporary, plan.types, {t.name: t.shape for t in spec.tensors}, calibration.n_threads, advance)
             check_tokenizer(source, temporary, planned.vocabulary, progress)
     return Conversion(output, planned, () if refinement is None else tuple(refinement.block_errors))
+
+
+def open_with_warnings(
+    path: Path, progress: Progress, adapter: Path | None = None, *, allow_requantize: bool = False
+) -> Source:
+    """Open a model to convert, and say what the user should know of it.
+
+    Raises:
+        LieqError: if it is no readable model.
+    """
+    source = open_source(path, adapter, allow_requantize=allow_requantize)
+    for warning in source.warnings:
+        progress.warn(warning)
+    return source
 
 
 def _refinement(source: Source, planned: Planned, calibration: CalibrationOptions, progress: Progress) -> Refinement:
@@ -251,8 +268,6 @@ def make_plan(
     With ``for_writing`` off, no importance matrix is measured where scores are given.
     """
     spec = source.spec
-    for remark in source.notes:
-        progress.note(remark)
     offered, head = allocation, 0
     if budget is not None:
         types = offered_types(allocation.types, calibration.use_imatrix, allocation.profile)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from lieq_gguf import __version__, ggml
 from lieq_gguf.errors import OutputError, QuantizationError
+from lieq_gguf.gguf_header import HeaderWriter
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.bits import BitMeter, measure_bits, padded
 from lieq_gguf.records.importance import ImportanceMatrix
@@ -186,7 +187,7 @@ def _read_ahead(parts: Iterator[_Rows]) -> Iterator[_Rows]:
 def _header_content(
     spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, provenance: Provenance, meter: BitMeter
 ) -> bytes:
-    writer = gguf.GGUFWriter(None, spec.architecture)
+    writer = HeaderWriter(None, spec.architecture)
     metadata.add_to(writer)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(spec.layer_matrices, plan.types))

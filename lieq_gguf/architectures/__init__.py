@@ -16,13 +16,15 @@ from lieq_gguf.architectures.qwen2 import Qwen2
 from lieq_gguf.architectures.qwen3 import Qwen3
 from lieq_gguf.architectures.qwen3moe import Qwen3Moe
 from lieq_gguf.architectures.smollm3 import SmolLM3
+from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
-__all__ = ["FAMILIES", "Decoder", "find_family"]
+__all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_family"]
 
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(),
 )  # fmt: skip
+_BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}
 
 
@@ -40,3 +42,8 @@ def find_family(config: Mapping[str, Any]) -> Decoder:
             return _BY_SOURCE_CLASS[name]
     found = ", ".join(names) or f"model_type {config.get('model_type', 'missing')}"
     raise ArchitectureError(f"unsupported architecture {found}; supported are {', '.join(_BY_SOURCE_CLASS)}")
+
+
+def family_named(gguf_name: str) -> Decoder | None:
+    """The family by llama.cpp's name of the architecture, if it is one of ours."""
+    return _BY_GGUF_NAME.get(gguf_name)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import gguf
 
+from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 from lieq_gguf.records.spec import TensorSpec
 
@@ -81,6 +82,7 @@ class Decoder:
 
     Attributes:
         gguf_name: llama.cpp's name of the architecture.
+        model_type: transformers' name of it.
         source_classes: Names in ``architectures`` of ``config.json`` that belong to the family.
         parts: Modules of every layer.
         activation: The only one that llama.cpp's graph computes.
@@ -92,6 +94,7 @@ class Decoder:
     """
 
     gguf_name: ClassVar[str]
+    model_type: ClassVar[str]
     source_classes: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[Part, ...]]
     activation: ClassVar[str] = "silu"
@@ -251,6 +254,56 @@ class Decoder:
                 writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
             if rope.get("beta_slow") is not None:
                 writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+
+    def source_config(self, stored: StoredParameters) -> dict[str, Any]:
+        """Back from the keys of :meth:`add_hyper_parameters` to what ``config.json`` says.
+
+        Raises:
+            ArchitectureError: if a key is missing or has a value that transformers' model cannot have.
+        """
+        n_heads = stored.value("attention.head_count")
+        n_vocab, width = stored.shapes["token_embd.weight"]
+        head_dim = stored.value("attention.key_length", width // n_heads)
+        if stored.value("attention.value_length", head_dim) != head_dim:
+            raise ArchitectureError("keys and values differ in width")
+        stored.value("vocab_size", n_vocab)  # the embedding tells
+        config = {
+            "architectures": [self.source_classes[0]],
+            "model_type": self.model_type,
+            "vocab_size": n_vocab,
+            "hidden_size": stored.value("embedding_length"),
+            "intermediate_size": stored.value("feed_forward_length"),
+            "num_hidden_layers": stored.value("block_count"),
+            "num_attention_heads": n_heads,
+            "num_key_value_heads": stored.value("attention.head_count_kv", n_heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": stored.value("context_length"),
+            "rms_norm_eps": stored.value("attention.layer_norm_rms_epsilon"),
+            "tie_word_embeddings": "output.weight" not in stored.shapes,
+        }
+        for part in self.parts:
+            if part.bias not in ("", "always"):
+                config[part.bias] = f"blk.0.{part.role}.bias" in stored.shapes
+        return config | {"rope_parameters": self.source_rope(stored, head_dim)}
+
+    def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
+        """Rotary parameters back from the keys of :meth:`add_rope`."""
+        if stored.value("rope.dimension_count", head_dim) != head_dim:
+            raise ArchitectureError("only a part of each head is rotated")
+        kind = stored.value("rope.scaling.type", "none")
+        rope = {"rope_type": kind, "rope_theta": stored.value("rope.freq_base", 10000.0)}
+        if kind == "none":
+            return rope | {"rope_type": "default"}
+        if kind not in ("linear", "yarn"):
+            raise ArchitectureError(f"rope scaling is of type '{kind}'")
+        rope["factor"] = stored.value("rope.scaling.factor")
+        if kind == "yarn":
+            rope["original_max_position_embeddings"] = stored.value(
+                "rope.scaling.original_context_length", stored.value("context_length")
+            )
+            betas = {key: stored.value(f"rope.scaling.yarn_{key}", None) for key in ("beta_fast", "beta_slow")}
+            rope |= {key: value for key, value in betas.items() if value is not None}
+        return rope
 
     def computed_lengths(self, config: Config) -> dict[str, int]:  # noqa: ARG002
         """Names of the vectors that the source does not hold, and their lengths."""

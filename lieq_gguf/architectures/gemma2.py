@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 
 from lieq_gguf.architectures.decoder import (
@@ -12,6 +14,7 @@ from lieq_gguf.architectures.decoder import (
     Decoder,
     require_layer_types,
 )
+from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
 _N_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
@@ -21,6 +24,7 @@ class Gemma2(Decoder):
     """Norms multiply by one plus their weight."""
 
     gguf_name = "gemma2"
+    model_type = "gemma2"
     source_classes = ("Gemma2ForCausalLM",)
     parts = (SANDWICH_NORMS[0], *ATTENTION, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
     activation = "gelu_pytorch_tanh"
@@ -50,19 +54,32 @@ class Gemma2(Decoder):
         writer.add_final_logit_softcapping(config.get("final_logit_softcapping", 30.0))
         writer.add_sliding_window(config.get("sliding_window", 4096))
 
+    def source_config(self, stored: StoredParameters) -> dict[str, Any]:
+        """With caps, the window and the scale that is built into the graph."""
+        config = super().source_config(stored)
+        return config | {
+            "attn_logit_softcapping": stored.value("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": stored.value("final_logit_softcapping", 30.0),
+            "sliding_window": stored.value("attention.sliding_window", 4096),
+            "query_pre_attn_scalar": built_in_attention_scale(self, config),
+        }
+
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Nothing: the base of rotation is built into the graph."""
 
 
 def check_attention_scale(family: Decoder, config: Config) -> None:
     """Refuse a scale of attention that llama.cpp, which goes by the number of layers, would not use."""
-    head_dim = family.head_dim(config)
-    given = config.get("query_pre_attn_scalar", 256)
-    built_in = head_dim
-    if config["num_hidden_layers"] == _N_LAYERS_OF_27B[family.gguf_name]:
-        built_in = config["hidden_size"] // config["num_attention_heads"]
+    given, built_in = config.get("query_pre_attn_scalar", 256), built_in_attention_scale(family, config)
     if given != built_in:
         raise ArchitectureError(
             f"query_pre_attn_scalar is {given}, but llama.cpp runs {family.gguf_name} of "
             f"{config['num_hidden_layers']} layers with {built_in} only"
         )
+
+
+def built_in_attention_scale(family: Decoder, config: Config) -> int:
+    """What llama.cpp's graph takes for ``query_pre_attn_scalar``."""
+    if config["num_hidden_layers"] == _N_LAYERS_OF_27B[family.gguf_name]:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return family.head_dim(config)

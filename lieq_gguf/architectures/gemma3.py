@@ -15,7 +15,8 @@ from lieq_gguf.architectures.decoder import (
     Decoder,
     require_layer_types,
 )
-from lieq_gguf.architectures.gemma2 import check_attention_scale
+from lieq_gguf.architectures.gemma2 import built_in_attention_scale, check_attention_scale
+from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
 _PERIOD = 6
@@ -26,6 +27,7 @@ class Gemma3(Decoder):
     """Norms multiply by one plus their weight."""
 
     gguf_name = "gemma3"
+    model_type = "gemma3_text"
     source_classes = ("Gemma3ForCausalLM",)
     parts = (SANDWICH_NORMS[0], *ATTENTION, *HEAD_NORMS, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
     activation = "gelu_pytorch_tanh"
@@ -68,6 +70,17 @@ class Gemma3(Decoder):
         if config.get("final_logit_softcapping"):
             writer.add_final_logit_softcapping(config["final_logit_softcapping"])
         writer.add_sliding_window(config.get("sliding_window", 4096))
+
+    def source_config(self, stored: StoredParameters) -> dict[str, Any]:
+        """With the cap, the window, both rotations and the scale that is built into the graph."""
+        config = super().source_config(stored)
+        local = {"rope_type": "default", "rope_theta": stored.value("rope.freq_base_swa", _LOCAL_THETA)}
+        return config | {
+            "final_logit_softcapping": stored.value("final_logit_softcapping", None),
+            "sliding_window": stored.value("attention.sliding_window"),
+            "query_pre_attn_scalar": built_in_attention_scale(self, config),
+            "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
+        }
 
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Both rotations."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 
 from lieq_gguf.architectures.decoder import Config
 from lieq_gguf.architectures.llama import Llama
+from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
 
@@ -13,6 +16,7 @@ class Granite(Llama):
     """The dense models."""
 
     gguf_name = "granite"
+    model_type = "granite"
     source_classes = ("GraniteForCausalLM",)
 
     def check(self, config: Config) -> None:
@@ -33,3 +37,12 @@ class Granite(Llama):
         writer.add_embedding_scale(config.get("embedding_multiplier", 1.0))
         writer.add_residual_scale(config.get("residual_multiplier", 1.0))
         writer.add_logit_scale(config.get("logits_scaling", 1.0))
+
+    def source_config(self, stored: StoredParameters) -> dict[str, Any]:
+        """With the factors."""
+        return super().source_config(stored) | {
+            "attention_multiplier": stored.value("attention.scale", 1.0),
+            "embedding_multiplier": stored.value("embedding_scale", 1.0),
+            "residual_multiplier": stored.value("residual_scale", 1.0),
+            "logits_scaling": stored.value("logit_scale", 1.0),
+        }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gguf
 
 from lieq_gguf.architectures.decoder import FEED_FORWARD, INTERLEAVED_ATTENTION, NORMS, Config, Decoder
+from lieq_gguf.architectures.stored_parameters import StoredParameters
+from lieq_gguf.errors import ArchitectureError
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +19,7 @@ class Llama(Decoder):
     """Llama, and what was built on its graph."""
 
     gguf_name = "llama"
+    model_type = "llama"
     source_classes: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM", "MistralForCausalLM")
     parts = (NORMS[0], *INTERLEAVED_ATTENTION, NORMS[1], *FEED_FORWARD)
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
@@ -26,6 +29,26 @@ class Llama(Decoder):
         super().add_hyper_parameters(config, writer)
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(self.head_dim(config))
+
+    def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
+        """The common parameters, or the factors that Llama 3.1's scaling has come to.
+
+        Its own parameters are not in the file; the one type of transformers that takes factors gives the same numbers.
+        """
+        rope = super().source_rope(stored, head_dim)
+        if "rope_freqs.weight" not in stored.shapes:
+            return rope
+        if rope["rope_type"] != "default":
+            raise ArchitectureError(f"rope scaling is of type '{rope['rope_type']}' and has factors besides")
+        factors = stored.vector("rope_freqs.weight")
+        return rope | {
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "factor": 1.0,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": stored.value("context_length"),
+        }
 
     def computed_lengths(self, config: Config) -> dict[str, int]:
         """``rope_freqs.weight`` for Llama 3.1's rotary scaling."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 
 from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, Config, Decoder, Part
+from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
 _PERIOD = 4
@@ -14,6 +17,7 @@ class Olmo2(Decoder):
     """OLMo 3 is the same with a sliding window in three of four layers."""
 
     gguf_name = "olmo2"
+    model_type = "olmo2"
     source_classes = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
     parts = (
         *ATTENTION,
@@ -48,6 +52,25 @@ class Olmo2(Decoder):
                 is_sliding = [kind == "sliding_attention" for kind in types]
             writer.add_sliding_window(config["sliding_window"])
             writer.add_sliding_window_pattern(is_sliding)
+
+    def source_config(self, stored: StoredParameters) -> dict[str, Any]:
+        """A file with a window is of OLMo 3, whose layers with one are not scaled."""
+        config = super().source_config(stored)
+        window = stored.value("attention.sliding_window", None)
+        if window is None:
+            return config
+        pattern = stored.per_layer("attention.sliding_window_pattern")
+        if not isinstance(pattern, list):
+            pattern = [(i + 1) % pattern != 0 for i in range(config["num_hidden_layers"])]
+        rope = config["rope_parameters"]
+        local = {"rope_type": "default", "rope_theta": stored.value("rope.freq_base_swa", rope["rope_theta"])}
+        return config | {
+            "architectures": ["Olmo3ForCausalLM"],
+            "model_type": "olmo3",
+            "sliding_window": window,
+            "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern],
+            "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+        }
 
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """One rotation for all layers; OLMo 3's files have it twice."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, Part
+from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class Phi3(Decoder):
     """Long contexts have two sets of rotary factors, of which llama.cpp takes the one for the context in use."""
 
     gguf_name = "phi3"
+    model_type = "phi3"
     source_classes = ("Phi3ForCausalLM",)
     parts = (
         NORMS[0],
@@ -72,6 +74,30 @@ class Phi3(Decoder):
             scale = config["max_position_embeddings"] / original
             factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
             writer.add_rope_scaling_attn_factors(factor)
+
+    def source_config(self, stored: StoredParameters) -> dict[str, Any]:
+        """With the window, and the context that short factors are for."""
+        return super().source_config(stored) | {
+            "sliding_window": stored.value("attention.sliding_window", 0) or None,
+            "original_max_position_embeddings": stored.value("rope.scaling.original_context_length", _ORIGINAL_CONTEXT),
+        }
+
+    def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
+        """Rotated dimensions, and both sets of factors if there are any."""
+        rope = {
+            "rope_type": "default",
+            "rope_theta": stored.value("rope.freq_base", self.default_theta),
+            "partial_rotary_factor": stored.value("rope.dimension_count", head_dim) / head_dim,
+        }
+        if "rope_factors_long.weight" not in stored.shapes:
+            return rope
+        return rope | {
+            "rope_type": "longrope",
+            "short_factor": stored.vector("rope_factors_short.weight"),
+            "long_factor": stored.vector("rope_factors_long.weight"),
+            "attention_factor": stored.value("rope.scaling.attn_factor", 1.0),
+            "original_max_position_embeddings": stored.value("rope.scaling.original_context_length", _ORIGINAL_CONTEXT),
+        }
 
     def computed_lengths(self, config: Config) -> dict[str, int]:
         """The two sets of factors."""

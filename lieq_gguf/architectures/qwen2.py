@@ -11,6 +11,7 @@ class Qwen2(Decoder):
     """Halves rotated as in transformers, so that no row is reordered."""
 
     gguf_name = "qwen2"
+    model_type = "qwen2"
     source_classes = ("Qwen2ForCausalLM",)
     parts = (
         NORMS[0],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 
 from lieq_gguf.architectures.decoder import ATTENTION, HEAD_NORMS, NORMS, Config, Decoder, Part
+from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
 
@@ -12,6 +15,7 @@ class Qwen3Moe(Decoder):
     """In the file, the same matrix of all experts is one tensor."""
 
     gguf_name = "qwen3moe"
+    model_type = "qwen3_moe"
     source_classes = ("Qwen3MoeForCausalLM",)
     parts = (
         NORMS[0],
@@ -42,6 +46,17 @@ class Qwen3Moe(Decoder):
             "n_experts": n_experts,
             "n_experts_used": int(config["num_experts_per_tok"]),
             "n_expert_ff": int(config["moe_intermediate_size"]),
+        }
+
+    def source_config(self, stored: StoredParameters) -> dict[str, Any]:
+        """With the experts."""
+        n_experts = stored.value("expert_count")
+        return super().source_config(stored) | {
+            "num_experts": n_experts,
+            "num_local_experts": n_experts,
+            "num_experts_per_tok": stored.value("expert_used_count"),
+            "moe_intermediate_size": stored.value("expert_feed_forward_length"),
+            "norm_topk_prob": True,
         }
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:

@@ -13,6 +13,7 @@ class SmolLM3(Llama):
     """The rows of query and key are reordered in all layers, also in those without rotation."""
 
     gguf_name = "smollm3"
+    model_type = "smollm3"
     source_classes = ("SmolLM3ForCausalLM",)
     rope_types = ("default", "linear", "yarn")
     default_theta = 2_000_000.0

@@ -50,6 +50,8 @@ class ModelDirectory:
         ArchitectureError: if the architecture is not supported.
     """
 
+    has_transformers_model = True
+
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
         """Open a model, with a LoRA adapter if there is a directory of one."""
         self.path = path
@@ -71,8 +73,8 @@ class ModelDirectory:
         self.adapter: LoraAdapter | None = None if adapter is None else load_adapter(adapter, path, self.spec)
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user may want to know of the model."""
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know before it is converted."""
         return () if self.adapter is None else self.adapter.notes
 
     def read(self, tensor: TensorSpec) -> torch.Tensor:
@@ -91,6 +93,9 @@ class ModelDirectory:
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
         """The weights in file order, some rows ``[n_rows, n_in]`` at a time; a vector is one row."""
         yield from file_rows(tensor, self.read(tensor))
+
+    def check_output(self, output: Path) -> None:
+        """Nothing: no file of the directory is a GGUF."""
 
     def transformers_config(self) -> PretrainedConfig:
         """The configuration that transformers reads, for float32.

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import gguf
-
+from lieq_gguf.gguf_header import HeaderWriter
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.row_order import FloatArray
 from lieq_gguf.tokenizers import SourceTokenizer, Vocabulary
@@ -24,7 +23,7 @@ class SourceMetadata(Protocol):
     def vocabulary(self) -> Vocabulary | None:
         """The tokenizer in llama.cpp's terms; None if it is taken over as it is."""
 
-    def add_to(self, writer: gguf.GGUFWriter) -> None:
+    def add_to(self, writer: HeaderWriter) -> None:
         """Write names, hyper-parameters and tokenizer."""
 
 
@@ -43,16 +42,20 @@ class Source(Protocol):
         """What it is made of."""
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user may want to know of it."""
-
-    @property
     def fingerprint(self) -> str:
         """A digest of its weights and configuration, of a few kilobytes a tensor."""
 
     @property
     def tokenizer_fingerprint(self) -> str:
         """A digest of its tokenizer."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know before it is converted."""
+
+    @property
+    def has_transformers_model(self) -> bool:
+        """Whether transformers has the model, so that its layers can be run one by one; if not, llama.cpp runs it."""
 
     def read(self, tensor: TensorSpec) -> torch.Tensor:
         """The tensor as transformers has it: rows in its order, nothing added to a norm."""
@@ -62,6 +65,13 @@ class Source(Protocol):
 
     def release(self) -> None:
         """Let go of memory that reading took; tensors that were read stay valid."""
+
+    def check_output(self, output: Path) -> None:
+        """Require that writing a file does not destroy the model.
+
+        Raises:
+            OutputError: if it would.
+        """
 
     def transformers_config(self) -> PretrainedConfig:
         """The configuration of transformers' model, for float32.

@@ -1,0 +1,404 @@
+"""A model that is a GGUF file already, in one part or several.
+
+Where the architecture is one of ours, transformers' configuration is made from the file's metadata, and all that can be
+learnt of a model directory can be learnt of the file as well. Any other architecture is run by llama.cpp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from lieq_gguf import ggml
+from lieq_gguf.architectures import Decoder, StoredParameters, family_named
+from lieq_gguf.engine import load_vocabulary
+from lieq_gguf.errors import ArchitectureError, OutputError, SourceError, TokenizerError
+from lieq_gguf.gguf_file import COMPUTED_TENSORS, GgufFile
+from lieq_gguf.gguf_header import HeaderWriter
+from lieq_gguf.quant_types import F32, QuantType
+from lieq_gguf.records.spec import ModelSpec, TensorSpec
+from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, FloatArray, rotary_order
+from lieq_gguf.tokenizers import SourceTokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SAMPLE_BYTES = 1024
+_BUILDER_KEYS = ("split.", "quantize.imatrix.", "lieq.")
+_FILE_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
+_IN_TEXT = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+
+# llama-quantize leaves these matrices as they are; build 0.3.36 of llama-cpp-python, tensor_allows_quantization
+_KEPT_PARTS = (
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
+    "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
+    "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_v0.weight", "time_mix_v1.weight",
+    "time_mix_v2.weight", "time_mix_a0.weight", "time_mix_a1.weight", "time_mix_a2.weight", "time_mix_g1.weight",
+    "time_mix_g2.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight",
+    "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd",
+    ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
+)  # fmt: skip
+_KEPT_NAMES = ("position_embd.weight", "token_types.weight")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: file, first byte, type, and shape ``[n_rows, row_bytes]``."""
+
+    path: Path
+    offset: int
+    quant_type: QuantType
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class GgufMetadata:
+    """All that the file says of the model, value by value as it is stored, in its order.
+
+    Left out is what tells of the file itself: its types, its parts, how it was quantised.
+
+    Attributes:
+        values: Key to stored bytes.
+        vocabulary: None: it is among the values.
+    """
+
+    values: Mapping[str, bytes]
+    vocabulary: None = None
+
+    def add_to(self, writer: HeaderWriter) -> None:
+        """Write all of it."""
+        for key, content in self.values.items():
+            writer.add_bytes(key, content)
+
+
+class GgufSource:
+    """A readable model: its spec from the header alone, its tensors on demand.
+
+    Attributes:
+        path: The file, of several the first.
+        spec: What the model is made of.
+        why_not_known: Why transformers cannot run the model; empty if it can.
+
+    Raises:
+        FormatError: if the file is damaged.
+        SourceError: if it is no language model, a part of it is missing, or it is quantised and that was not allowed.
+    """
+
+    def __init__(self, path: Path, *, allow_requantize: bool = False) -> None:
+        """Open a file; weights that are quantised already are taken only if that is allowed."""
+        self.path = path
+        files = _open_parts(path)
+        first = files[0]
+        _require_language_model(files)
+        self.metadata = GgufMetadata({key: first.value_bytes(key) for key in first.keys if _tells_of_model(key)})
+        self._places = {
+            t.spec.name: _Place(file.path, t.offset, t.quant_type, (t.data.shape[0], t.data.shape[1]))
+            for file in files
+            for t in file.tensors
+        }
+        self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
+        tensors = [t.spec for file in files for t in file.tensors]
+        self._quantised = self._quantised_types(tensors)
+        if self._quantised and not allow_requantize:
+            raise SourceError(
+                f"{path} is quantised already ({', '.join(self._quantised)}), and the errors of both times add up; "
+                "expected F16, BF16 or F32: convert the original, or pass --allow-requantize"
+            )
+        self._tokens = first.value("tokenizer.ggml.tokens", [])
+        self._token_types = first.value("tokenizer.ggml.token_type", [])
+        self._family, config, self.why_not_known = self._transformers_model(first, tensors)
+        if self._family is None:
+            known = [_as_llama_quantize(t, self._places[t.name].quant_type) for t in tensors]
+        else:
+            by_name = {t.name: t for t in _known_tensors(self._family, config, {t.name: t.shape for t in tensors})}
+            known = [by_name.get(t.name, t) for t in tensors]
+        self.spec = ModelSpec(
+            name=model_name(path),
+            architecture=first.architecture,
+            config=config,
+            n_layers=1 + max(t.layer for t in tensors if t.layer is not None),
+            tensors=tuple(_layers_in_order(known)),
+            has_tied_embeddings="output.weight" not in self._places,
+        )
+
+    @property
+    def has_transformers_model(self) -> bool:
+        """Whether the architecture is one of ours, with nothing in the metadata that transformers does not do."""
+        return self._family is not None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What it costs to quantise a second time, and what cannot be known of an architecture that llama.cpp runs."""
+        result = []
+        if self._quantised:
+            result.append(
+                f"{self.path} is quantised already, to {self._layer_bpw():.2f} bits per weight "
+                f"({', '.join(self._quantised)}): what that has cost stays, new errors add to it, and a divergence "
+                "foretold here is from this file, not from the model it was made of"
+            )
+        if self._family is None:
+            result.append(
+                f"{self.path} is run by llama.cpp and not layer by layer: {self.why_not_known}; types are chosen by "
+                "the weighted error of the weights alone, without error feedback"
+            )
+        return tuple(result)
+
+    def _layer_bpw(self) -> float:
+        """Stored bits per weight of the layers' matrices, as they are."""
+        matrices = [t for layer in self.spec.layer_matrices for t in layer]
+        n_bytes = sum(self._places[t.name].quant_type.tensor_bytes(t.shape) for t in matrices)
+        return 8 * n_bytes / sum(t.n_weights for t in matrices)
+
+    def read(self, tensor: TensorSpec) -> torch.Tensor:
+        """The tensor as transformers has it; in its stored type where that is a plain number and nothing is undone."""
+        import torch
+
+        place = self._places[tensor.name]
+        data = self._mapped(place)
+        if place.quant_type.name == "BF16":
+            loaded = torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
+        elif place.quant_type.name == "F16":
+            loaded = torch.from_numpy(data.view(np.float16))
+        else:
+            loaded = torch.from_numpy(ggml.dequantize(data, place.quant_type))
+        loaded = loaded.reshape(tensor.shape)
+        if tensor.rotary_heads:
+            loaded = loaded[np.argsort(rotary_order(tensor.shape[0], tensor.rotary_heads))]
+        return loaded.float() - tensor.offset if tensor.offset else loaded
+
+    def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
+        """The weights in file order, which is their own: decoded, and otherwise as they are."""
+        place = self._places[tensor.name]
+        data = self._mapped(place)
+        step = max(1, CHUNK_WEIGHTS // tensor.shape[-1])
+        for matrix in np.split(data, tensor.shape[0] if tensor.of_experts else 1):
+            for start in range(0, len(matrix), step):
+                yield ggml.dequantize(matrix[start : start + step], place.quant_type)
+
+    def release(self) -> None:
+        """Unmap the file; tensors that were read stay valid, the next ``read`` maps again."""
+        self._maps.clear()
+
+    def transformers_config(self) -> PretrainedConfig:
+        """The configuration of transformers' model, for float32.
+
+        Raises:
+            SourceError: if the architecture, or a value of the metadata, is none that transformers' model has.
+        """
+        if self._family is None:
+            raise SourceError(f"{self.path} cannot be run by transformers: {self.why_not_known}")
+        import torch
+        from transformers import AutoConfig
+
+        settings = {key: value for key, value in self.spec.config.items() if key != "model_type"}
+        settings |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # defaults are another model's
+        config: PretrainedConfig = AutoConfig.for_model(self.spec.config["model_type"], **settings)
+        config.dtype = torch.float32
+        return config
+
+    def load_tokenizer(self) -> SourceTokenizer:
+        """The tokenizer that llama.cpp makes of the file."""
+        tokens = [str(token) for token in self._tokens]
+        if not tokens:
+            raise TokenizerError(f"{self.path} has no tokens; expected a model that takes text")
+        in_text = {tokens[i]: i for i, kind in enumerate(self._token_types[: len(tokens)]) if kind in _IN_TEXT}
+        loaded = load_vocabulary(self.path)
+        return SourceTokenizer(len(tokens), in_text, loaded.tokenize, lambda token_id: tokens[token_id])
+
+    def read_metadata(self, pre_tokenizer: str | None = None) -> GgufMetadata:
+        """What the file says of the model.
+
+        Raises:
+            TokenizerError: if another pre-tokenizer is asked for than the file's.
+        """
+        if pre_tokenizer is not None:
+            raise TokenizerError(
+                f"pre-tokenizer '{pre_tokenizer}' was asked for, but {self.path} names its own, which is kept; "
+                "leave out --pre-tokenizer"
+            )
+        return self.metadata
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of hyper-parameters, names, shapes, types and some bytes of every tensor."""
+        digest = hashlib.sha256()
+        for key, content in self.metadata.values.items():
+            if key.startswith(f"{self.spec.architecture}."):
+                digest.update(key.encode() + content)
+        for name, place in sorted(self._places.items()):
+            digest.update(f"{name} {place.shape} {place.quant_type.name}".encode())
+            data = self._mapped(place).reshape(-1)
+            for start in (0, len(data) // 2, max(0, len(data) - _SAMPLE_BYTES)):
+                digest.update(data[start : start + _SAMPLE_BYTES].tobytes())
+        self.release()
+        return digest.hexdigest()[:32]
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """A digest of the tokenizer's values."""
+        digest = hashlib.sha256()
+        for key, content in self.metadata.values.items():
+            if key.startswith("tokenizer."):
+                digest.update(key.encode() + content)
+        return digest.hexdigest()[:32]
+
+    def check_output(self, output: Path) -> None:
+        """Require that no part of the model is written over.
+
+        Raises:
+            OutputError: if one would be.
+        """
+        for path in {place.path for place in self._places.values()}:
+            if output.exists() and output.samefile(path):
+                raise OutputError(f"{output} is the model to read; expected another file to write, with -o")
+
+    def _mapped(self, place: _Place) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor ``[n_rows, row_bytes]``."""
+        if place.path not in self._maps:
+            # copy on write: torch takes no array that cannot be written, and nobody does
+            self._maps[place.path] = np.memmap(place.path, mode="c").view(np.ndarray)
+        n_rows, row_bytes = place.shape
+        return self._maps[place.path][place.offset : place.offset + n_rows * row_bytes].reshape(n_rows, row_bytes)
+
+    def _quantised_types(self, tensors: Sequence[TensorSpec]) -> tuple[str, ...]:
+        """Types with blocks among the matrices."""
+        found = dict.fromkeys(self._places[t.name].quant_type for t in tensors if len(t.shape) > 1)
+        return tuple(quant_type.name for quant_type in found if quant_type.is_quantized)
+
+    def _transformers_model(
+        self, first: GgufFile, tensors: Sequence[TensorSpec]
+    ) -> tuple[Decoder | None, dict[str, Any], str]:
+        """Family and configuration, or neither and the reason."""
+        name = first.architecture
+        family = family_named(name)
+        if family is None:
+            return None, {}, f"the architecture {name} is not one of those with a forward pass here"
+        values = {k.removeprefix(f"{name}."): first.value(k) for k in first.keys if k.startswith(f"{name}.")}
+        shapes = {t.name: t.shape for t in tensors}
+        stored = StoredParameters(values, shapes, self._vector)
+        try:
+            config = family.source_config(stored)
+            expected = {t.name: t.shape for t in _known_tensors(family, config, shapes)}
+        except ArchitectureError as error:
+            return None, {}, f"{name} model of an unusual kind ({error})"
+        if stored.unread:
+            return None, {}, f"{name} model of an unusual kind ({stored.unread[0]} is set)"
+        found = {name: shape for name, shape in shapes.items() if name not in COMPUTED_TENSORS}
+        if expected != found:
+            odd = sorted(expected.items() ^ found.items())[0]
+            return None, {}, f"{name} model of an unusual kind (tensor {odd[0]} of shape {odd[1]})"
+        return family, config, ""
+
+    def _vector(self, name: str) -> npt.NDArray[np.float32]:
+        place = self._places[name]
+        return ggml.dequantize(self._mapped(place), place.quant_type).reshape(-1)
+
+
+def _known_tensors(
+    family: Decoder, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[TensorSpec, ...]:
+    """The tensors that a family has by a configuration, with the biases that the file has."""
+    biases = frozenset(
+        f"model.layers.{layer}.{part.module}.bias"
+        for layer in range(config["num_hidden_layers"])
+        for part in family.layer_parts(config, layer)
+        if f"blk.{layer}.{part.role}.bias" in shapes
+    )
+    return tuple(t for t in family.tensors(config, biases) if t.name not in COMPUTED_TENSORS)
+
+
+def _as_llama_quantize(tensor: TensorSpec, stored: QuantType) -> TensorSpec:
+    """A tensor of an unknown architecture: a matrix to quantise where llama-quantize would, otherwise kept as it is."""
+    name = tensor.name
+    is_kept = (
+        len(tensor.shape) < 2
+        or not name.endswith("weight")
+        or name in _KEPT_NAMES
+        or any(part in name for part in _KEPT_PARTS)
+        or (tensor.layer is None and name not in ("token_embd.weight", "output.weight"))
+    )
+    return replace(tensor, is_fixed=is_kept and len(tensor.shape) > 1, fixed_type=stored.name if is_kept else F32.name)
+
+
+def _layers_in_order(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """File order, but one layer after the other: llama.cpp's converter can leave them in the order of their names."""
+    layers = [t.layer for t in tensors if t.layer is not None]
+    if layers == sorted(layers):
+        return list(tensors)
+    first = next(i for i, t in enumerate(tensors) if t.layer is not None)
+    outside = [t for t in tensors[first:] if t.layer is None]
+    inside = sorted((t for t in tensors if t.layer is not None), key=lambda t: t.layer or 0)
+    return [*tensors[:first], *inside, *outside]
+
+
+def _tells_of_model(key: str) -> bool:
+    return key not in _FILE_KEYS and not key.startswith(_BUILDER_KEYS)
+
+
+def model_name(path: Path) -> str:
+    """Name of a file for people: without suffix and number of parts."""
+    part = _PART.fullmatch(path.name)
+    return part["stem"] if part else path.stem
+
+
+def _open_parts(path: Path) -> list[GgufFile]:
+    """The file, and the others if it is the first of several."""
+    first = GgufFile(path)
+    count = int(first.value("split.count", 1))
+    if count <= 1:
+        return [first]
+    named = _PART.fullmatch(path.name)
+    if named is None or int(named["count"]) != count:
+        raise SourceError(
+            f"{path} is one of {count} parts, but not named as one; expected NAME-00001-of-{count:05d}.gguf"
+        )
+    paths = [path.with_name(f"{named['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    if path != paths[0]:
+        raise SourceError(f"{path} is part {named['number']} of {count}; give the first, {paths[0].name}")
+    missing = [p.name for p in paths if not p.is_file()]
+    if missing:
+        raise SourceError(f"{missing[0]} is missing, one of {count} parts of {path.name}; put it beside the first")
+    files = [first, *(GgufFile(p) for p in paths[1:])]
+    for i, file in enumerate(files):
+        if (file.value("split.no"), file.value("split.count")) != (i, count):
+            raise SourceError(
+                f"{file.path} says it is part {file.value('split.no')} of {file.value('split.count')}; "
+                f"expected {i} of {count}: download it again"
+            )
+    n_found = sum(len(file.tensors) for file in files)
+    if n_found != first.value("split.tensors.count", n_found):
+        raise SourceError(
+            f"the {count} parts of {path.name} hold {n_found} tensors, the first says "
+            f"{first.value('split.tensors.count')}: download them again"
+        )
+    return files
+
+
+def _require_language_model(files: Sequence[GgufFile]) -> None:
+    first = files[0]
+    kind = first.value("general.type", "model")
+    tensors = [t.spec for file in files for t in file.tensors]
+    if kind != "model":
+        found = f"of type '{kind}'"
+    elif first.architecture == "clip":
+        found = "the vision or audio part of a model"
+    elif not tensors:
+        found = "a vocabulary without weights"
+    elif not any(t.layer is not None and len(t.shape) > 1 for t in tensors):
+        found = "without decoder layers"
+    elif not any(t.name == "token_embd.weight" for t in tensors):
+        found = "without a token embedding"
+    else:
+        return
+    raise SourceError(f"{first.path} is a GGUF file {found} ({first.architecture}); expected a language model")

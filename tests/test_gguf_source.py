@@ -1,0 +1,367 @@
+"""GGUF files as source: the same model as the directory they were made from, whatever the family."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import RunCli
+from families import TINY_MODELS
+from models import write_model
+
+from lieq_gguf import ggml, pipeline
+from lieq_gguf.allocation import Allocation
+from lieq_gguf.errors import FormatError, OutputError, SourceError, TokenizerError
+from lieq_gguf.gguf_file import GgufFile
+from lieq_gguf.gguf_header import HeaderWriter
+from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.progress import Progress
+from lieq_gguf.quant_types import parse_types
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.sources import open_source
+from lieq_gguf.sources.gguf_source import GgufSource
+from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.sources.source import Source
+
+SILENT = Progress(silent=True)
+
+
+def convert_plainly(source: Path, output: Path, type_name: str = "F16") -> Path:
+    """All matrices in one type of plain numbers."""
+    types = parse_types([type_name])
+    options = pipeline.CalibrationOptions(use_imatrix=False, n_threads=2)
+    pipeline.convert(
+        source, output, BitBudget("bits", types[0].bits_per_weight), Allocation(types=types), options, SILENT
+    )
+    return output
+
+
+def rewrite(
+    source: Path,
+    target: Path,
+    change: Callable[[dict[str, Any]], None] = lambda _values: None,
+    keep: Callable[[str], bool] = lambda _name: True,
+    convert: Callable[[str, np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], int]] | None = None,
+) -> Path:
+    """The same file with other values (None removes one), some of the tensors, or other types."""
+    file = GgufFile(source)
+    values: dict[str, Any] = {key: file.value_bytes(key) for key in file.keys}
+    change(values)
+    writer = HeaderWriter(None, "")
+    writer.kv_data[0].clear()
+    for key, value in values.items():
+        if isinstance(value, bytes):
+            writer.add_bytes(key, value)
+        elif value is not None:
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for t in (t for t in file.tensors if keep(t.spec.name)):
+        data, kind = t.data, t.quant_type.ggml_id
+        if convert is not None:
+            data, kind = convert(t.spec.name, ggml.dequantize(t.data, t.quant_type))
+        shape = (*t.spec.shape[:-1], data.shape[-1]) if data.dtype == np.uint8 else t.spec.shape
+        writer.add_tensor(t.spec.name, data.reshape(shape), raw_dtype=gguf.GGMLQuantizationType(kind))
+    writer.write_header_to_file(target)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.fixture(scope="session")
+def f16_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory whose weights F16 holds exactly; read-only.
+
+    Its initialiser is the usual one: a GGUF file does not tell, and the untrained twin is made with it.
+    """
+    return write_model(tmp_path_factory.mktemp("f16") / "small", dtype=torch.float16, initializer_range=0.02)
+
+
+@pytest.fixture(scope="session")
+def f16_file(f16_model: Path) -> Path:
+    """The same as a GGUF file; read-only."""
+    return convert_plainly(f16_model, f16_model.parent / "small.gguf")
+
+
+def described(tensor: TensorSpec) -> tuple[object, ...]:
+    return (tensor.name, tensor.source_name, tensor.shape, tensor.layer, tensor.rotary_heads, tensor.offset)
+
+
+def logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
+    """What the streamed pass gives."""
+    layer = LayerModel(source.transformers_config(), torch.device("cpu"))
+    tensors = {t.name: t for t in source.spec.tensors}
+    with torch.inference_mode():
+        hidden = layer.embed(source.read(source.spec.embedding)[ids])
+        for index in range(source.spec.n_layers):
+            layer.load(source, index)
+            hidden = layer.forward(hidden)
+        matrix = source.read(tensors.get("output.weight", source.spec.embedding))
+        return layer.head(source.read(tensors["output_norm.weight"]), matrix).logits(hidden)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_file_is_the_model_it_was_made_from(name: str, tmp_path: Path) -> None:
+    directory = TINY_MODELS[name].write(tmp_path / "model", torch.float16)
+    file = convert_plainly(directory, tmp_path / "model.gguf")
+    expected, found = ModelDirectory(directory), open_source(file)
+    assert isinstance(found, GgufSource)
+    assert found.why_not_known == ""
+    assert [described(t) for t in found.spec.tensors] == [described(t) for t in expected.spec.tensors]
+    assert (found.spec.n_weights, found.spec.has_tied_embeddings) == (
+        expected.spec.n_weights,
+        expected.spec.has_tied_embeddings,
+    )
+    # longer than the windows and the short contexts of these models
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, expected.spec.embedding.shape[0], (2, 300)))
+    reference = logits(expected, ids)
+    assert torch.allclose(logits(found, ids), reference, atol=2e-5 * float(reference.std()), rtol=0)
+
+
+@pytest.mark.parametrize("type_name", ["F16", "BF16", "F32"])
+def test_rows_are_those_of_the_file_and_weights_those_of_the_model(
+    type_name: str, f16_model: Path, tmp_path: Path
+) -> None:
+    directory, file = ModelDirectory(f16_model), GgufSource(convert_plainly(f16_model, tmp_path / "m.gguf", type_name))
+    for tensor in file.spec.tensors:
+        original = directory.read(tensor).float()
+        if type_name == "BF16" and tensor.is_matrix:
+            original = original.bfloat16().float()
+        assert torch.equal(file.read(tensor).float(), original), tensor.name
+        stored = next(t for t in GgufFile(file.path).tensors if t.spec.name == tensor.name)
+        found = np.concatenate(list(file.rows(tensor)))
+        assert np.array_equal(found, ggml.dequantize(stored.data, stored.quant_type)), tensor.name
+
+
+def test_scores_plan_and_file_are_those_of_the_directory(
+    f16_model: Path, f16_file: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2)
+    types = parse_types(["Q2_K", "Q3_K", "Q4_K"])
+    made = {
+        source: pipeline.convert(
+            source, tmp_path / f"{source.name}.out", BitBudget("bits", 3.4), Allocation(types=types), options, SILENT
+        )
+        for source in (f16_model, f16_file)
+    }
+    expected, found = (made[source].planned for source in (f16_model, f16_file))
+    assert found.plan.types == expected.plan.types
+    assert found.plan.layer_scores == pytest.approx(expected.plan.layer_scores, rel=1e-5)
+    assert found.plan.refine == "feedback"
+    # the same header, so every byte of the tensors as well
+    assert made[f16_file].output.read_bytes() == made[f16_model].output.read_bytes()
+
+
+def test_metadata_is_kept_value_by_value(f16_file: Path, tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["general.tags"] = ["one", "two"]
+        values["some.unheard.of"] = 1.5
+        values["tokenizer.chat_template"] = "{{ messages }}"
+        values["general.alignment"] = None
+        values["split.count"] = None
+        values["quantize.imatrix.file"] = "old.dat"
+
+    source = rewrite(f16_file, tmp_path / "source.gguf", change)
+    output = convert_plainly(source, tmp_path / "output.gguf")
+    before, after = GgufFile(source), GgufFile(output)
+    own = ("general.file_type", "general.quantization_version", "general.alignment")
+    kept = [key for key in before.keys if key not in own and not key.startswith(("quantize.", "lieq."))]
+    assert "some.unheard.of" in kept
+    assert [key for key in after.keys if key in kept] == kept
+    for key in kept:
+        assert after.value_bytes(key) == before.value_bytes(key), key
+    added = set(after.keys) - set(kept)
+    assert all(key in own or key.startswith("lieq.") for key in added)
+    assert [t.spec.name for t in after.tensors] == [t.spec.name for t in before.tensors]
+
+
+def test_a_value_nobody_reads_leaves_the_pass_to_llama_cpp(f16_file: Path, tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["llama.attention.clamp_kqv"] = 1.0
+
+    source = GgufSource(rewrite(f16_file, tmp_path / "odd.gguf", change))
+    assert not source.has_transformers_model
+    assert "attention.clamp_kqv" in source.why_not_known
+    with pytest.raises(SourceError, match="cannot be run by transformers"):
+        source.transformers_config()
+
+
+def test_layers_come_one_after_the_other(f16_file: Path, tmp_path: Path) -> None:
+    """The converter of llama.cpp writes them in the order of their names, 10 before 2."""
+    file = GgufFile(f16_file)
+    names = [t.spec.name for t in file.tensors]
+    shuffled = sorted(names, key=lambda name: (not name.startswith("blk.2"), names.index(name)))
+    writer = HeaderWriter(None, "")
+    writer.kv_data[0].clear()
+    for key in file.keys:
+        writer.add_bytes(key, file.value_bytes(key))
+    for name in shuffled:
+        t = next(t for t in file.tensors if t.spec.name == name)
+        dtype = np.float32 if t.quant_type.name == "F32" else np.float16
+        writer.add_tensor(name, t.data.view(dtype).reshape(t.spec.shape))
+    writer.write_header_to_file(tmp_path / "shuffled.gguf")
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = GgufSource(tmp_path / "shuffled.gguf")
+    layers = [t.layer for t in found.spec.tensors if t.layer is not None]
+    assert layers == sorted(layers)
+    assert {t.name for t in found.spec.tensors} == set(names)
+    expected = GgufSource(f16_file)
+    for tensor in found.spec.tensors:
+        assert torch.equal(found.read(tensor), expected.read(tensor))
+
+
+def test_quantised_source(conversion: pipeline.Conversion, tmp_path: Path, run_cli: RunCli) -> None:
+    output = tmp_path / "out.gguf"
+    for command in (
+        ("convert", "--bits", 3, "-o", output),
+        ("plan", "--bits", 3),
+        ("score",),
+        ("imatrix", "-o", output),
+    ):
+        refused = run_cli(command[0], conversion.output, *command[1:])
+        assert refused.exit_code == 1
+        assert refused.stderr.count("\n") == 1
+        assert "Q2_K" in refused.stderr
+        assert "--allow-requantize" in refused.stderr
+    options = ("--bits", 3, "--types", "Q2_K,Q3_K,Q4_K", "--no-imatrix", "--method", "zd", "-q")
+    made = run_cli("convert", conversion.output, "-o", output, *options, "--allow-requantize", "--n-tokens", 64)
+    assert made.exit_code == 0, made.stderr
+    bpw = conversion.planned.header.meter.layer_bpw
+    assert f"{bpw:.2f} bits per weight" in made.stderr
+    assert "errors add" in made.stderr
+    assert GgufFile(output).bit_meter().layer_bpw <= 3
+
+
+def split(file: Path, folder: Path, count: int) -> list[Path]:
+    """Parts as llama-gguf-split makes them: metadata in the first, tensors in all."""
+    names = [t.spec.name for t in GgufFile(file).tensors]
+    paths = []
+    for i in range(count):
+
+        def change(values: dict[str, Any], i: int = i) -> None:
+            if i:
+                values.clear()
+            values["split.no"] = struct.pack("<IH", gguf.GGUFValueType.UINT16, i)
+            values["split.count"] = struct.pack("<IH", gguf.GGUFValueType.UINT16, count)
+            values["split.tensors.count"] = struct.pack("<Ii", gguf.GGUFValueType.INT32, len(names))
+
+        path = folder / f"whole-{i + 1:05d}-of-{count:05d}.gguf"
+        paths.append(rewrite(file, path, change, lambda name, i=i: names.index(name) % count == i))  # type: ignore[misc]
+    return paths
+
+
+def test_parts_are_one_model(f16_file: Path, tmp_path: Path) -> None:
+    parts = split(f16_file, tmp_path, 3)
+    whole, found = GgufSource(f16_file), GgufSource(parts[0])
+    assert found.spec.name == "whole"
+    assert found.has_transformers_model
+    assert sorted(map(described, found.spec.tensors)) == sorted(map(described, whole.spec.tensors))
+    for tensor in whole.spec.tensors:
+        assert torch.equal(found.read(tensor), whole.read(tensor))
+    text = "Parts of one model."
+    assert found.load_tokenizer().encode(text, True) == whole.load_tokenizer().encode(text, True)
+    output = convert_plainly(parts[0], tmp_path / "joined.gguf")
+    assert not any(key.startswith("split.") for key in GgufFile(output).keys)
+
+
+def test_parts_that_are_not_all_there(f16_file: Path, tmp_path: Path) -> None:
+    parts = split(f16_file, tmp_path, 2)
+    with pytest.raises(SourceError, match=f"part 00002 of 2; give the first, {parts[0].name}"):
+        GgufSource(parts[1])
+    renamed = tmp_path / "renamed.gguf"
+    renamed.write_bytes(parts[0].read_bytes())
+    with pytest.raises(SourceError, match="not named as one"):
+        GgufSource(renamed)
+    parts[1].unlink()
+    with pytest.raises(SourceError, match=f"{parts[1].name} is missing"):
+        GgufSource(parts[0])
+    parts[1].write_bytes(parts[0].read_bytes())
+    with pytest.raises(SourceError, match="expected 1 of 2"):
+        GgufSource(parts[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "keep", "words"),
+    [
+        ({"general.type": "adapter"}, None, "of type 'adapter'"),
+        ({"general.type": "imatrix"}, None, "of type 'imatrix'"),
+        ({"general.type": "mmproj"}, None, "of type 'mmproj'"),
+        ({"general.architecture": "clip"}, None, "vision or audio part"),
+        ({}, "", "a vocabulary without weights"),
+        ({}, "token_embd", "without decoder layers"),
+        ({}, "blk.", "without a token embedding"),
+    ],
+)
+def test_what_is_no_language_model_is_refused_in_a_line(
+    changes: dict[str, str], keep: str | None, words: str, f16_file: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    file = rewrite(
+        f16_file,
+        tmp_path / "other.gguf",
+        lambda values: values.update(changes),
+        lambda name: keep is None or (keep != "" and name.startswith(keep)),
+    )
+    refused = run_cli("convert", file, "--bits", 4, "-o", tmp_path / "out.gguf")
+    assert refused.exit_code == 1
+    assert words in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_damaged_file_and_wrong_wishes(f16_file: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(f16_file.read_bytes()[:-5000])
+    with pytest.raises(FormatError, match="no complete GGUF"):
+        open_source(cut)
+    with pytest.raises(TokenizerError, match="leave out --pre-tokenizer"):
+        GgufSource(f16_file).read_metadata("qwen2")
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(f16_file.read_bytes())
+    with pytest.raises(OutputError, match="is the model to read"):
+        pipeline.convert(
+            copy, copy, BitBudget("bits", 16), Allocation(), pipeline.CalibrationOptions(), SILENT, force=True
+        )
+    assert copy.read_bytes() == f16_file.read_bytes()
+
+
+def test_fingerprints_tell_models_and_tokenizers_apart(f16_file: Path, tmp_path: Path) -> None:
+    def scaled(name: str, weights: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], int]:
+        is_vector = "norm" in name
+        changed = weights * np.float32(1.5) if name == "blk.1.attn_k.weight" else weights
+        return (changed, 0) if is_vector else (changed.astype(np.float16), 1)
+
+    first = GgufSource(f16_file)
+    other_weights = GgufSource(rewrite(f16_file, tmp_path / "a.gguf", convert=scaled))
+    other_template = GgufSource(
+        rewrite(f16_file, tmp_path / "b.gguf", lambda values: values.update({"tokenizer.chat_template": "x"}))
+    )
+    other_name = GgufSource(rewrite(f16_file, tmp_path / "c.gguf", lambda values: values.update({"general.name": "x"})))
+    assert other_weights.fingerprint != first.fingerprint == other_template.fingerprint == other_name.fingerprint
+    assert other_template.tokenizer_fingerprint != first.tokenizer_fingerprint == other_name.tokenizer_fingerprint
+
+
+def test_special_tokens_are_found_in_a_text(f16_model: Path, f16_file: Path) -> None:
+    expected, found = ModelDirectory(f16_model).load_tokenizer(), GgufSource(f16_file).load_tokenizer()
+    assert found.added_tokens == expected.added_tokens
+    assert found.vocab_size == expected.vocab_size
+    for text in ("a<|im_start|>b", "12 345", "naïve"):
+        assert found.encode(text, False) == expected.encode(text, False)
+        assert [found.piece(i) for i in found.encode(text, False)] == [
+            expected.piece(i) for i in expected.encode(text, False)
+        ]
+
+
+def test_plan_has_the_name_of_the_file(f16_file: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    plan = tmp_path / "plan.json"
+    made = run_cli("plan", f16_file, "--bits", 16, "--types", "F16", "-o", plan, "-q")
+    assert made.exit_code == 0, made.stderr
+    assert json.loads(plan.read_text())["model"] == "small"
