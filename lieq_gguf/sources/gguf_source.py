@@ -26,7 +26,7 @@ from lieq_gguf.gguf_file import COMPUTED_TENSORS, GgufFile
 from lieq_gguf.gguf_header import HeaderWriter
 from lieq_gguf.quant_types import F32, QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
-from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, FloatArray, rotary_order
+from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, ByteArray, FloatArray, rotary_order
 from lieq_gguf.tokenizers import SourceTokenizer
 
 if TYPE_CHECKING:
@@ -184,6 +184,14 @@ class GgufSource:
         step = max(1, CHUNK_WEIGHTS // tensor.shape[-1])
         for start in range(0, len(data), step):
             yield ggml.dequantize(data[start : start + step], place.quant_type)
+
+    def encoded_rows(self, tensor: TensorSpec, quant_type: QuantType) -> Iterator[ByteArray] | None:
+        """The stored bytes of a quantised tensor that stays in its type: to encode it anew would cost once more."""
+        place = self._places[tensor.name]
+        if place.quant_type is not quant_type or not quant_type.is_quantized:
+            return None
+        step = max(1, CHUNK_WEIGHTS // tensor.shape[-1])
+        return (self._mapped(place)[start : start + step] for start in range(0, tensor.n_rows, step))
 
     def release(self) -> None:
         """Unmap the file; tensors that were read stay valid, the next ``read`` maps again."""
