@@ -567,7 +567,7 @@ def mixture(path: Path) -> Path:
         if ".ffn_" not in name or "norm" in name:
             writer.add_tensor(name, weights)
             continue
-        experts = np.stack([weights.astype(np.float16) * scale for scale in np.float16(rng.uniform(0.5, 2, 4))])
+        experts = np.stack([weights.astype(np.float16) * scale for scale in rng.uniform(0.5, 2, 4).astype(np.float16)])
         writer.add_tensor(name.replace(".weight", "_exps.weight"), experts)
         if "gate" in name:
             router = rng.normal(size=(4, weights.shape[1])).astype(np.float32)
