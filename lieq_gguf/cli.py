@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lieq_gguf import __version__
-from lieq_gguf.errors import LieqError
+from lieq_gguf.errors import LieqError, ScoringError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,7 @@ app = typer.Typer(
 )
 _debug = False
 
-MethodName = Literal["best", "block-error", "lieq-ladder", "lieq", "lim", "zd"]
+MethodName = Literal["best", "block-error", "weighted-error", "lieq-ladder", "lieq", "lim", "zd"]
 Granularity = Literal["layer", "tensor"]
 ProfileName = Literal["cpu", "quality", "edge"]
 RefineName = Literal["none", "feedback"]
@@ -160,8 +160,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         help="`best`: block error weighed with LieQ's energy gain, a type per tensor; `block-error`: without "
-        "a layer score; `lieq-ladder`: a type per layer; `lieq`, `lim`, `zd`: the papers' two widths in the order of "
-        "their score.",
+        "a layer score; `weighted-error`: by the error of the weights alone; `lieq-ladder`: a type per layer; `lieq`, "
+        "`lim`, `zd`: the papers' two widths in the order of their score.",
     ),
 ]
 Scorer = Annotated[
@@ -335,8 +335,15 @@ def score(
     revision: Revision = None,
     adapter: Adapter = None,
     scorer: Annotated[
-        str, typer.Option("--scorer", metavar="NAME", callback=_scorer_name, help="Score to show first and draw.")
-    ] = "lieq",
+        str | None,
+        typer.Option(
+            "--scorer",
+            metavar="NAME",
+            callback=_scorer_name,
+            help="Score to show first and draw.",
+            show_default="lieq; zd where llama.cpp runs the model",
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Measure every score, and show how their orders agree (Spearman).")
     ] = False,
@@ -371,8 +378,14 @@ def score(
         check_output(output, force)
     options = _calibration(context.params | ({"scorer": NEEDS_REMOVAL} if compare else {}))
     offered, progress = _types("--types", types), _progress(quiet)
-    known = pipeline.learn(_open(source, revision, adapter, allow_requantize, progress), offered, options, progress)
+    model = _open(source, revision, adapter, allow_requantize, progress)
+    scorer = pipeline.shown_scorer(model, scorer)
+    known = pipeline.learn(model, offered, options, progress)
     assert known.scores is not None
+    if scorer not in known.scores.by_scorer:
+        raise ScoringError(
+            f"llama.cpp does not show what '{scorer}' needs of {model.spec.architecture}; take --scorer zd"
+        )
     if output is not None:
         known.scores.save(output, scorer)
     if as_json:

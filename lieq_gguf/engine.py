@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf.errors import VerificationError
+from lieq_gguf.ggml import Node
 
 _log_lines: list[str] = []
 
@@ -58,14 +59,50 @@ def _keep_off_amx(module: Any) -> None:
         place.llama_model_default_params = params
 
 
+class Watcher(Protocol):
+    """Is shown the compute graph while llama.cpp evaluates it."""
+
+    def wants(self, node: Node) -> bool:
+        """Whether to be shown the values of a node, asked before it is computed."""
+
+    def see(self, node: Node) -> None:
+        """A node that was wanted, just computed."""
+
+
+class _Callback:
+    """A watcher as llama.cpp calls it, from C: what it raises is kept until the call into llama.cpp is over."""
+
+    def __init__(self, api: Any, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._error: BaseException | None = None
+        self.function = api.ggml_backend_sched_eval_callback(self._call)
+
+    def _call(self, address: int, ask: bool, _user_data: object) -> bool:
+        if self._error is not None:
+            return False
+        try:
+            if ask:
+                return self._watcher.wants(Node(address))
+            self._watcher.see(Node(address))
+        except BaseException as error:  # whatever it is, it must not go through C
+            self._error = error
+        return self._error is None
+
+    def reraise(self) -> None:
+        """Raise what the watcher has raised."""
+        if self._error is not None:
+            raise self._error
+
+
 class LoadedModel:
     """A model in llama.cpp, and a context to run it in unless only its vocabulary was loaded."""
 
-    def __init__(self, model: Any, context: Any, n_batch: int) -> None:
+    def __init__(self, model: Any, context: Any, n_batch: int, callback: _Callback | None = None) -> None:
         self._api = llama_cpp()
         self._model = model
         self._context = context
         self._n_batch = n_batch
+        self._callback = callback
         self._vocabulary = self._api.llama_model_get_vocab(model)
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self._vocabulary)
 
@@ -161,8 +198,25 @@ class LoadedModel:
         Raises:
             VerificationError: if llama.cpp fails.
         """
-        self.clear()
         result = np.empty((len(ids) - first, self.n_vocab), dtype=np.float32)
+        for start, n_tokens in self._batches(ids, first):
+            for i in range(max(0, first - start), n_tokens):
+                row = self._api.llama_get_logits_ith(self._context, i)
+                result[start + i - first] = np.ctypeslib.as_array(row, shape=(self.n_vocab,))
+        return result
+
+    def run(self, ids: Sequence[int]) -> None:
+        """Run a sequence from an empty context through all of the graph, for a watcher.
+
+        Raises:
+            VerificationError: if llama.cpp fails.
+        """
+        for _ in self._batches(ids, 0):
+            pass
+
+    def _batches(self, ids: Sequence[int], first: int) -> Iterator[tuple[int, int]]:
+        """Run a sequence from an empty context: where each batch starts and its length, when it is done."""
+        self.clear()
         for start in range(0, len(ids), self._n_batch):
             part = ids[start : start + self._n_batch]
             batch = self._api.llama_batch_init(len(part), 0, 1)
@@ -172,21 +226,22 @@ class LoadedModel:
                     batch.token[i], batch.pos[i] = token, start + i
                     batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, start + i >= first
                 self._run(batch)
-                for i in range(max(0, first - start), len(part)):
-                    row = self._api.llama_get_logits_ith(self._context, i)
-                    result[start + i - first] = np.ctypeslib.as_array(row, shape=(self.n_vocab,))
+                yield start, len(part)
             finally:
                 self._api.llama_batch_free(batch)
-        return result
 
     def _run(self, batch: Any) -> None:
         status = self._api.llama_decode(self._context, batch)
+        if self._callback is not None:
+            self._callback.reraise()
         if status != 0:
             raise VerificationError(f"llama.cpp fails to run the model (status {status}): {_last_error()}")
 
 
 @contextmanager
-def open_model(file: Path, *, vocab_only: bool = False, n_ctx: int = 512, n_threads: int = 1) -> Iterator[LoadedModel]:
+def open_model(
+    file: Path, *, vocab_only: bool = False, n_ctx: int = 512, n_threads: int = 1, watcher: Watcher | None = None
+) -> Iterator[LoadedModel]:
     """Load a GGUF file into llama.cpp for the length of a ``with``.
 
     Args:
@@ -194,6 +249,7 @@ def open_model(file: Path, *, vocab_only: bool = False, n_ctx: int = 512, n_thre
         vocab_only: Whether to load the tokenizer alone.
         n_ctx: Tokens the context holds, and runs at a time.
         n_threads: Threads to run with.
+        watcher: Is shown the graph as it is evaluated, or None.
 
     Raises:
         VerificationError: if llama.cpp refuses the file, in its own words.
@@ -207,15 +263,18 @@ def open_model(file: Path, *, vocab_only: bool = False, n_ctx: int = 512, n_thre
     if not model:
         raise VerificationError(f"llama.cpp does not load {file}: {_last_error()}")
     context = None
+    callback = None if watcher is None else _Callback(api, watcher)
     try:
         if not vocab_only:
             settings = api.llama_context_default_params()
             settings.n_ctx = settings.n_batch = settings.n_ubatch = n_ctx
             settings.n_threads = settings.n_threads_batch = n_threads
+            if callback is not None:
+                settings.cb_eval = callback.function
             context = api.llama_init_from_model(model, settings)
             if not context:
                 raise VerificationError(f"llama.cpp makes no context for {file}: {_last_error()}")
-        yield LoadedModel(model, context, n_ctx)
+        yield LoadedModel(model, context, n_ctx, callback)
     finally:
         if context:
             api.llama_free(context)

@@ -21,6 +21,18 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 COMPUTED_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Made by the converter: no weights of the source."""
 
+# llama-quantize leaves these matrices as they are; build 0.3.36 of llama-cpp-python, tensor_allows_quantization
+_KEPT_PARTS = (
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
+    "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
+    "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_v0.weight", "time_mix_v1.weight",
+    "time_mix_v2.weight", "time_mix_a0.weight", "time_mix_a1.weight", "time_mix_a2.weight", "time_mix_g1.weight",
+    "time_mix_g2.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight",
+    "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd",
+    ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
+)  # fmt: skip
+_KEPT_NAMES = ("position_embd.weight", "token_types.weight")
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -125,12 +137,18 @@ class GgufFile:
             source_name=None if tensor.name in COMPUTED_TENSORS else tensor.name,
             shape=tensor.shape,
             layer=int(layer.group(1)) if layer else None,
+            is_fixed=len(tensor.shape) > 1 and is_never_quantised(tensor.name),
         )
         stop = tensor.offset + quant_type.tensor_bytes(tensor.shape)
         if stop > len(self._content):
             raise ValueError(f"{tensor.name} ends at byte {stop:,}")
         data = self._content[tensor.offset : stop].reshape(-1, quant_type.row_bytes(tensor.shape[-1]))
         return StoredTensor(spec, quant_type, data, tensor.offset)
+
+
+def is_never_quantised(name: str) -> bool:
+    """Whether llama-quantize leaves a tensor as it is, whatever its shape."""
+    return not name.endswith("weight") or name in _KEPT_NAMES or any(part in name for part in _KEPT_PARTS)
 
 
 def _type_name(ggml_id: int) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lieq_gguf import __version__, ggml
-from lieq_gguf.allocation import Allocation, allocate, check_reachable, is_decided, offered_types, scorer_of
+from lieq_gguf.allocation import METHODS, Allocation, allocate, check_reachable, is_decided, offered_types, scorer_of
 from lieq_gguf.cache import CacheEntry
 from lieq_gguf.calibration_text import CalibrationTokens, read_calibration_text, tokenize
 from lieq_gguf.decode_costs import DecodeCosts
-from lieq_gguf.errors import BudgetError, CalibrationError, TokenizerError
+from lieq_gguf.errors import BudgetError, CalibrationError, ScoringError, TokenizerError
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import DEFAULT_LADDER, F32, QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget
@@ -268,6 +268,7 @@ def make_plan(
     With ``for_writing`` off, no importance matrix is measured where scores are given.
     """
     spec = source.spec
+    allocation, calibration = _possible(source, allocation, calibration)
     offered, head = allocation, 0
     if budget is not None:
         types = offered_types(allocation.types, calibration.use_imatrix, allocation.profile)
@@ -326,6 +327,53 @@ def make_plan(
     return Planned(plan, header, known.importance, metadata.vocabulary, spec, progress.seconds, allocation.costs)
 
 
+def _possible(
+    source: Source, allocation: Allocation, calibration: CalibrationOptions
+) -> tuple[Allocation, CalibrationOptions]:
+    """What was asked for, as far as it can be had of a model that llama.cpp runs.
+
+    Raises:
+        BudgetError, CalibrationError, ScoringError: if something was asked for by name that cannot.
+    """
+    if source.has_transformers_model:
+        return allocation, calibration
+    from lieq_gguf.scorers import FROM_LLAMA_CPP
+
+    why = _run_by_llama_cpp(source)
+    if calibration.refine == "feedback":
+        raise CalibrationError(
+            f"{why}, which cannot run a layer again with quantised weights, as error feedback does; use --refine none"
+        )
+    if allocation.scorer is not None:
+        shown_scorer(source, allocation.scorer)
+    if allocation.method == "best":
+        allocation = replace(allocation, method="weighted-error")
+    elif METHODS[allocation.method].needs_block_errors or scorer_of(allocation) not in FROM_LLAMA_CPP:
+        raise BudgetError(
+            f"{why}, which gives no '{scorer_of(allocation)}'; expected --method weighted-error, lim or zd, "
+            "or another --scorer"
+        )
+    return allocation, replace(calibration, refine="none")
+
+
+def shown_scorer(source: Source, asked: str | None) -> str:
+    """The layer score to show first: the one asked for, or the first there is.
+
+    Raises:
+        ScoringError: if the one asked for cannot be had of this model, naming those that can.
+    """
+    from lieq_gguf.scorers import FROM_LLAMA_CPP, scorers
+
+    there = tuple(scorers()) if source.has_transformers_model else FROM_LLAMA_CPP
+    if asked is not None and asked not in there:
+        raise ScoringError(f"{_run_by_llama_cpp(source)}, which gives no '{asked}'; expected {' or '.join(there)}")
+    return asked or there[0]
+
+
+def _run_by_llama_cpp(source: Source) -> str:
+    return f"{source.spec.name} ({source.spec.architecture}) is run by llama.cpp"
+
+
 def _quantizes_layers(plan: QuantPlan, spec: ModelSpec) -> bool:
     """Whether any matrix of the layers has a type with blocks, and with it a use for importance."""
     return any(QUANT_TYPES[plan.types[t.name]].is_quantized for layer in spec.layer_matrices for t in layer)
@@ -373,6 +421,10 @@ def learn(
         imatrix: Whether an importance matrix is wanted for itself; off, none is measured where scores are given.
     """
     options = options or CalibrationOptions()
+    if options.device != "cpu" and not source.has_transformers_model:
+        raise CalibrationError(
+            f"{_run_by_llama_cpp(source)}, here on the CPU only; leave out --device {options.device}"
+        )
     given_scores = LayerScores.load(options.scores_file) if scores and options.scores_file else None
     given = ImportanceMatrix.load(options.imatrix_file) if options.imatrix_file else None
     if given_scores is not None:
@@ -423,6 +475,7 @@ def _measure(
         tokenizing = pool.submit(_tokenize, source, text, dataset, options.n_tokens)
         # The heavy imports wait until a forward pass is certain, and take seconds.
         from lieq_gguf.calibration import PassOptions, calibrate
+        from lieq_gguf.llama_cpp_pass import calibrate_in_llama_cpp
         from lieq_gguf.scorers import score_layers
 
         tokens = tokenizing.result()
@@ -439,7 +492,8 @@ def _measure(
         n_threads=options.n_threads,
         in_float32=options.in_float32,
     )
-    result = calibrate(source, tokens, wanted, progress)
+    run = calibrate if source.has_transformers_model else calibrate_in_llama_cpp
+    result = run(source, tokens, wanted, progress)
     if result.importance.n_unseen:
         n_matrices = sum(counts.size for counts in result.importance.counts.values())
         progress.warn(

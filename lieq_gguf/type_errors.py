@@ -9,20 +9,24 @@ the probe's, which differ little from block to block: 3 % off on average at low 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf import ggml
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.spec import TensorSpec
 
 FloatArray = npt.NDArray[np.float32]
 
 N_SAMPLED_WEIGHTS = 48 * 256
+_N_SAMPLED_EXPERTS = 4  # whose errors by type stand for those of all
 _PROBES = tuple(QUANT_TYPES[name] for name in ("Q3_K", "Q4_0", "F16"))  # the fastest encoders of each block size
 _UNITS = (256, 32)
 _CHUNK_WEIGHTS = 1 << 16  # weights a thread takes at a time
@@ -112,6 +116,76 @@ def relative_errors(probes: Sequence[Probe], types: Sequence[QuantType], n_threa
         # all matrices at once, so that the threads run dry only at the end
         pending = [{name: pool.submit(error) for name, error in _errors(probe, types).items()} for probe in probes]
         return [{name: error.result() for name, error in of_matrix.items()} for of_matrix in pending]
+
+
+@dataclass(frozen=True)
+class TensorProbe:
+    """The matrices of a tensor, probed: one, or that of every expert.
+
+    Attributes:
+        tensor: The tensor.
+        matrices: Their probes.
+        shares: How much each counts ``[n_matrices]``: the share of the tokens that reach it.
+    """
+
+    tensor: TensorSpec
+    matrices: tuple[Probe, ...]
+    shares: FloatArray
+
+    @property
+    def relative_error(self) -> float:
+        """``Σ im·(W − Ŵ)² / Σ im·W²`` of all together."""
+        energies = [probe.energy * float(share) for probe, share in zip(self.matrices, self.shares, strict=True)]
+        errors = [probe.relative_error * energy for probe, energy in zip(self.matrices, energies, strict=True)]
+        return sum(errors) / sum(energies) if sum(energies) > 0 else 0.0
+
+    def sampled(self) -> list[Probe]:
+        """The matrix, or those of the experts that most tokens reach."""
+        most = np.argsort(-self.shares, kind="stable")[:_N_SAMPLED_EXPERTS]
+        return [self.matrices[i] for i in most]
+
+    def errors_by_type(self, of_sampled: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Relative error by type, from that of the sampled: as many times the probe's error as there."""
+        if len(of_sampled) == 1:
+            return dict(of_sampled[0])
+        probed = sum(probe.relative_error for probe in self.sampled())
+        scale = self.relative_error / probed if probed > 0 else 1 / len(of_sampled)
+        return {name: sum(errors[name] for errors in of_sampled) * scale for name in of_sampled[0]}
+
+
+def probe_tensor(
+    tensor: TensorSpec, matrices: Sequence[FloatArray], importance: ImportanceMatrix | None, n_threads: int = 1
+) -> TensorProbe:
+    """Quantise the matrices of a tensor with the fastest type that fits.
+
+    Args:
+        tensor: The tensor.
+        matrices: ``[n_out, n_in]``, one, or that of every expert.
+        importance: Where the weights of the squared errors are, or None.
+        n_threads: Threads of the encoder.
+    """
+    means = None if importance is None else importance.mean(tensor.name)
+    if not tensor.of_experts:
+        return TensorProbe(tensor, (probe_matrix(matrices[0], means, n_threads),), np.ones(1, dtype=np.float32))
+    n_experts = len(matrices)
+    shares = np.full(n_experts, 1 / n_experts, dtype=np.float32)
+    if importance is not None:
+        shares = importance.expert_shares(tensor.name, n_experts)
+    of_expert = [None] * n_experts if means is None else means
+    probes = [probe_matrix(w, mean, n_threads) for w, mean in zip(matrices, of_expert, strict=True)]
+    return TensorProbe(tensor, tuple(probes), shares)
+
+
+def errors_of_tensors(
+    probes: Sequence[TensorProbe], types: Sequence[QuantType], n_threads: int = 1
+) -> dict[str, dict[str, float]]:
+    """Tensor name to type name to weighted relative error, for each type that fits the rows."""
+    sampled = [probe.sampled() for probe in probes]
+    errors = iter(relative_errors([p for some in sampled for p in some], types, n_threads))
+    return {
+        probe.tensor.name: probe.errors_by_type(list(islice(errors, len(some))))
+        for probe, some in zip(probes, sampled, strict=True)
+    }
 
 
 def _errors(probe: Probe, types: Sequence[QuantType]) -> dict[str, Callable[[], float]]:

@@ -20,15 +20,15 @@ import numpy.typing as npt
 from lieq_gguf import __version__, ggml
 from lieq_gguf.errors import OutputError, QuantizationError
 from lieq_gguf.gguf_header import HeaderWriter
-from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitMeter, measure_bits, padded
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.source import Source, SourceMetadata
 
-_Rows: TypeAlias = tuple[TensorSpec, npt.NDArray[np.float32], int, bool]
-"""A tensor, some rows of it ``[n_rows, n_in]``, the index of the first, and whether they are its last."""
+_Rows: TypeAlias = tuple[TensorSpec, "npt.NDArray[np.float32] | npt.NDArray[np.uint8]", int, bool]
+"""A tensor, some rows of it, float32 ``[n_rows, n_in]`` or encoded already, the first's index, and if they are last."""
 
 
 @dataclass(frozen=True)
@@ -154,22 +154,33 @@ def encode_tensors(
     Raises:
         QuantizationError: if a tensor cannot be encoded.
     """
-    for tensor, rows, first_row, is_last in _read_ahead(_rows_in_order(source, tensors)):
+    for tensor, rows, first_row, is_last in _read_ahead(_rows_in_order(source, tensors, plan)):
         mean = None if importance is None else importance.mean(tensor.name)
         if mean is not None and tensor.of_experts:
             mean = mean[first_row // tensor.shape[1]]
         try:
-            data = ggml.quantize(rows, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads)
+            data = _encoded(rows, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads)
         except QuantizationError as error:
             raise QuantizationError(f"{tensor.name}: {error}") from None
         yield EncodedRows(tensor, data, is_last)
 
 
-def _rows_in_order(source: Source, tensors: Sequence[TensorSpec]) -> Iterator[_Rows]:
+def _encoded(
+    rows: npt.NDArray[np.float32] | npt.NDArray[np.uint8],
+    quant_type: QuantType,
+    importance: npt.NDArray[np.float32] | None,
+    n_threads: int,
+) -> npt.NDArray[np.uint8]:
+    if rows.dtype == np.uint8:
+        return rows.astype(np.uint8, copy=False)
+    return ggml.quantize(rows.astype(np.float32, copy=False), quant_type, importance, n_threads)
+
+
+def _rows_in_order(source: Source, tensors: Sequence[TensorSpec], plan: QuantPlan) -> Iterator[_Rows]:
     """Weights as the file has them, some rows at a time."""
     for tensor in tensors:
         n_left = tensor.n_rows
-        for rows in source.rows(tensor):
+        for rows in source.encoded_rows(tensor, QUANT_TYPES[plan.types[tensor.name]]) or source.rows(tensor):
             yield tensor, rows, tensor.n_rows - n_left, n_left == len(rows)
             n_left -= len(rows)
         source.release()

@@ -19,9 +19,11 @@ from lieq_gguf.calibration import Calibration, PassOptions, calibrate
 from lieq_gguf.calibration_text import CalibrationTokens
 from lieq_gguf.experts import Experts, separate_experts
 from lieq_gguf.gguf_file import GgufFile
+from lieq_gguf.llama_cpp_pass import calibrate_in_llama_cpp
 from lieq_gguf.observers.quantization_damage import relative_change
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.type_errors import probe_matrix
 
@@ -98,6 +100,20 @@ def test_importance_is_by_expert(streamed: Calibration, whole: Whole, layer: int
         middle = nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)
         down = importance.in_sum2[f"blk.{layer}.ffn_down_exps.weight"][expert]
         np.testing.assert_allclose(down, (middle**2).sum(0), rtol=1e-3)
+
+
+def test_llama_cpps_own_pass_sees_the_same_of_each_expert(
+    streamed: Calibration, model: Path, tokens: CalibrationTokens, run_cli: RunCli, tmp_path: Path
+) -> None:
+    done = run_cli("convert", model, "--types", "F16", "--bits", 16, "--no-imatrix", "-q", "-o", tmp_path / "f16.gguf")
+    assert done.exit_code == 0, done.stderr
+    found = calibrate_in_llama_cpp(GgufSource(tmp_path / "f16.gguf"), tokens, PassOptions(measure=False)).importance
+    ours = streamed.importance
+    assert found.counts.keys() == ours.counts.keys()
+    for name, counts in ours.counts.items():
+        assert np.abs(found.counts[name] - counts).sum() <= 0.02 * counts.sum()  # some tokens are a hair's breadth away
+        ours_mean, found_mean = np.array(ours.mean(name)), np.array(found.mean(name))
+        assert float(np.median(np.abs(found_mean / ours_mean - 1))) < 0.01
 
 
 def test_an_expert_without_tokens_gets_the_importance_of_the_others() -> None:

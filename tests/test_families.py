@@ -122,7 +122,9 @@ def llama_cpp() -> Path:
 def convert(source: Path, target: Path, bits: float, types: tuple[str, ...] | None = None) -> Path:
     """Convert all matrices; with ``types`` also the embedding and without any measurement."""
     if types is None:
-        allocation, options = Allocation("best"), pipeline.CalibrationOptions(n_tokens=1024, n_threads=2)
+        quick = tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "IQ2_XXS"))
+        allocation = Allocation("best", types=quick)
+        options = pipeline.CalibrationOptions(n_tokens=1024, n_threads=2)
     else:
         offered = tuple(QUANT_TYPES[name] for name in types)
         allocation = Allocation("block-error", types=offered, embedding_type=offered[0], output_type=offered[0])

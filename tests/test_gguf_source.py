@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import struct
 from collections.abc import Callable
@@ -17,19 +18,22 @@ from families import TINY_MODELS
 from models import write_model
 
 from lieq_gguf import ggml, pipeline
-from lieq_gguf.allocation import Allocation
-from lieq_gguf.errors import FormatError, OutputError, SourceError, TokenizerError
+from lieq_gguf.allocation import Allocation, allocate
+from lieq_gguf.engine import LoadedModel, open_model
+from lieq_gguf.errors import FormatError, OutputError, QuantizationError, SourceError, TokenizerError
 from lieq_gguf.gguf_file import GgufFile
 from lieq_gguf.gguf_header import HeaderWriter
 from lieq_gguf.layer_model import LayerModel
 from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import parse_types
+from lieq_gguf.quant_types import QUANT_TYPES, parse_types
 from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources import open_source
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.source import Source
+from lieq_gguf.writer import encode_tensors
 
 SILENT = Progress(silent=True)
 
@@ -365,3 +369,237 @@ def test_plan_has_the_name_of_the_file(f16_file: Path, tmp_path: Path, run_cli: 
     made = run_cli("plan", f16_file, "--bits", 16, "--types", "F16", "-o", plan, "-q")
     assert made.exit_code == 0, made.stderr
     assert json.loads(plan.read_text())["model"] == "small"
+
+
+def as_architecture(name: str) -> Callable[[dict[str, Any]], None]:
+    """The values of a Llama for another architecture of llama.cpp whose tensors are the same."""
+
+    def change(values: dict[str, Any]) -> None:
+        for key in [key for key in values if key.startswith("llama.")]:
+            values[name + key.removeprefix("llama")] = values.pop(key)
+        values["general.architecture"] = name
+        for key in ("key_length", "value_length"):
+            values[f"{name}.attention.{key}"] = struct.pack("<II", gguf.GGUFValueType.UINT32, 64)
+
+    return change
+
+
+def with_unheard_of_value(values: dict[str, Any]) -> None:
+    values["llama.unheard_of"] = 1
+
+
+@pytest.fixture(scope="session")
+def gemma_file(f16_file: Path) -> Path:
+    """An architecture that is none of ours: the first Gemma; read-only."""
+    return rewrite(f16_file, f16_file.parent / "gemma.gguf", as_architecture("gemma"))
+
+
+def test_llama_cpp_sees_the_inputs_that_transformers_sees(
+    f16_file: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    """The same Llama in both, one of them as a file with a value that nobody knows."""
+    odd = GgufSource(rewrite(f16_file, tmp_path / "odd.gguf", with_unheard_of_value))
+    assert not odd.has_transformers_model
+    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=1024, n_threads=2, in_float32=True)
+    types = parse_types(["Q3_K", "Q4_K"])
+    expected, found = (pipeline.learn(source, types, options) for source in (GgufSource(f16_file), odd))
+    assert expected.importance is not None and found.importance is not None
+    assert expected.scores is not None and found.scores is not None
+    assert found.importance.n_tokens == expected.importance.n_tokens
+    assert found.importance.in_sum2.keys() == expected.importance.in_sum2.keys()
+    for name, sums in expected.importance.in_sum2.items():
+        # llama.cpp rounds activations to F16 on their way through a matrix of F16
+        assert np.abs(found.importance.in_sum2[name] - sums).sum() < 0.01 * sums.sum(), name
+    assert found.scores.by_scorer.keys() == {"zd", "lim"}
+    assert found.scores.by_scorer["zd"] == pytest.approx(expected.scores.by_scorer["zd"], abs=1e-12)
+    assert found.scores.by_scorer["lim"] == pytest.approx(expected.scores.by_scorer["lim"], abs=1e-3)
+    for name, errors in found.scores.type_errors.items():
+        assert errors == pytest.approx({q: expected.scores.type_errors[name][q] for q in errors}, rel=0.15, abs=1e-3), (
+            name
+        )
+
+
+def test_unknown_architecture_is_planned_and_written(
+    gemma_file: Path, calibration_text: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    output, plan = tmp_path / "out.gguf", tmp_path / "plan.json"
+    options = ("--bits", 3.4, "--calibration", calibration_text, "--n-tokens", 512, "-q")
+    made = run_cli("convert", gemma_file, "-o", output, *options)
+    assert made.exit_code == 0, made.stderr
+    assert "the architecture gemma is not one of those" in made.stderr
+    before, after = GgufFile(gemma_file), GgufFile(output)
+    assert 0.99 * 3.4 <= after.bit_meter().layer_bpw <= 3.4
+    assert {before.value(key) == after.value(key) for key in before.keys if key.startswith("gemma.")} == {True}
+    assert after.value("lieq.method") == "weighted-error"
+    assert after.value("lieq.refine") == "none"
+    assert {t.quant_type.name for t in after.tensors if "norm" in t.spec.name} == {"F32"}
+    # the cheaper types are where the weighted error of the plan says
+    assert run_cli("plan", gemma_file, "-o", plan, *options).exit_code == 0
+    assert json.loads(plan.read_text())["types"] == after.types
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("convert", "--bits", 3, "--refine", "feedback"), "--refine none"),
+        (("plan", "--bits", 3, "--scorer", "lieq"), "expected zd or lim"),
+        (("plan", "--bits", 3, "--method", "block-error"), "expected --method weighted-error, lim or zd"),
+        (("plan", "--bits", 3, "--method", "lieq"), "expected --method weighted-error, lim or zd"),
+        (("score", "--scorer", "energy-gain"), "expected zd or lim"),
+        (("imatrix", "--device", "meta", "-o", "x.gguf"), "leave out --device meta"),
+    ],
+)
+def test_what_llama_cpp_cannot_give_is_refused_before_it_runs(
+    command: tuple[object, ...], words: str, gemma_file: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadedModel, "run", None)
+    refused = run_cli(command[0], gemma_file, *command[1:], "-q")
+    assert refused.exit_code == 1
+    assert words in refused.stderr.splitlines()[-1]
+
+
+def test_scores_of_an_unknown_architecture_take_no_pass_again(
+    gemma_file: Path, calibration_text: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    options = ("--calibration", calibration_text, "--n-tokens", 512, "-q", "--types", "Q2_K,Q3_K,Q4_K")
+    scores, imatrix = tmp_path / "scores.json", tmp_path / "imatrix.gguf"
+    assert run_cli("score", gemma_file, "-o", scores, *options).exit_code == 0
+    assert run_cli("imatrix", gemma_file, "-o", imatrix, *options[:-2]).exit_code == 0
+    assert ImportanceMatrix.load(imatrix).in_sum2.keys() == {
+        t.name for layer in GgufSource(gemma_file).spec.layer_matrices for t in layer
+    }
+    for method in ("weighted-error", "lim", "zd", "lieq-ladder --scorer lim"):
+        wanted = ("--bits", 3.4, "--method", *method.split(), "--types", "Q2_K,Q4_K", "--scores", scores)
+        made = run_cli("plan", gemma_file, *wanted, "-q", "--json")
+        assert made.exit_code == 0, made.stderr
+        assert json.loads(made.stdout)["layer_bpw"] <= 3.4
+
+
+def test_what_llama_quantize_leaves_alone_keeps_type_and_bytes(tmp_path: Path) -> None:
+    """Also where the type is one that cannot be made without an importance matrix."""
+    rows = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
+    router = ggml.quantize(rows, QUANT_TYPES["IQ2_XXS"], np.ones(256, dtype=np.float32))
+    writer = HeaderWriter(None, "gemma")
+    writer.add_tensor("token_embd.weight", np.ones((8, 256), dtype=np.float16))
+    writer.add_tensor("blk.0.ffn_gate_inp.weight", router, raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS)
+    writer.add_tensor("blk.0.ssm_a", np.ones((3, 256), dtype=np.float32))
+    writer.add_tensor("blk.0.attn_q.weight", np.ones((4, 256), dtype=np.float16))
+    writer.add_tensor("position_embd.weight", np.ones((4, 256), dtype=np.float16))
+    writer.write_header_to_file(tmp_path / "m.gguf")
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = GgufSource(tmp_path / "m.gguf", allow_requantize=True)
+    tensors = {t.name: t for t in source.spec.tensors}
+    assert {name for name, t in tensors.items() if t.is_matrix} == {"token_embd.weight", "blk.0.attn_q.weight"}
+    assert [tensors[n].fixed_type for n in ("blk.0.ffn_gate_inp.weight", "blk.0.ssm_a", "position_embd.weight")] == [
+        "IQ2_XXS", "F32", "F16",
+    ]  # fmt: skip
+    plan = allocate(source.spec, BitBudget("bits", 2.625), None, Allocation(types=parse_types(["Q2_K"])))
+    plan.check(source.spec)
+    encoded = list(encode_tensors(source, [tensors["blk.0.ffn_gate_inp.weight"]], plan, None))
+    assert np.array_equal(np.concatenate([rows.data for rows in encoded]), router)
+
+
+def test_an_error_in_a_watcher_comes_out_of_llama_cpp(f16_file: Path) -> None:
+    class Broken:
+        n_calls = 0
+
+        def wants(self, node: ggml.Node) -> bool:
+            return node.op == "MUL_MAT"
+
+        def see(self, node: ggml.Node) -> None:
+            Broken.n_calls += 1
+            raise ZeroDivisionError(node.name)
+
+    with open_model(f16_file, n_ctx=16, watcher=Broken()) as model, pytest.raises(ZeroDivisionError):
+        model.run([1, 2, 3])
+    assert Broken.n_calls == 1
+
+
+def test_nodes_are_read_as_numpy_computes_them(f16_file: Path) -> None:
+    products: list[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+
+    class Products:
+        def wants(self, node: ggml.Node) -> bool:
+            weight = node.source(0)
+            return node.op == "MUL_MAT" and weight is not None and weight.name.startswith("blk.")
+
+        def see(self, node: ggml.Node) -> None:
+            weight, x = node.source(0), node.source(1)
+            assert weight is not None and x is not None
+            products.append((weight.name, x.read()[0, 0], node.read()[0, 0]))
+
+    with open_model(f16_file, n_ctx=32, watcher=Products()) as model:
+        model.run(list(range(20, 52)))
+    source = GgufSource(f16_file)
+    tensors = {t.name: t for t in source.spec.tensors}
+    assert {name for name, _, _ in products} == {t.name for layer in source.spec.layer_matrices for t in layer}
+    for name, x, output in products:
+        expected = x @ np.concatenate(list(source.rows(tensors[name]))).T
+        assert output == pytest.approx(expected, abs=2e-3 * float(np.abs(expected).max())), name
+
+
+def test_tensors_of_another_layout_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Inserted(ctypes.Structure):
+        _fields_ = (("one_more", ctypes.c_int64), *ggml._Tensor._fields_)
+
+    ggml._graph_library.cache_clear()
+    monkeypatch.setattr(ggml, "_Tensor", Inserted)
+    with pytest.raises(QuantizationError, match="lays out tensors otherwise"):
+        ggml._graph_library()
+    ggml._graph_library.cache_clear()
+
+
+def mixture(path: Path) -> Path:
+    """A GGUF of two layers with four experts, two of which a token uses, by an architecture that is none of ours."""
+    rng = np.random.default_rng(0)
+    dense = GgufFile(path.parent / "dense.gguf")
+    writer = HeaderWriter(None, "llama")
+    for key in dense.keys:
+        if key != "general.architecture":
+            writer.add_bytes(key, dense.value_bytes(key))
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    for t in dense.tensors:
+        name, dtype = t.spec.name, np.float32 if t.quant_type.name == "F32" else np.float16
+        weights = t.data.view(dtype).reshape(t.spec.shape)
+        if ".ffn_" not in name or "norm" in name:
+            writer.add_tensor(name, weights)
+            continue
+        experts = np.stack([weights.astype(np.float16) * scale for scale in rng.uniform(0.5, 2, 4).astype(np.float16)])
+        writer.add_tensor(name.replace(".weight", "_exps.weight"), experts)
+        if "gate" in name:
+            router = rng.normal(size=(4, weights.shape[1])).astype(np.float32)
+            writer.add_tensor(name.replace("ffn_gate", "ffn_gate_inp"), router)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_experts_are_measured_one_by_one(
+    f16_file: Path, calibration_text: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    (tmp_path / "dense.gguf").write_bytes(f16_file.read_bytes())
+    file, output = mixture(tmp_path / "experts.gguf"), tmp_path / "out.gguf"
+    source = GgufSource(file)
+    assert not source.has_transformers_model
+    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2)
+    importance = pipeline.learn(source, (), options, scores=False).importance
+    assert importance is not None
+    gate, up = (importance.in_sum2[f"blk.1.ffn_{part}_exps.weight"] for part in ("gate", "up"))
+    assert np.array_equal(gate, up)
+    assert gate.shape == (4, 256)
+    assert importance.counts["blk.1.ffn_down_exps.weight"].sum() == 2 * importance.n_tokens
+    # what reaches the router reaches two experts, and it has just been normed
+    norm = source.read(next(t for t in source.spec.tensors if t.name == "blk.1.ffn_norm.weight")).numpy()
+    assert gate.sum() / importance.n_tokens == pytest.approx(2 * float((norm**2).sum()), rel=0.3)
+    made = run_cli(
+        "convert", file, "--bits", 3, "--calibration", calibration_text, "--n-tokens", 512, "-o", output, "-q"
+    )
+    assert made.exit_code == 0, made.stderr
+    types = GgufFile(output).types
+    assert types["blk.0.ffn_gate_inp.weight"] == "F32"
+    assert types["blk.0.ffn_down_exps.weight"] not in ("F32", "F16")

@@ -18,8 +18,9 @@ RANKS = (
         "progress", "native_output",
     ),
     (
-        "calibration", "calibration_text", "layer_model", "experts", "observers", "type_errors", "scorers", "cache",
-        "allocation", "compensation", "refinement", "knapsack", "decode_costs", "type_speed",
+        "calibration", "calibration_text", "llama_cpp_pass", "layer_model", "experts", "observers",
+        "type_errors", "scorers", "cache", "allocation", "compensation", "refinement", "knapsack", "decode_costs",
+        "type_speed",
         "writer", "verification", "benchmark", "generation", "inspection", "display", "reference", "evaluation",
         "tasks", "health",
     ),

@@ -25,12 +25,13 @@ from lieq_gguf.generation import stream
 from lieq_gguf.gguf_file import GgufFile
 from lieq_gguf.knapsack import GAP, solve
 from lieq_gguf.layer_model import has_fast_bfloat16
-from lieq_gguf.pipeline import CalibrationOptions, convert, learn
+from lieq_gguf.pipeline import CalibrationOptions, convert, learn, make_plan
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.scorers import lieq, score_layers
+from lieq_gguf.sources import open_source
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer, tokenizer_differences
 
@@ -167,6 +168,33 @@ def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None
             largest = max(largest, float(np.abs(expected - found).max()))
     assert n_same >= 1980
     assert largest < 1.0  # llama.cpp computes attention and activations in F16, transformers here in F32
+
+
+@pytest.mark.parametrize("type_name", ["F16", "BF16"])
+def test_a_gguf_file_is_scored_and_planned_as_its_directory(model: Path, tmp_path: Path, type_name: str) -> None:
+    """The directory's weights are F16, so that a file in BF16 is not quite the same model."""
+    file, [chosen] = tmp_path / "model.gguf", parse_types([type_name])
+    plain = CalibrationOptions(use_imatrix=False, n_threads=N_THREADS)
+    convert(model, file, BitBudget("bits", 16), Allocation(types=(chosen,)), plain, Progress())
+    options = CalibrationOptions(n_tokens=2048, n_threads=N_THREADS)
+    from_directory, from_file = (learn(open_source(path), options=options) for path in (model, file))
+    assert from_directory.scores is not None and from_file.scores is not None
+    for name, expected in from_directory.scores.by_scorer.items():
+        spread = max(expected) - min(expected)
+        found = from_file.scores.by_scorer[name]
+        assert found == pytest.approx(expected, rel=0.01, abs=0.03 * spread if type_name == "BF16" else 0), name
+    plans = []
+    for path, known in ((model, from_directory), (file, from_file)):
+        assert known.scores is not None and known.importance is not None
+        known.scores.save(tmp_path / "scores.json", "lieq")
+        known.importance.save(tmp_path / "imatrix.gguf")
+        files = replace(options, scores_file=tmp_path / "scores.json", imatrix_file=tmp_path / "imatrix.gguf")
+        plans.append(make_plan(open_source(path), BitBudget("bits", 2.7), Allocation(), files, Progress()))
+    expected_plan, found_plan = plans
+    assert found_plan.header.meter.file_bytes == expected_plan.header.meter.file_bytes
+    types = [planned.plan.types for planned in plans]
+    n_different = sum(types[0][name] != types[1][name] for name in types[0])
+    assert n_different <= (0 if type_name == "F16" else 0.03 * len(types[0]))
 
 
 def test_both_tokenizers_give_the_same_ids(model: Path, f16_file: Path) -> None:

@@ -110,6 +110,7 @@ class Method:
         check: Raises BudgetError if a problem has no solution.
         weighs_outer: Whether it knows what embedding and output are worth; otherwise a rule gives them their types.
         minds_speed: Whether it keeps to a time per token.
+        needs_block_errors: Whether its objective is how far the output of a layer moves.
     """
 
     solve: Callable[[Problem, LayerScores], tuple[QuantType, ...]]
@@ -118,13 +119,23 @@ class Method:
     check: Callable[[Problem], object] = lambda _problem: None
     weighs_outer: bool = False
     minds_speed: bool = True
+    needs_block_errors: bool = False
 
 
 _BLOCK_ERROR = partial(full_ladder, error=Group.block_error)
 
+
+def weighted_error(problem: Problem, scores: LayerScores) -> tuple[QuantType, ...]:
+    """``full_ladder`` by the weighted error of the weights alone, unless the user names a score to weigh it with."""
+    return full_ladder(problem, scores, has_weights=problem.allocation.scorer is not None)
+
+
 METHODS = {
-    "best": Method(_BLOCK_ERROR, "tensor", "energy-gain", weighs_outer=True),
-    "block-error": Method(partial(_BLOCK_ERROR, has_weights=False), "tensor", "block-error", weighs_outer=True),
+    "best": Method(_BLOCK_ERROR, "tensor", "energy-gain", weighs_outer=True, needs_block_errors=True),
+    "block-error": Method(
+        partial(_BLOCK_ERROR, has_weights=False), "tensor", "block-error", weighs_outer=True, needs_block_errors=True
+    ),
+    "weighted-error": Method(weighted_error, "tensor", "zd"),
     "lieq-ladder": Method(full_ladder, "layer", "lieq"),
     "lieq": Method(two_levels, "layer", "lieq", _level_pairs, minds_speed=False),
     "lim": Method(two_levels, "layer", "lim", _level_pairs, minds_speed=False),

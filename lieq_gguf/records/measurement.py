@@ -17,10 +17,10 @@ class LayerMeasurement:
 
     Attributes:
         layer: Index of the layer.
-        cosine: Mean over tokens of the cosine between the layer's input and output.
+        cosine: Mean over tokens of the cosine between the layer's input and output; NaN if it was not measured.
         z_share: Share of the layer's pooled weights more than one standard deviation above their mean.
         spectra: Role of a projection (``attn_q``, …) to its normalised energies ``p_k = s_k² / Σ s_j²``, descending.
-        twin_spectra: The same of the untrained twin.
+        twin_spectra: The same of the untrained twin. Both are empty where llama.cpp runs the model.
         block_errors: Role of a matrix to mean over tokens of ``‖h' − h‖² / ‖h‖²`` of the layer's output, ``h'`` with
             this one matrix quantised with a probe type.
         perplexity_drop: Perplexity without the layer minus perplexity; None if it was not measured.

@@ -65,7 +65,9 @@ class QuantPlan:
                     f"the plan gives {tensor.name} the type {quant_type.name}, which needs an importance matrix; "
                     "no embedding or output has one"
                 )
-            if not quant_type.fits(tensor.shape[-1]) or (quant_type.is_quantized and not tensor.is_matrix):
+            if not quant_type.fits(tensor.shape[-1]) or (
+                not tensor.is_matrix and quant_type.is_quantized and quant_type.name != tensor.fixed_type
+            ):
                 raise FormatError(
                     f"the plan gives {tensor.name} of shape {tensor.shape} the type {quant_type.name}, no fit; "
                     "choose a type whose blocks divide the row, and F32 for vectors"

@@ -50,16 +50,30 @@ def _loaded(entry: EntryPoint) -> Scorer:
     return scorer
 
 
+def _is_complete(measurement: LayerMeasurement) -> bool:
+    return bool(measurement.spectra)
+
+
+_MEASURED: Mapping[str, Callable[[LayerMeasurement], bool]] = {
+    "lim": lambda m: not math.isnan(m.cosine),
+    "zd": lambda _: True,
+    NEEDS_REMOVAL: lambda m: m.perplexity_drop is not None,
+}
+"""Whether a layer was measured for a score; scores that are not listed take what only the full pass finds."""
+
+FROM_LLAMA_CPP = ("zd", "lim")
+"""Scores of a model that llama.cpp runs and not this package; the second if it shows the outputs of its layers."""
+
+
 def score_layers(measurements: Sequence[LayerMeasurement]) -> dict[str, tuple[float, ...]]:
     """Every score that these measurements allow.
 
     Raises:
         ScoringError: if another package's scorer gives no finite number a layer.
     """
-    has_removal = all(m.perplexity_drop is not None for m in measurements)
     result = {}
     for name, scorer in scorers().items():
-        if name == NEEDS_REMOVAL and not has_removal:
+        if not all(_MEASURED.get(name, _is_complete)(m) for m in measurements):
             continue
         values = tuple(float(value) for value in scorer(measurements))
         if len(values) != len(measurements) or not all(map(math.isfinite, values)):

@@ -22,11 +22,11 @@ from lieq_gguf import ggml
 from lieq_gguf.architectures import Decoder, StoredParameters, family_named
 from lieq_gguf.engine import load_vocabulary
 from lieq_gguf.errors import ArchitectureError, OutputError, SourceError, TokenizerError
-from lieq_gguf.gguf_file import COMPUTED_TENSORS, GgufFile
+from lieq_gguf.gguf_file import COMPUTED_TENSORS, GgufFile, is_never_quantised
 from lieq_gguf.gguf_header import HeaderWriter
 from lieq_gguf.quant_types import F32, QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
-from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, FloatArray, rotary_order
+from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, ByteArray, FloatArray, rotary_order
 from lieq_gguf.tokenizers import SourceTokenizer
 
 if TYPE_CHECKING:
@@ -38,18 +38,6 @@ _SAMPLE_BYTES = 1024
 _BUILDER_KEYS = ("split.", "quantize.imatrix.", "lieq.")
 _FILE_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
 _IN_TEXT = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
-
-# llama-quantize leaves these matrices as they are; build 0.3.36 of llama-cpp-python, tensor_allows_quantization
-_KEPT_PARTS = (
-    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
-    "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
-    "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_v0.weight", "time_mix_v1.weight",
-    "time_mix_v2.weight", "time_mix_a0.weight", "time_mix_a1.weight", "time_mix_a2.weight", "time_mix_g1.weight",
-    "time_mix_g2.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight",
-    "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd",
-    ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
-)  # fmt: skip
-_KEPT_NAMES = ("position_embd.weight", "token_types.weight")
 
 
 @dataclass(frozen=True)
@@ -186,6 +174,14 @@ class GgufSource:
             for start in range(0, len(matrix), step):
                 yield ggml.dequantize(matrix[start : start + step], place.quant_type)
 
+    def encoded_rows(self, tensor: TensorSpec, quant_type: QuantType) -> Iterator[ByteArray] | None:
+        """The stored bytes of a quantised tensor that stays in its type: to encode it anew would cost once more."""
+        place = self._places[tensor.name]
+        if place.quant_type is not quant_type or not quant_type.is_quantized:
+            return None
+        step = max(1, CHUNK_WEIGHTS // tensor.shape[-1])
+        return (self._mapped(place)[start : start + step] for start in range(0, tensor.n_rows, step))
+
     def release(self) -> None:
         """Unmap the file; tensors that were read stay valid, the next ``read`` maps again."""
         self._maps.clear()
@@ -320,14 +316,8 @@ def _known_tensors(
 
 def _as_llama_quantize(tensor: TensorSpec, stored: QuantType) -> TensorSpec:
     """A tensor of an unknown architecture: a matrix to quantise where llama-quantize would, otherwise kept as it is."""
-    name = tensor.name
-    is_kept = (
-        len(tensor.shape) < 2
-        or not name.endswith("weight")
-        or name in _KEPT_NAMES
-        or any(part in name for part in _KEPT_PARTS)
-        or (tensor.layer is None and name not in ("token_embd.weight", "output.weight"))
-    )
+    is_outer = tensor.layer is None and tensor.name not in ("token_embd.weight", "output.weight")
+    is_kept = len(tensor.shape) < 2 or is_outer or is_never_quantised(tensor.name)
     return replace(tensor, is_fixed=is_kept and len(tensor.shape) > 1, fixed_type=stored.name if is_kept else F32.name)
 
 

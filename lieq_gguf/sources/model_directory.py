@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from lieq_gguf.architectures import Decoder, find_family
 from lieq_gguf.errors import SourceError
+from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.directory_metadata import DirectoryMetadata
@@ -93,6 +94,9 @@ class ModelDirectory:
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
         """The weights in file order, some rows ``[n_rows, n_in]`` at a time; a vector is one row."""
         yield from file_rows(tensor, self.read(tensor))
+
+    def encoded_rows(self, tensor: TensorSpec, quant_type: QuantType) -> None:
+        """None: no weights of a directory are quantised."""
 
     def check_output(self, output: Path) -> None:
         """Nothing: no file of the directory is a GGUF."""

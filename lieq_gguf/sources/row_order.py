@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
 
 CHUNK_WEIGHTS = 1 << 22
 """Weights converted to float32 at a time: 16 MiB, and as much being read ahead."""

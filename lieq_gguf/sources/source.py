@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lieq_gguf.gguf_header import HeaderWriter
+from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
-from lieq_gguf.sources.row_order import FloatArray
+from lieq_gguf.sources.row_order import ByteArray, FloatArray
 from lieq_gguf.tokenizers import SourceTokenizer, Vocabulary
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Source(Protocol):
 
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
         """The weights in file order, some rows ``[n_rows, n_in]`` at a time; a vector is one row."""
+
+    def encoded_rows(self, tensor: TensorSpec, quant_type: QuantType) -> Iterator[ByteArray] | None:
+        """Rows ``[n_rows, row_bytes]`` as they are stored, if that is in a quantised type and in this one."""
 
     def release(self) -> None:
         """Let go of memory that reading took; tensors that were read stay valid."""
