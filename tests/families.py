@@ -91,7 +91,7 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     ),
     "smollm2": TinyModel("llama", "llama", "SmolLM2", fixtures.write_smollm2, {"tie_word_embeddings": True}),
     "mistral": TinyModel(
-        "llama", "mistral", "Mistral Nemo, Ministral", fixtures.write_tekken, {"head_dim": 32, "sliding_window": None}
+        "llama", "mistral", "Mistral Nemo, Ministral", fixtures.write_tekken, {"head_dim": 128, "sliding_window": None}
     ),
     "qwen2": TinyModel("qwen2", "qwen2", "Qwen2, Qwen2.5", fixtures.write_qwen2, {"tie_word_embeddings": True}),
     "qwen3": TinyModel(
