@@ -222,6 +222,8 @@ def open_with_warnings(path: Path, progress: Progress, *, allow_requantize: bool
     source = open_source(path, allow_requantize=allow_requantize)
     for warning in source.warnings:
         progress.warn(warning)
+    for note in source.notes:
+        progress.note(note)
     return source
 
 

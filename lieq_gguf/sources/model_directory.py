@@ -46,6 +46,7 @@ class ModelDirectory:
 
     has_transformers_model = True
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
