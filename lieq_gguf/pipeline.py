@@ -226,6 +226,8 @@ def open_with_warnings(
     source = open_source(path, adapter, allow_requantize=allow_requantize)
     for warning in source.warnings:
         progress.warn(warning)
+    for note in source.notes:
+        progress.note(note)
     return source
 
 

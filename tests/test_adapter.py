@@ -421,7 +421,7 @@ def test_another_base_and_another_tokenizer_are_noted(run_cli: RunCli, untied: P
     assert "someone/else" in base
     assert "chat_template.jinja" in template
     f16 = ("--bits", 16, "--types", "F16", "--no-imatrix", "--dry-run")
-    assert f"warning: {base}\nwarning: {template}\n" in run_cli("convert", untied, "--adapter", adapter, *f16).stderr
+    assert f"note: {base}\nnote: {template}\n" in run_cli("convert", untied, "--adapter", adapter, *f16).stderr
 
 
 # What is refused

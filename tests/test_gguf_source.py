@@ -163,6 +163,23 @@ def test_scores_plan_and_file_are_those_of_the_directory(
     assert made[f16_file].output.read_bytes() == made[f16_model].output.read_bytes()
 
 
+def test_only_scores_of_the_twin_depend_on_what_a_file_does_not_tell(
+    calibration_text: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    directory = write_model(tmp_path / "model", dtype=torch.float16, initializer_range=0.1)
+    file = convert_plainly(directory, tmp_path / "model.gguf")
+    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2)
+    types = parse_types(["Q3_K"])
+    expected, found = (pipeline.learn(open_source(path), types, options).scores for path in (directory, file))
+    assert expected is not None and found is not None
+    for name in expected.by_scorer:
+        is_same = found.by_scorer[name] == pytest.approx(expected.by_scorer[name], rel=1e-5)
+        assert is_same == (name not in ("lieq", "lieq-qkv", "energy-gain")), name
+    assert found.type_errors == expected.type_errors
+    noted = run_cli("plan", file, "--bits", 16, "--types", "F16")
+    assert "does not tell initializer_range" in noted.stderr
+
+
 def test_metadata_is_kept_value_by_value(f16_file: Path, tmp_path: Path) -> None:
     def change(values: dict[str, Any]) -> None:
         values["general.tags"] = ["one", "two"]

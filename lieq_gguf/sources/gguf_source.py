@@ -142,6 +142,16 @@ class GgufSource:
             )
         return tuple(result)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the scores of a file can differ in from those of the directory it was made from."""
+        if self._family is None:
+            return ()
+        return (
+            "a GGUF file does not tell initializer_range: the untrained twin, which the scores lieq, lieq-qkv and "
+            "energy-gain compare with, has transformers' default; score the model directory if it has another",
+        )
+
     def _layer_bpw(self) -> float:
         """Stored bits per weight of the layers' matrices, as they are."""
         matrices = [t for layer in self.spec.layer_matrices for t in layer]

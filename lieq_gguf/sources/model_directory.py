@@ -52,6 +52,7 @@ class ModelDirectory:
     """
 
     has_transformers_model = True
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
         """Open a model, with a LoRA adapter if there is a directory of one."""
@@ -74,8 +75,8 @@ class ModelDirectory:
         self.adapter: LoraAdapter | None = None if adapter is None else load_adapter(adapter, path, self.spec)
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the user should know before it is converted."""
+    def notes(self) -> tuple[str, ...]:
+        """What may interest the user, of less weight than a warning."""
         return () if self.adapter is None else self.adapter.notes
 
     def read(self, tensor: TensorSpec) -> torch.Tensor:

@@ -55,6 +55,10 @@ class Source(Protocol):
         """What the user should know before it is converted."""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What may interest the user, of less weight."""
+
+    @property
     def has_transformers_model(self) -> bool:
         """Whether transformers has the model, so that its layers can be run one by one; if not, llama.cpp runs it."""
 
