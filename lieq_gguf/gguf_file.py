@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,12 @@ class GgufFile:
         """Tensor name to type name."""
         return {t.spec.name: t.quant_type.name for t in self.tensors}
 
+    @cached_property
+    def _active_share(self) -> float:
+        """Share of the experts that a token passes."""
+        arch = self.architecture
+        return int(self.value(f"{arch}.expert_used_count", 1)) / max(1, int(self.value(f"{arch}.expert_count", 1)))
+
     def value(self, key: str, default: Any = None) -> Any:
         """A value of the metadata."""
         return self._values.get(key, default)
@@ -138,6 +145,7 @@ class GgufFile:
             shape=tensor.shape,
             layer=int(layer.group(1)) if layer else None,
             is_fixed=len(tensor.shape) > 1 and is_never_quantised(tensor.name),
+            active_share=self._active_share if len(tensor.shape) == 3 else 1.0,
         )
         stop = tensor.offset + quant_type.tensor_bytes(tensor.shape)
         if stop > len(self._content):

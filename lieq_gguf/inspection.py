@@ -84,7 +84,6 @@ def inspect(file: Path) -> Inspection:
     meter = content.bit_meter()
     arch = content.architecture
     n_ctx = min(int(content.value(f"{arch}.context_length", _CONTEXT)), _CONTEXT)
-    width = sum(t.spec.shape[0] for t in content.tensors if t.spec.is_matrix and t.spec.role in ("attn_k", "attn_v"))
     return Inspection(
         file=file,
         architecture=arch,
@@ -98,15 +97,32 @@ def inspect(file: Path) -> Inspection:
             for key in ("version", "method", "scorer", "target.kind", "target.value", "command_line")
             if content.value(f"lieq.{key}") is not None
         },
-        kv_cache_bytes=2 * width * n_ctx,
+        kv_cache_bytes=2 * _cache_width(content) * n_ctx,
         n_ctx=n_ctx,
-        # Every matrix is read whole for each token, but for the embedding of a model with an output matrix of its own.
-        bytes_per_token=sum(
-            t.data.nbytes
-            for t in content.tensors
-            if t.spec.name != "token_embd.weight" or "output.weight" not in content.types
+        # Matrices are read whole for each token, but for the embedding of a model with an output matrix of its own, and
+        # for experts that are not chosen.
+        bytes_per_token=round(
+            sum(
+                t.data.nbytes * t.spec.active_share
+                for t in content.tensors
+                if t.spec.name != "token_embd.weight" or "output.weight" not in content.types
+            )
         ),
     )
+
+
+def _cache_width(content: GgufFile) -> int:
+    """Numbers that a token adds to the key-value cache of all layers, if none has a window."""
+
+    def attention(key: str, default: int) -> Any:
+        return content.value(f"{content.architecture}.attention.{key}", default)
+
+    heads = attention("head_count", 0)
+    kv_heads = attention("head_count_kv", heads)
+    n_kv_heads = sum(kv_heads) if isinstance(kv_heads, list) else kv_heads * content.n_layers
+    n_heads = max(heads) if isinstance(heads, list) else heads
+    usual = content.value(f"{content.architecture}.embedding_length", 0) // max(1, n_heads)
+    return int(n_kv_heads * (attention("key_length", usual) + attention("value_length", usual)))
 
 
 def show(report: Inspection, out: Console) -> None:

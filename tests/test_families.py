@@ -24,6 +24,7 @@ from lieq_gguf.architectures import FAMILIES
 from lieq_gguf.engine import open_model
 from lieq_gguf.errors import ArchitectureError
 from lieq_gguf.gguf_file import GgufFile
+from lieq_gguf.inspection import inspect
 from lieq_gguf.layer_model import LayerModel
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES
@@ -97,6 +98,24 @@ def test_conversion_to_few_bits_runs(name: str, written: Callable[[str], Written
     with open_model(file, n_ctx=64, n_threads=2) as loaded:
         prompt = loaded.tokenize("The quick brown fox", add_special_tokens=True)
         assert np.isfinite(loaded.logits(prompt)).all()
+
+
+@EVERY_MODEL
+def test_cache_and_bytes_of_a_token_are_those_of_the_model(
+    name: str, written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    path = written(name).path
+    config = ModelDirectory(path).transformers_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = inspect(convert(path, tmp_path / "f16.gguf", 16.0, types=("F16",)))
+    width = 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers
+    assert (found.n_ctx, found.kv_cache_bytes) == (1024, 2 * width * 1024)
+    n_experts = getattr(config, "num_experts", 1)
+    n_idle = n_experts - getattr(config, "num_experts_per_tok", n_experts)
+    sizes = {t.spec.name: t.data.nbytes for t in GgufFile(found.file).tensors}
+    idle = sum(size for tensor, size in sizes.items() if "_exps" in tensor) * n_idle // n_experts
+    rows = sizes["token_embd.weight"] if "output.weight" in sizes else 0
+    assert found.bytes_per_token == sum(sizes.values()) - idle - rows
 
 
 @pytest.mark.slow
