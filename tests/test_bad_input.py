@@ -784,7 +784,7 @@ def test_signal_leaves_nothing(tiny_model: Path, folder: Path, number: signal.Si
             assert process.stdout.readline() == "verifying\n"
             assert [p.suffix for p in folder.iterdir()] == [".partial"]
             process.send_signal(number)
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == exit_code

@@ -430,7 +430,7 @@ def test_a_signal_leaves_nothing_broken(
         try:
             assert hub.is_holding.wait(60)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == exit_code
