@@ -74,7 +74,7 @@ class Benchmark:
         memory_bandwidth: Bytes per second that as many threads read from this machine's memory.
         needed_bytes: Weights, buffers and key-value cache at ``n_ctx`` tokens.
         n_ctx: Tokens ``needed_bytes`` holds for.
-        predicted: Tokens per second of generation that the decode costs foretell; None for a mixture of experts.
+        predicted: Tokens per second of generation that the decode costs foretell.
         predicted_for: The machine and number of threads that they hold for.
     """
 
@@ -91,7 +91,7 @@ class Benchmark:
     memory_bandwidth: float
     needed_bytes: int
     n_ctx: int
-    predicted: float | None
+    predicted: float
     predicted_for: str
 
     @property
@@ -165,7 +165,6 @@ def bench(
     """
     facts = inspect(file)
     costs = decode_costs()
-    is_dense = all(len(t.shape) <= 2 for t in facts.tensors)  # of experts only some are read for a token
     process = psutil.Process()
     before = process.memory_info().rss
     start = time.perf_counter()
@@ -199,7 +198,7 @@ def bench(
             memory_bandwidth=read_bandwidth(n_threads),
             needed_bytes=facts.meter.file_bytes + facts.kv_cache_bytes + buffers,
             n_ctx=facts.n_ctx,
-            predicted=1 / costs.seconds(facts.tensors, facts.types) if is_dense else None,
+            predicted=1 / costs.seconds(facts.tensors, facts.types),
             predicted_for=costs.machine,
         )
         for n_threads, prompt_rate, generation_rate in measured

@@ -49,7 +49,7 @@ def calibrate_in_llama_cpp(
     """
     progress = progress or Progress()
     spec = source.spec
-    watcher = _Watcher(spec)
+    watcher = _Watcher(spec, options.measure)
     n_chunks, chunk_size = tokens.ids.shape
     with (
         progress.stage("calibrate", "Running in llama.cpp", n_chunks) as advance,
@@ -65,11 +65,11 @@ def calibrate_in_llama_cpp(
             f"llama.cpp multiplies {len(unseen)} matrices in a way that tells nothing of their inputs "
             f"({unseen[0]}); all their columns count alike"
         )
-    sums = {
-        t.name: watcher.in_sum2.get(t.name, np.full(t.shape[::2], tokens.ids.size, dtype=np.float64))
-        for layer in spec.layer_matrices
-        for t in layer
-    }
+    sums, counts = watcher.in_sum2, watcher.counts
+    for tensor in (t for layer in spec.layer_matrices for t in layer if t.name not in watcher.in_sum2):
+        sums[tensor.name] = np.full(tensor.importance_shape, tokens.ids.size, dtype=np.float64)
+        if tensor.of_experts:
+            counts[tensor.name] = np.full(tensor.shape[0], tokens.ids.size, dtype=np.float64)
     if not all(np.isfinite(values).all() for values in sums.values()):
         raise CalibrationError("the inputs of a matrix are not finite; the model's weights are damaged")
     measured = ImportanceMatrix(
@@ -77,7 +77,7 @@ def calibrate_in_llama_cpp(
         tokens.ids.size,
         chunk_size,
         tokens.dataset,
-        {name: counts.astype(np.float32) for name, counts in watcher.counts.items()},
+        {name: found.astype(np.float32) for name, found in counts.items()},
     )
     made_with = (options.importance or measured) if options.weigh_errors else None
     measurements: list[LayerMeasurement] = []
@@ -104,7 +104,8 @@ class _Watcher:
         counts: Tensors of experts by name, and the tokens that reached each, ``[n_experts]``.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, compares_layers: bool) -> None:
+        self._compares_layers = compares_layers
         self.in_sum2: dict[str, npt.NDArray[np.float64]] = {}
         self.counts: dict[str, npt.NDArray[np.float64]] = {}
         self._names = {t.name for layer in spec.layer_matrices for t in layer}
@@ -115,9 +116,9 @@ class _Watcher:
 
     def wants(self, node: Node) -> bool:
         if node.name == _NORM_OF_FIRST:
-            return _INPUT not in self._hidden
+            return self._compares_layers and _INPUT not in self._hidden
         if _LAYER_OUTPUT.fullmatch(node.name):
-            return True
+            return self._compares_layers
         if node.op not in ("MUL_MAT", "MUL_MAT_ID"):
             return False
         weight, x = node.source(0), node.source(1)
@@ -156,8 +157,13 @@ class _Watcher:
         assert x is not None
         values = np.asarray(x.read(), dtype=np.float32)
         n_in = values.shape[-1]
-        if node.op == "MUL_MAT":
+        n_matrices = weight.shape[1]
+        if node.op == "MUL_MAT" and n_matrices == 1:
             squares = np.square(values.reshape(-1, n_in)).sum(axis=0, dtype=np.float64)
+        elif node.op == "MUL_MAT":  # several matrices, each with inputs of its own
+            inputs = values.reshape(n_matrices, -1, n_in)
+            squares = np.square(inputs).sum(axis=1, dtype=np.float64)
+            self.counts[weight.name] = self.counts.get(weight.name, 0.0) + np.full(n_matrices, float(inputs.shape[1]))
         else:
             chosen = node.source(2)
             assert chosen is not None

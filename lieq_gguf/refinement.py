@@ -107,7 +107,8 @@ class Refinement:
         for tensor in (t for t in spec.tensors if t.is_matrix):
             n_weights[self._plan.types[tensor.name]] += tensor.n_weights
         of_types = sum(_seconds_per_weight(QUANT_TYPES[name]) * n for name, n in n_weights.items())
-        return of_pass + of_types / self._n_threads
+        n_fed_back = sum(t.n_weights for matrices in spec.layer_matrices for t in matrices if not t.of_experts)
+        return of_pass + (of_types + _FEEDBACK_SECONDS * n_fed_back) / self._n_threads
 
     def encoded(self) -> Iterator[EncodedRows]:
         """All tensors of the file, in file order.
@@ -200,10 +201,10 @@ class Refinement:
 
 
 def _seconds_per_weight(quant_type: QuantType) -> float:
-    """Time of a thread to encode a weight with feedback."""
+    """Time of a thread to encode a weight."""
     rows = np.random.default_rng(0).standard_normal((16, 1024), dtype=np.float32)
     importance = np.ones(rows.shape[1], dtype=np.float32)
     ggml.quantize(rows[:1], quant_type, importance)  # tables
     start = time.perf_counter()
     ggml.quantize(rows, quant_type, importance)
-    return (time.perf_counter() - start) / rows.size + _FEEDBACK_SECONDS
+    return (time.perf_counter() - start) / rows.size

@@ -22,7 +22,7 @@ from lieq_gguf import pipeline
 from lieq_gguf.allocation import Allocation
 from lieq_gguf.architectures import FAMILIES
 from lieq_gguf.engine import open_model
-from lieq_gguf.errors import ArchitectureError
+from lieq_gguf.errors import ArchitectureError, LieqError, SourceError
 from lieq_gguf.gguf_file import GgufFile
 from lieq_gguf.inspection import inspect
 from lieq_gguf.layer_model import LayerModel
@@ -189,6 +189,57 @@ def test_refuses_what_the_graph_does_not_compute(case: str, tmp_path: Path) -> N
     edit_config(path, **change)
     with pytest.raises(ArchitectureError, match=words):
         ModelDirectory(path)
+
+
+DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "no experts used": ("qwen3moe", {"num_experts_per_tok": 0}),
+    "more used than there are": ("qwen3moe", {"num_experts_per_tok": 9}),
+    "width of experts": ("qwen3moe", {"moe_intermediate_size": "x"}),
+    "kinds of layers": ("gemma2", {"layer_types": 5}),
+    "cap": ("gemma2", {"attn_logit_softcapping": "x"}),
+    "window": ("gemma2", {"sliding_window": "x"}),
+    "scale": ("granite", {"logits_scaling": "x"}),
+    "rotation": ("olmo3", {"rope_parameters": {"full_attention": 5}}),
+    "factors": ("phi3-long", {"rope_parameters": {"rope_type": "longrope", "short_factor": 5, "long_factor": 5}}),
+    "no rotation": ("smollm3", {"no_rope_layers": 5}),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_configuration_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    name, change = DAMAGED[case]
+    path = TINY_MODELS[name].write(tmp_path / name)
+    edit_config(path, **change)
+    with pytest.raises(LieqError) as refusal:
+        ModelDirectory(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_bias_that_is_missing_is_refused_from_the_headers(tmp_path: Path) -> None:
+    path = TINY_MODELS["qwen3"].write(tmp_path / "qwen3")
+    edit_config(path, attention_bias=True)
+    with pytest.raises(SourceError, match=r"has no tensor model\.layers\.0\.self_attn\.q_proj\.bias"):
+        ModelDirectory(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "is_warned_of"),
+    [
+        ("mistral", {"sliding_window": 512}, True),
+        ("mistral", {"sliding_window": 4096}, False),
+        ("phi3", {"sliding_window": 512}, True),
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": False}, False),
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": True}, True),
+        ("gemma2", {}, False),
+        ("olmo3", {}, False),
+    ],
+)
+def test_windows_that_llama_cpp_does_not_compute_are_warned_of(
+    name: str, change: dict[str, Any], is_warned_of: bool, tmp_path: Path
+) -> None:
+    path = TINY_MODELS[name].write(tmp_path / name)
+    edit_config(path, **change)
+    assert any("look back" in warning for warning in ModelDirectory(path).warnings) == is_warned_of
 
 
 GEMMA_3_BEFORE = {

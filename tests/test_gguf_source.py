@@ -54,8 +54,9 @@ def rewrite(
     change: Callable[[dict[str, Any]], None] = lambda _values: None,
     keep: Callable[[str], bool] = lambda _name: True,
     convert: Callable[[str, np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], int]] | None = None,
+    order: Callable[[str], Any] = lambda _name: 0,
 ) -> Path:
-    """The same file with other values (None removes one), some of the tensors, or other types."""
+    """The same file with other values (None removes one), some of the tensors, other types, or another order."""
     file = GgufFile(source)
     values: dict[str, Any] = {key: file.value_bytes(key) for key in file.keys}
     change(values)
@@ -66,7 +67,7 @@ def rewrite(
             writer.add_bytes(key, value)
         elif value is not None:
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    for t in (t for t in file.tensors if keep(t.spec.name)):
+    for t in sorted((t for t in file.tensors if keep(t.spec.name)), key=lambda t: order(t.spec.name)):
         data, kind = t.data, t.quant_type.ggml_id
         if convert is not None:
             data, kind = convert(t.spec.name, ggml.dequantize(t.data, t.quant_type))
@@ -95,7 +96,8 @@ def f16_file(f16_model: Path) -> Path:
 
 
 def described(tensor: TensorSpec) -> tuple[object, ...]:
-    return (tensor.name, tensor.source_name, tensor.shape, tensor.layer, tensor.rotary_heads, tensor.offset)
+    kind = (tensor.is_fixed, tensor.fixed_type, tensor.active_share)
+    return (tensor.name, tensor.source_name, tensor.shape, tensor.layer, tensor.rotary_heads, tensor.offset, *kind)
 
 
 def logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
@@ -216,21 +218,8 @@ def test_a_value_nobody_reads_leaves_the_pass_to_llama_cpp(f16_file: Path, tmp_p
 
 def test_layers_come_one_after_the_other(f16_file: Path, tmp_path: Path) -> None:
     """The converter of llama.cpp writes them in the order of their names, 10 before 2."""
-    file = GgufFile(f16_file)
-    names = [t.spec.name for t in file.tensors]
-    shuffled = sorted(names, key=lambda name: (not name.startswith("blk.2"), names.index(name)))
-    writer = HeaderWriter(None, "")
-    writer.kv_data[0].clear()
-    for key in file.keys:
-        writer.add_bytes(key, file.value_bytes(key))
-    for name in shuffled:
-        t = next(t for t in file.tensors if t.spec.name == name)
-        dtype = np.float32 if t.quant_type.name == "F32" else np.float16
-        writer.add_tensor(name, t.data.view(dtype).reshape(t.spec.shape))
-    writer.write_header_to_file(tmp_path / "shuffled.gguf")
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    names = [t.spec.name for t in GgufFile(f16_file).tensors]
+    rewrite(f16_file, tmp_path / "shuffled.gguf", order=lambda name: (not name.startswith("blk.2"), names.index(name)))
     found = GgufSource(tmp_path / "shuffled.gguf")
     layers = [t.layer for t in found.spec.tensors if t.layer is not None]
     assert layers == sorted(layers)
@@ -238,6 +227,30 @@ def test_layers_come_one_after_the_other(f16_file: Path, tmp_path: Path) -> None
     expected = GgufSource(f16_file)
     for tensor in found.spec.tensors:
         assert torch.equal(found.read(tensor), expected.read(tensor))
+
+
+def test_a_tensor_between_those_of_a_layer_goes_behind(f16_file: Path, tmp_path: Path) -> None:
+    names = [t.spec.name for t in GgufFile(f16_file).tensors]
+    place = names.index("blk.1.attn_k.weight")
+    file = rewrite(
+        f16_file,
+        tmp_path / "between.gguf",
+        order=lambda name: place + 0.5 if name == "output_norm.weight" else names.index(name),
+    )
+    layers = [t.layer for t in GgufSource(file).spec.tensors]
+    assert [layer for i, layer in enumerate(layers) if i == 0 or layers[i - 1] != layer] == [None, 0, 1, 2, None]
+
+
+def test_the_output_matrix_may_come_first(tmp_path: Path, calibration_text: Path) -> None:
+    model = TINY_MODELS["llama"].write(tmp_path / "llama", dtype=torch.float16)
+    file = convert_plainly(model, tmp_path / "f16.gguf")
+    turned = rewrite(file, tmp_path / "turned.gguf", order=lambda name: name != "output.weight")
+    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=256, n_threads=2)
+    types = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"])
+    scores = [pipeline.learn(GgufSource(f), types, options).scores for f in (file, turned)]
+    assert scores[0] is not None
+    assert scores[1] is not None
+    assert scores[0].sensitivities == scores[1].sensitivities
 
 
 def test_quantised_source(conversion: pipeline.Conversion, tmp_path: Path, run_cli: RunCli) -> None:

@@ -27,8 +27,8 @@ TESTED = """
 Each of the tiny models has random weights, rows that K types fit, and a tokenizer with the structure of the real
 one, trained on the tests' texts. For each one, `tests/test_families.py` shows that
 * the streamed pass, layer by layer, gives the logits of transformers' whole model;
-* our F16 file in llama.cpp gives them too (differences of rounding, 128 tokens, longer than the windows of the
-  models that have any);
+* our F16 file in llama.cpp gives them too (differences of rounding, 128 tokens, longer than the windows that
+  llama.cpp computes);
 * a conversion to 2.7 bits per weight with scores and error feedback loads and runs;
 * llama.cpp's own converter makes the same F16 file: every tensor equal in name, shape, type and bytes, every
   metadata key equal but for `lieq.*`. The converter recognises pre-tokenizers of published vocabularies only, so it

@@ -49,12 +49,13 @@ def main() -> None:
     layers = [int(arg) for arg in sys.argv[4:]] or [3, 12, 20]
     tokenizer = load_source_tokenizer(source.path)
     embedding = source.read(source.spec.embedding)
-    hidden = []
+    ids = []
     for file, n_tokens in zip(sys.argv[2:4], N_TOKENS, strict=True):
         text, name = read_calibration_text(Path(file))
-        hidden.append(embedding[torch.from_numpy(tokenize(text, name, tokenizer, n_tokens).ids)].float())
+        ids.append(torch.from_numpy(tokenize(text, name, tokenizer, n_tokens).ids))
     device = torch_device("cpu")
     layer = LayerModel(source.transformers_config(), device, in_bfloat16=has_fast_bfloat16(device))
+    hidden = [layer.embed(embedding[some]) for some in ids]
     left: dict[str, list[list[float]]] = {name: [] for name in TYPES}
     for index in range(max(layers) + 1):
         layer.load(source, index)

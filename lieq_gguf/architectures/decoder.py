@@ -23,6 +23,9 @@ Config = Mapping[str, Any]
 """``config.json``."""
 
 
+_WINDOWS_WHEN_ASKED_FOR = ("qwen2", "qwen3", "qwen3_moe", "smollm3")  # whose windows have a switch, off by default
+
+
 @dataclass(frozen=True)
 class Part:
     """A module of a decoder layer.
@@ -91,6 +94,7 @@ class Decoder:
         default_head_dim: The same of the width of a head; None for the model's width divided by its heads.
         tied_by_default: Whether the embedding is the output matrix as well where ``config.json`` does not say.
         norm_offset: What is added to the weights of norms, since the graph multiplies by the weight alone.
+        has_windows: Whether the graph knows layers that look back some tokens only.
     """
 
     gguf_name: ClassVar[str]
@@ -103,18 +107,32 @@ class Decoder:
     default_head_dim: ClassVar[int | None] = None
     tied_by_default: ClassVar[bool] = False
     norm_offset: ClassVar[float] = 0.0
+    has_windows: ClassVar[bool] = False
 
     def check(self, config: Config) -> None:
         """Refuse with ArchitectureError what llama.cpp's graph cannot express; KeyError for what is missing."""
         for key in ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
                     "num_hidden_layers", "vocab_size"):  # fmt: skip
-            _require_count(config, key)
-        for key in ("num_key_value_heads", "head_dim"):
+            require_count(key, config[key])
+        for key in ("num_key_value_heads", "head_dim", "sliding_window"):
             if config.get(key) is not None:
-                _require_count(config, key)
-        _require_number("rms_norm_eps", config["rms_norm_eps"])
+                require_count(key, config[key])
+        require_number("rms_norm_eps", config["rms_norm_eps"])
+        if not isinstance(config.get("layer_types") or [], list):
+            raise ArchitectureError(f"layer_types in config.json is {config['layer_types']!r}; expected a list")
         self.check_activation(config)
         self.check_rope(self.rope(config))
+
+    def caveats(self, config: Config) -> tuple[str, ...]:
+        """What llama.cpp computes otherwise, where the model can be of use nevertheless."""
+        window = config.get("sliding_window")
+        is_used = config.get("use_sliding_window", self.model_type not in _WINDOWS_WHEN_ASKED_FOR)
+        if self.has_windows or not is_used or window is None or window >= config["max_position_embeddings"]:
+            return ()
+        return (
+            f"layers of this model look back {window} tokens at most, but llama.cpp runs {self.gguf_name} without such "
+            "a window: in longer contexts the results are others",
+        )
 
     def check_activation(self, config: Config) -> None:
         """Refuse an activation other than the graph's."""
@@ -126,7 +144,7 @@ class Decoder:
 
     def check_rope(self, rope: Config) -> None:
         """Refuse rotary parameters that the graph does not know."""
-        _require_number("rope_theta", rope["rope_theta"])
+        require_number("rope_theta", rope["rope_theta"])
         kind = rope["rope_type"]
         if kind not in self.rope_types:
             raise ArchitectureError(f"rope type '{kind}' is not supported; supported are {', '.join(self.rope_types)}")
@@ -176,10 +194,6 @@ class Decoder:
         rope.setdefault("rope_theta", config.get("rope_theta") or self.default_theta)
         return rope
 
-    def layer_parts(self, config: Config, layer: int) -> tuple[Part, ...]:  # noqa: ARG002
-        """Modules of one layer."""
-        return self.parts
-
     def tensors(self, config: Config, source_names: frozenset[str]) -> tuple[TensorSpec, ...]:
         """All tensors in file order; ``source_names`` tells which optional ones exist."""
         return tuple(self._tensors(config, source_names))
@@ -191,7 +205,7 @@ class Decoder:
         for name, length in self.computed_lengths(config).items():
             yield TensorSpec(name, None, (length,))
         for layer in range(config["num_hidden_layers"]):
-            for part in self.layer_parts(config, layer):
+            for part in self.parts:
                 yield from self._part_tensors(config, source_names, sizes, layer, part)
         yield TensorSpec("output_norm.weight", "model.norm.weight", matrix[1:], offset=self.norm_offset)
         if not config.get("tie_word_embeddings", self.tied_by_default):
@@ -214,8 +228,9 @@ class Decoder:
             is_fixed=part.is_fixed,
             active_share=sizes["n_experts_used"] / sizes["n_experts"] if of_expert else 1.0,
         )
-        if f"{source}.bias" in source_names or part.bias == "always":
-            if part.bias != "always" and not (part.bias and config.get(part.bias, False)):
+        has_bias = part.bias == "always" or bool(part.bias and config.get(part.bias, False))
+        if f"{source}.bias" in source_names or has_bias:
+            if not has_bias:
                 raise ArchitectureError(
                     f"the weights hold {source}.bias, but {part.bias or 'a bias'} in config.json is not set; "
                     "transformers would leave it out and llama.cpp not"
@@ -325,11 +340,13 @@ def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[
         )
 
 
-def _require_count(config: Config, key: str) -> None:
-    if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1:
-        raise ArchitectureError(f"{key} in config.json is {config[key]!r}; expected a positive integer")
+def require_count(key: str, value: object) -> None:
+    """Refuse what is no positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArchitectureError(f"{key} in config.json is {value!r}; expected a positive integer")
 
 
-def _require_number(key: str, value: object) -> None:
-    if not isinstance(value, float | int):
+def require_number(key: str, value: object) -> None:
+    """Refuse what is no number."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
         raise ArchitectureError(f"{key} in config.json is {value!r}; expected a number")

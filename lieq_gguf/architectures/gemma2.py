@@ -13,6 +13,7 @@ from lieq_gguf.architectures.decoder import (
     Config,
     Decoder,
     require_layer_types,
+    require_number,
 )
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
@@ -24,6 +25,7 @@ class Gemma2(Decoder):
     """Norms multiply by one plus their weight."""
 
     gguf_name = "gemma2"
+    has_windows = True
     model_type = "gemma2"
     source_classes = ("Gemma2ForCausalLM",)
     parts = (SANDWICH_NORMS[0], *ATTENTION, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
@@ -40,6 +42,7 @@ class Gemma2(Decoder):
         if theta != self.default_theta:
             raise ArchitectureError(f"rope_theta is {theta}, but llama.cpp runs Gemma 2 with {self.default_theta} only")
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            require_number(key, config.get(key, 1.0) or 0)
             if not config.get(key, 1.0):
                 raise ArchitectureError(f"{key} is {config[key]!r}, but llama.cpp caps Gemma 2's logits always")
         n_layers = config["num_hidden_layers"]
@@ -52,7 +55,7 @@ class Gemma2(Decoder):
         super().add_hyper_parameters(config, writer)
         writer.add_attn_logit_softcapping(config.get("attn_logit_softcapping", 50.0))
         writer.add_final_logit_softcapping(config.get("final_logit_softcapping", 30.0))
-        writer.add_sliding_window(config.get("sliding_window", 4096))
+        writer.add_sliding_window(config.get("sliding_window") or 4096)
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """With caps, the window and the scale that is built into the graph."""

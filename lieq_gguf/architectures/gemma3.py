@@ -14,6 +14,7 @@ from lieq_gguf.architectures.decoder import (
     Config,
     Decoder,
     require_layer_types,
+    require_number,
 )
 from lieq_gguf.architectures.gemma2 import built_in_attention_scale, check_attention_scale
 from lieq_gguf.architectures.stored_parameters import StoredParameters
@@ -27,6 +28,7 @@ class Gemma3(Decoder):
     """Norms multiply by one plus their weight."""
 
     gguf_name = "gemma3"
+    has_windows = True
     model_type = "gemma3_text"
     source_classes = ("Gemma3ForCausalLM",)
     parts = (SANDWICH_NORMS[0], *ATTENTION, *HEAD_NORMS, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
@@ -42,6 +44,8 @@ class Gemma3(Decoder):
         super().check(config)
         if config.get("attn_logit_softcapping") is not None:
             raise ArchitectureError("attn_logit_softcapping is set, which llama.cpp does not compute for Gemma 3")
+        if config.get("final_logit_softcapping") is not None:
+            require_number("final_logit_softcapping", config["final_logit_softcapping"])
         if config.get("use_bidirectional_attention"):
             raise ArchitectureError("use_bidirectional_attention is set; expected a model that generates text")
         local = self.rope(config, "sliding_attention")
@@ -67,9 +71,9 @@ class Gemma3(Decoder):
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The common keys, the cap if there is one, and the window."""
         super().add_hyper_parameters(config, writer)
-        if config.get("final_logit_softcapping"):
+        if config.get("final_logit_softcapping") is not None:
             writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-        writer.add_sliding_window(config.get("sliding_window", 4096))
+        writer.add_sliding_window(config.get("sliding_window") or 4096)
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """With the cap, the window, both rotations and the scale that is built into the graph."""

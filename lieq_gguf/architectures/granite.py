@@ -6,10 +6,12 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import Config
+from lieq_gguf.architectures.decoder import Config, require_number
 from lieq_gguf.architectures.llama import Llama
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
+
+_FACTORS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
 class Granite(Llama):
@@ -22,6 +24,8 @@ class Granite(Llama):
     def check(self, config: Config) -> None:
         """Refuse also heads of a width of their own, which the format does not hold for Granite."""
         super().check(config)
+        for key in _FACTORS:
+            require_number(key, config.get(key, 1.0))
         usual = config["hidden_size"] // config["num_attention_heads"]
         if self.head_dim(config) != usual:
             raise ArchitectureError(

@@ -17,6 +17,7 @@ class Olmo2(Decoder):
     """OLMo 3 is the same with a sliding window in three of four layers."""
 
     gguf_name = "olmo2"
+    has_windows = True
     model_type = "olmo2"
     source_classes = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
     parts = (
@@ -30,7 +31,7 @@ class Olmo2(Decoder):
     default_theta = 500_000.0
 
     def check(self, config: Config) -> None:
-        """Refuse also another rotation behind windows, and a width of heads that llama.cpp does not read."""
+        """Refuse also two kinds of rotation."""
         super().check(config)
         if _has_windows(config):
             local = self.rope(config, "sliding_attention")

@@ -6,7 +6,7 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import ATTENTION, HEAD_NORMS, NORMS, Config, Decoder, Part
+from lieq_gguf.architectures.decoder import ATTENTION, HEAD_NORMS, NORMS, Config, Decoder, Part, require_count
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
@@ -31,6 +31,14 @@ class Qwen3Moe(Decoder):
     def check(self, config: Config) -> None:
         """Refuse also layers without experts and weights of experts that do not sum to one."""
         super().check(config)
+        n_experts, n_used = config.get("num_experts") or config["num_local_experts"], config["num_experts_per_tok"]
+        for key, value in (
+            ("num_experts", n_experts), ("num_experts_per_tok", n_used),
+            ("moe_intermediate_size", config["moe_intermediate_size"]),
+        ):  # fmt: skip
+            require_count(key, value)
+        if n_used > n_experts:
+            raise ArchitectureError(f"num_experts_per_tok is {n_used}, more than the {n_experts} experts")
         if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
             raise ArchitectureError(
                 "some layers have no experts (mlp_only_layers, decoder_sparse_step), but llama.cpp's graph has them in "

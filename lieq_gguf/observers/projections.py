@@ -64,14 +64,14 @@ def _captured(layer: LayerModel, hidden: torch.Tensor) -> tuple[dict[str, torch.
 
     In float32 always: rounding would fill the weak directions of a narrow spectrum.
     """
-    captured: dict[str, torch.Tensor] = {}
+    batches: dict[str, list[torch.Tensor]] = {}
 
     def keep(module: str, z: torch.Tensor) -> None:
-        captured[module] = z.reshape(-1, z.shape[-1])
+        batches.setdefault(module, []).append(z.reshape(-1, z.shape[-1]))
 
     with layer.watching_outputs(keep):
         output = layer.forward(hidden, exact=True)
-    return captured, output
+    return {module: torch.cat(some) for module, some in batches.items()}, output
 
 
 def _spectra(projections: dict[str, torch.Tensor], layer: LayerModel, n_threads: int) -> dict[str, Spectrum]:

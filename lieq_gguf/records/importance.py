@@ -91,12 +91,12 @@ class ImportanceMatrix:
                 f"for example {missing[0]}; expected one made from this model"
             )
         for tensor in matrices:
-            shape = self.in_sum2[tensor.name].shape
-            width = shape[-1]
-            if shape != (tensor.shape[::2] if tensor.of_experts else tensor.shape[1:]):
+            found, expected = self.in_sum2[tensor.name].shape, tensor.importance_shape
+            if found != expected:
+                experts = f" of {expected[0]} experts" if tensor.of_experts else ""
                 raise CalibrationError(
-                    f"the importance matrix has {width} columns for {tensor.name}, the model {tensor.shape[-1]}; "
-                    "expected one made from this model"
+                    f"the importance matrix has {' x '.join(map(str, found))} columns for {tensor.name}, the model "
+                    f"{' x '.join(map(str, expected))}{experts}; expected one made from this model"
                 )
 
     def save(self, target: Path) -> None:

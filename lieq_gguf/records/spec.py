@@ -60,6 +60,11 @@ class TensorSpec:
         return prod(self.shape[:-1])
 
     @property
+    def importance_shape(self) -> tuple[int, ...]:
+        """Shape of its entry in an importance matrix: ``(n_in,)``, or ``(n_experts, n_in)``."""
+        return (self.shape[0], self.shape[-1]) if self.of_experts else self.shape[-1:]
+
+    @property
     def is_matrix(self) -> bool:
         """Whether a plan gives this tensor its type."""
         return len(self.shape) > 1 and not self.is_fixed
@@ -83,7 +88,7 @@ class ModelSpec:
     Attributes:
         name: Name of the model, for people.
         architecture: llama.cpp's name of the architecture.
-        config: The source's ``config.json``.
+        config: The source's ``config.json``; of a GGUF file what its metadata amounts to, or nothing.
         n_layers: Number of decoder layers.
         tensors: All tensors of the file, in file order.
         has_tied_embeddings: Whether the embedding is the output matrix as well.
@@ -107,8 +112,9 @@ class ModelSpec:
 
     @cached_property
     def other_matrices(self) -> tuple[TensorSpec, ...]:
-        """Embedding and output: the matrices outside of the layers."""
-        return tuple(t for t in self.tensors if t.layer is None and t.is_matrix)
+        """The matrices outside of the layers, the embedding first, whatever their order in the file."""
+        found = (t for t in self.tensors if t.layer is None and t.is_matrix)
+        return tuple(sorted(found, key=lambda tensor: tensor.name != "token_embd.weight"))
 
     @property
     def embedding(self) -> TensorSpec:

@@ -318,7 +318,7 @@ def _known_tensors(
     biases = frozenset(
         f"model.layers.{layer}.{part.module}.bias"
         for layer in range(config["num_hidden_layers"])
-        for part in family.layer_parts(config, layer)
+        for part in family.parts
         if f"blk.{layer}.{part.role}.bias" in shapes
     )
     return tuple(t for t in family.tensors(config, biases) if t.name not in COMPUTED_TENSORS)
@@ -332,10 +332,10 @@ def _as_llama_quantize(tensor: TensorSpec, stored: QuantType) -> TensorSpec:
 
 
 def _layers_in_order(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """File order, but one layer after the other: llama.cpp's converter can leave them in the order of their names."""
-    layers = [t.layer for t in tensors if t.layer is not None]
-    if layers == sorted(layers):
-        return list(tensors)
+    """File order, but one layer after the other, and nothing between them.
+
+    llama.cpp's converter can leave them in the order of their names.
+    """
     first = next(i for i, t in enumerate(tensors) if t.layer is not None)
     outside = [t for t in tensors[first:] if t.layer is None]
     inside = sorted((t for t in tensors if t.layer is not None), key=lambda t: t.layer or 0)

@@ -80,7 +80,10 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
                 "name the repository of the original model"
             )
         if not set(_TOKENIZERS) & set(files):
-            raise SourceError(f"{name} has no {' or '.join(_TOKENIZERS)}; it has {_some(files)}")
+            raise SourceError(
+                f"{name} has no {' or '.join(_TOKENIZERS)}; it has {_some(files)}: name the repository of the original "
+                "model, or download both and add the tokenizer"
+            )
         with _bars(shown=False):
             # asked for by branch or tag once, so that the cache knows the commit when the hub is out of reach
             model.get(_CONFIG, revision)

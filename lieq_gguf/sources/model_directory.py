@@ -52,7 +52,6 @@ class ModelDirectory:
     """
 
     has_transformers_model = True
-    warnings: tuple[str, ...] = ()
 
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
         """Open a model, with a LoRA adapter if there is a directory of one."""
@@ -75,6 +74,11 @@ class ModelDirectory:
         self.adapter: LoraAdapter | None = None if adapter is None else load_adapter(adapter, path, self.spec)
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know before it is converted."""
+        return self.family.caveats(self.spec.config)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What may interest the user, of less weight than a warning."""
         return () if self.adapter is None else self.adapter.notes
@@ -93,8 +97,12 @@ class ModelDirectory:
         return torch.stack([self._stored(name) for name in tensor.source_names])
 
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
-        """The weights in file order, some rows ``[n_rows, n_in]`` at a time; a vector is one row."""
-        yield from file_rows(tensor, self.read(tensor))
+        """The weights in file order, some rows ``[n_rows, n_in]`` of one matrix at a time; a vector is one row."""
+        if tensor.of_experts:
+            for name in tensor.source_names:  # one after the other: together they are a good part of the model
+                yield from file_rows(tensor, self._stored(name))
+        else:
+            yield from file_rows(tensor, self.read(tensor))
 
     def encoded_rows(self, tensor: TensorSpec, quant_type: QuantType) -> None:
         """None: no weights of a directory are quantised."""
@@ -257,13 +265,18 @@ def _complete_config(path: Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise SourceError(f"{path / 'config.json'} has no {error}; expected the configuration of a model") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise SourceError(
+            f"{path / 'config.json'} has a value of a kind that no model of this architecture has ({error}); "
+            "download it again"
+        ) from None
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
+        found = "is a file that does not begin as GGUF does" if path.exists() else "does not exist"
         raise SourceError(
-            f"{path} {found}; expected a model directory with config.json and {WEIGHTS_FILE}, "
+            f"{path} {found}; expected a model directory with config.json and {WEIGHTS_FILE}, a GGUF file, "
             "or a model of the Hugging Face hub as owner/name"
         )
     file = path / "config.json"

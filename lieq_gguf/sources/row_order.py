@@ -26,15 +26,7 @@ def rotary_order(n_rows: int, n_heads: int) -> npt.NDArray[np.int64]:
 
 
 def file_rows(tensor: TensorSpec, loaded: torch.Tensor) -> Iterator[FloatArray]:
-    """Weights of a model directory as the file has them, some rows ``[n_rows, n_in]`` of one matrix at a time."""
-    if tensor.of_experts:
-        for matrix in loaded:
-            yield from _matrix_rows(tensor, matrix)
-    else:
-        yield from _matrix_rows(tensor, loaded)
-
-
-def _matrix_rows(tensor: TensorSpec, loaded: torch.Tensor) -> Iterator[FloatArray]:
+    """A matrix or vector of a model directory as the file has it, some rows ``[n_rows, n_in]`` at a time."""
     rows = loaded if loaded.ndim > 1 else loaded[None, :]
     if tensor.rotary_heads and loaded.ndim == 1:  # a bias has its rotary rows in one line
         rows = rows[:, rotary_order(tensor.shape[0], tensor.rotary_heads)]

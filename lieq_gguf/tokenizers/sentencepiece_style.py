@@ -155,12 +155,12 @@ def _put_tokenizer_json(
     text_of = {token_id: text for text, token_id in ids.items()}
     check_ids(largest, len(pieces.tokens), text_of, str(files.directory / "tokenizer.json"))
     score_of = dict(model["vocab"]) if is_unigram else _scores_by_rank(model["merges"])
-    unmerged = float(-len(score_of) - 1)
+    unmerged = float(-len(model.get("merges") or ()) - 1)  # below any merge's rank
     by_id = tokenizer.get_added_tokens_decoder()
     special = {token.content for token in by_id.values() if token.special}
     for text, token_id in ids.items():
         token_type = gguf.TokenType.NORMAL
-        if is_unigram and token_id == model["unk_id"]:
+        if is_unigram and token_id == model.get("unk_id"):
             token_type = gguf.TokenType.UNKNOWN
         elif _BYTE.fullmatch(text):
             token_type = gguf.TokenType.BYTE
