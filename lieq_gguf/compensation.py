@@ -30,8 +30,8 @@ from lieq_gguf.quant_types import QuantType
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
-DAMPING = 0.05
-"""What the diagonal grows by: correlations measured on few tokens are not to be believed to the last digit."""
+DAMPING = 1.0
+"""Share that the diagonal grows by, so that correlations count half: those of one text hold only in part in another."""
 
 _FLOOR = 1e-4  # of the mean diagonal, for columns that are never used
 
