@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lieq_gguf.progress import Progress
     from lieq_gguf.quant_types import QuantType
     from lieq_gguf.records.bits import BitBudget
-    from lieq_gguf.sources.source import Source
+    from lieq_gguf.sources.source import Source, SourceOptions
 
 app = typer.Typer(
     name="lieq-gguf",
@@ -117,6 +117,15 @@ Adapter = Annotated[
 AllowRequantize = Annotated[
     bool,
     typer.Option("--allow-requantize", help="Take a GGUF file that is quantised already; the errors of both add up."),
+]
+InitializerRange = Annotated[
+    float | None,
+    typer.Option(
+        "--initializer-range",
+        metavar="STD",
+        help="That of config.json, for a GGUF file that does not tell: the untrained twin of the scores has it.",
+        callback=_finite,
+    ),
 ]
 Bits = Annotated[
     float | None,
@@ -274,6 +283,7 @@ def convert(
     refine: Refine = None,
     pre_tokenizer: PreTokenizer = None,
     allow_requantize: AllowRequantize = False,
+    initializer_range: InitializerRange = None,
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
@@ -309,14 +319,14 @@ def convert(
         check_output(target, force)  # before a download
     if dry_run:
         planned = pipeline.make_plan(
-            _open(source, revision, adapter, allow_requantize, progress), budget, allocation, options, progress,
+            _open(source, revision, progress, context.params), budget, allocation, options, progress,
             plan_file=plan, pre_tokenizer=pre_tokenizer, command_line=_command_line(), for_writing=False,
         )  # fmt: skip
         _show_plan(planned, as_json)
         return
     result = pipeline.convert(
         _directory(source, revision, progress), target, budget, allocation, options, progress,
-        adapter_dir=adapter, plan_file=plan, pre_tokenizer=pre_tokenizer, allow_requantize=allow_requantize,
+        source_options=_source_options(context.params), plan_file=plan, pre_tokenizer=pre_tokenizer,
         command_line=_command_line(), force=force,
     )  # fmt: skip
     if as_json:
@@ -352,6 +362,7 @@ def score(
     ] = None,
     types: Types = None,
     allow_requantize: AllowRequantize = False,
+    initializer_range: InitializerRange = None,
     calibration: CalibrationFile = None,
     n_tokens: NTokens = 16384,
     imatrix: Imatrix = None,
@@ -378,7 +389,7 @@ def score(
         check_output(output, force)
     options = _calibration(context.params | ({"scorer": NEEDS_REMOVAL} if compare else {}))
     offered, progress = _types("--types", types), _progress(quiet)
-    model = _open(source, revision, adapter, allow_requantize, progress)
+    model = _open(source, revision, progress, context.params)
     scorer = pipeline.shown_scorer(model, scorer)
     known = pipeline.learn(model, offered, options, progress)
     assert known.scores is not None
@@ -426,9 +437,7 @@ def imatrix(
 
     check_output(output, force)
     options, progress = _calibration(context.params), _progress(quiet)
-    known = pipeline.learn(
-        _open(source, revision, adapter, allow_requantize, progress), (), options, progress, scores=False
-    )
+    known = pipeline.learn(_open(source, revision, progress, context.params), (), options, progress, scores=False)
     assert known.importance is not None
     known.importance.save(output)
     matrix = known.importance
@@ -469,6 +478,7 @@ def plan(
     refine: Refine = None,
     pre_tokenizer: PreTokenizer = None,
     allow_requantize: AllowRequantize = False,
+    initializer_range: InitializerRange = None,
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
@@ -496,7 +506,7 @@ def plan(
     budget, allocation = _budget(bits, file_bits, size, nominal), _allocation(context.params)
     options, progress = _calibration(context.params), _progress(quiet)
     planned = pipeline.make_plan(
-        _open(source, revision, adapter, allow_requantize, progress),
+        _open(source, revision, progress, context.params),
         budget,
         allocation,
         options,
@@ -861,13 +871,17 @@ def _directory(source: str, revision: str | None, progress: Progress) -> Path:
     return Path(source)
 
 
-def _open(
-    source: str, revision: str | None, adapter: Path | None, allow_requantize: bool, progress: Progress
-) -> Source:
+def _source_options(given: Mapping[str, Any]) -> SourceOptions:
+    """How to take the model, by the options of a command; each command has some of them."""
+    from lieq_gguf.sources.source import SourceOptions
+
+    return SourceOptions(given["adapter"], given["allow_requantize"], given.get("initializer_range"))
+
+
+def _open(source: str, revision: str | None, progress: Progress, given: Mapping[str, Any]) -> Source:
     from lieq_gguf.pipeline import open_with_warnings
 
-    path = _directory(source, revision, progress)
-    return open_with_warnings(path, progress, adapter, allow_requantize=allow_requantize)
+    return open_with_warnings(_directory(source, revision, progress), progress, _source_options(given))
 
 
 def _default_name(source: str, budget: BitBudget | None, plan_file: Path | None) -> str:

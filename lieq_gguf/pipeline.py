@@ -25,7 +25,7 @@ from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import ModelSpec
 from lieq_gguf.sources import open_source
-from lieq_gguf.sources.source import Source
+from lieq_gguf.sources.source import Source, SourceOptions
 from lieq_gguf.tokenizers import Vocabulary, known_deviation, tokenizer_differences
 from lieq_gguf.verification import verify
 from lieq_gguf.writer import Header, ImatrixNote, Provenance, encode_tensors, header_size, make_header, write_file
@@ -166,10 +166,9 @@ def convert(
     calibration: CalibrationOptions,
     progress: Progress,
     *,
-    adapter_dir: Path | None = None,
+    source_options: SourceOptions = SourceOptions(),
     plan_file: Path | None = None,
     pre_tokenizer: str | None = None,
-    allow_requantize: bool = False,
     command_line: str = "",
     force: bool = False,
 ) -> Conversion:
@@ -182,10 +181,9 @@ def convert(
         allocation: How to divide the bits.
         calibration: How to learn about the model.
         progress: Where stages are shown and timed.
-        adapter_dir: LoRA adapter to merge into the model.
+        source_options: How to take the model.
         plan_file: Plan to carry out instead of making one.
         pre_tokenizer: Name of the pre-tokenizer, if it cannot be recognised.
-        allow_requantize: Whether a GGUF file may be quantised already.
         command_line: Kept in the file.
         force: Whether an existing ``output`` may be replaced.
 
@@ -193,7 +191,7 @@ def convert(
         LieqError: whatever is wrong; ``output`` is then as it was before.
     """
     check_output(output, force)
-    source = open_with_warnings(source_path, progress, adapter_dir, allow_requantize=allow_requantize)
+    source = open_with_warnings(source_path, progress, source_options)
     source.check_output(output)
     planned = make_plan(
         source, budget, allocation, calibration, progress,
@@ -215,15 +213,13 @@ def convert(
     return Conversion(output, planned, () if refinement is None else tuple(refinement.block_errors))
 
 
-def open_with_warnings(
-    path: Path, progress: Progress, adapter: Path | None = None, *, allow_requantize: bool = False
-) -> Source:
+def open_with_warnings(path: Path, progress: Progress, options: SourceOptions = SourceOptions()) -> Source:
     """Open a model to convert, and say what the user should know of it.
 
     Raises:
         LieqError: if it is no readable model.
     """
-    source = open_source(path, adapter, allow_requantize=allow_requantize)
+    source = open_source(path, options)
     for warning in source.warnings:
         progress.warn(warning)
     for note in source.notes:

@@ -30,6 +30,7 @@ from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.sources.source import SourceOptions
 
 PREFIX = "base_model.model."
 RANK, ALPHA = 4, 8
@@ -289,7 +290,7 @@ def f16_tensors(source: Path, output: Path, adapter: Path | None = None) -> dict
         Allocation(types=parse_types(["F16"])),
         pipeline.CalibrationOptions(use_imatrix=False, n_threads=2),
         Progress(silent=True),
-        adapter_dir=adapter,
+        source_options=SourceOptions(adapter),
     )
     return {t.name: np.array(t.data) for t in gguf.GGUFReader(output).tensors}
 

@@ -99,7 +99,7 @@ def test_missing_source(run_cli: RunCli, folder: Path, command: str) -> None:
 
 def test_source_is_a_file(run_cli: RunCli, folder: Path, tiny_model: Path) -> None:
     done = run_cli("convert", tiny_model / "model.safetensors", *QUICK, "-o", folder / "out.gguf")
-    assert_refused(done, "is a file; expected a model directory", folder)
+    assert_refused(done, "is a file that does not begin as GGUF does; expected a model directory", folder)
 
 
 def empty_folder(model: Path) -> None:

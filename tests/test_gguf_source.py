@@ -28,11 +28,12 @@ from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES, parse_types
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources import open_source
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.sources.source import Source
+from lieq_gguf.sources.source import Source, SourceOptions
 from lieq_gguf.writer import encode_tensors
 
 SILENT = Progress(silent=True)
@@ -82,11 +83,8 @@ def rewrite(
 
 @pytest.fixture(scope="session")
 def f16_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory whose weights F16 holds exactly; read-only.
-
-    Its initialiser is the usual one: a GGUF file does not tell, and the untrained twin is made with it.
-    """
-    return write_model(tmp_path_factory.mktemp("f16") / "small", dtype=torch.float16, initializer_range=0.02)
+    """A model directory whose weights F16 holds exactly, with an initialiser of its own; read-only."""
+    return write_model(tmp_path_factory.mktemp("f16") / "small", dtype=torch.float16, initializer_range=0.05)
 
 
 @pytest.fixture(scope="session")
@@ -165,21 +163,53 @@ def test_scores_plan_and_file_are_those_of_the_directory(
     assert made[f16_file].output.read_bytes() == made[f16_model].output.read_bytes()
 
 
-def test_only_scores_of_the_twin_depend_on_what_a_file_does_not_tell(
-    calibration_text: Path, tmp_path: Path, run_cli: RunCli
+def without_initializer_range(file: Path, target: Path) -> Path:
+    """The file as llama.cpp's converter writes it: there is no key for what the twin is drawn with."""
+
+    def change(values: dict[str, Any]) -> None:
+        values["lieq.initializer_range"] = None
+
+    return rewrite(file, target, change)
+
+
+def test_the_twin_is_drawn_as_the_directory_says(
+    f16_model: Path, f16_file: Path, calibration_text: Path, tmp_path: Path, run_cli: RunCli
 ) -> None:
-    directory = write_model(tmp_path / "model", dtype=torch.float16, initializer_range=0.1)
-    file = convert_plainly(directory, tmp_path / "model.gguf")
+    """By a file of ours, which tells, and by a converter's with the option; without it, other scores are the same."""
     options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2)
-    types = parse_types(["Q3_K"])
-    expected, found = (pipeline.learn(open_source(path), types, options).scores for path in (directory, file))
-    assert expected is not None and found is not None
-    for name in expected.by_scorer:
-        is_same = found.by_scorer[name] == pytest.approx(expected.by_scorer[name], rel=1e-5)
+    types, converters = parse_types(["Q3_K"]), without_initializer_range(f16_file, tmp_path / "plain.gguf")
+
+    def scores_of(path: Path, initializer_range: float | None = None) -> LayerScores:
+        source = open_source(path, SourceOptions(initializer_range=initializer_range))
+        scores = pipeline.learn(source, types, options).scores
+        assert scores is not None
+        return scores
+
+    expected = scores_of(f16_model)
+    for found in (scores_of(f16_file), scores_of(converters, 0.05)):
+        for name, scores in expected.by_scorer.items():
+            assert found.by_scorer[name] == pytest.approx(scores, rel=1e-5), name
+    untold = scores_of(converters)
+    for name, scores in expected.by_scorer.items():
+        is_same = untold.by_scorer[name] == pytest.approx(scores, rel=1e-5)
         assert is_same == (name not in ("lieq", "lieq-qkv", "energy-gain")), name
-    assert found.type_errors == expected.type_errors
-    noted = run_cli("plan", file, "--bits", 16, "--types", "F16")
-    assert "does not tell initializer_range" in noted.stderr
+    assert untold.type_errors == expected.type_errors
+    as_f16 = ("--bits", 16, "--types", "F16")
+    note = "does not tell initializer_range"
+    assert note in run_cli("plan", converters, *as_f16).stderr
+    assert note not in run_cli("plan", converters, *as_f16, "--initializer-range", 0.05).stderr
+    assert note not in run_cli("plan", f16_file, *as_f16).stderr
+
+
+def test_initializer_range_is_refused_where_it_is_known_or_useless(
+    f16_model: Path, f16_file: Path, run_cli: RunCli
+) -> None:
+    cases = {f16_model: "a model directory tells", f16_file: "has initializer_range 0.05"}
+    for path, words in cases.items():
+        done = run_cli("plan", path, "--bits", 16, "--types", "F16", "--initializer-range", 0.02)
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert words in done.stderr
+        assert "leave out --initializer-range" in done.stderr
 
 
 def test_metadata_is_kept_value_by_value(f16_file: Path, tmp_path: Path) -> None:
@@ -519,7 +549,7 @@ def test_what_llama_quantize_leaves_alone_keeps_type_and_bytes(tmp_path: Path) -
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    source = GgufSource(tmp_path / "m.gguf", allow_requantize=True)
+    source = GgufSource(tmp_path / "m.gguf", SourceOptions(allow_requantize=True))
     tensors = {t.name: t for t in source.spec.tensors}
     assert {name for name, t in tensors.items() if t.is_matrix} == {"token_embd.weight", "blk.0.attn_q.weight"}
     assert [tensors[n].fixed_type for n in ("blk.0.ffn_gate_inp.weight", "blk.0.ssm_a", "position_embd.weight")] == [

@@ -172,10 +172,7 @@ def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None
 
 @pytest.mark.parametrize("type_name", ["F16", "BF16"])
 def test_a_gguf_file_is_scored_and_planned_as_its_directory(model: Path, tmp_path: Path, type_name: str) -> None:
-    """The directory's weights are F16; BF16 rounds them, after which choices that are nearly a tie can fall otherwise.
-
-    Its ``initializer_range`` is transformers' default; with another, the scores of a twin would differ.
-    """
+    """The directory's weights are F16; BF16 rounds them, and then choices that nearly tie can fall otherwise."""
     file, [chosen] = tmp_path / "model.gguf", parse_types([type_name])
     plain = CalibrationOptions(use_imatrix=False, n_threads=N_THREADS)
     convert(model, file, BitBudget("bits", 16), Allocation(types=(chosen,)), plain, Progress())

@@ -8,7 +8,7 @@ from lieq_gguf.errors import SourceError
 from lieq_gguf.sources import gguf_source, model_directory
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.sources.source import Source
+from lieq_gguf.sources.source import Source, SourceOptions
 
 
 def is_gguf(path: Path) -> bool:
@@ -19,25 +19,29 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def open_source(path: Path, adapter: Path | None = None, *, allow_requantize: bool = False) -> Source:
+def open_source(path: Path, options: SourceOptions = SourceOptions()) -> Source:
     """Open a model to convert, a model directory or a GGUF file.
 
     Args:
         path: Where it is.
-        adapter: Directory of a LoRA adapter to merge into it.
-        allow_requantize: Whether a GGUF file may be quantised already.
+        options: How to take it.
 
     Raises:
         LieqError: if it is no readable model.
     """
     if not is_gguf(path):
-        return ModelDirectory(path, adapter)
-    if adapter is not None:
+        if options.initializer_range is not None:
+            raise SourceError(
+                f"{path} is not a GGUF file, and a model directory tells its initializer_range in config.json; "
+                "leave out --initializer-range"
+            )
+        return ModelDirectory(path, options.adapter)
+    if options.adapter is not None:
         raise SourceError(
             f"{path} is a GGUF file, but adapters are merged into model directories only; give the directory of the "
             "model that the adapter was trained on"
         )
-    return GgufSource(path, allow_requantize=allow_requantize)
+    return GgufSource(path, options)
 
 
 def model_name(path: Path) -> str:

@@ -12,6 +12,9 @@ from lieq_gguf.architectures import Decoder
 from lieq_gguf.records.spec import ModelSpec
 from lieq_gguf.tokenizers import Vocabulary
 
+INITIALIZER_RANGE = "lieq.initializer_range"
+"""Key of the one number that scores need of ``config.json`` and llama.cpp has no key for."""
+
 
 @dataclass(frozen=True)
 class DirectoryMetadata:
@@ -41,6 +44,9 @@ class DirectoryMetadata:
         self.vocabulary.add_to(writer)
         if self.adapter is not None:
             writer.add_string("lieq.adapter", self.adapter)
+        initializer_range = self.spec.config.get("initializer_range")
+        if isinstance(initializer_range, (int, float)):
+            writer.add_float64(INITIALIZER_RANGE, initializer_range)
 
     def _add_general(self, writer: gguf.GGUFWriter) -> None:
         try:

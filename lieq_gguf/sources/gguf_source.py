@@ -26,7 +26,9 @@ from lieq_gguf.gguf_file import COMPUTED_TENSORS, GgufFile, is_never_quantised
 from lieq_gguf.gguf_header import HeaderWriter
 from lieq_gguf.quant_types import F32, QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
+from lieq_gguf.sources.directory_metadata import INITIALIZER_RANGE
 from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, ByteArray, FloatArray, rotary_order
+from lieq_gguf.sources.source import SourceOptions
 from lieq_gguf.tokenizers import SourceTokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _SAMPLE_BYTES = 1024
 _BUILDER_KEYS = ("split.", "quantize.imatrix.", "lieq.")
+_KEPT_OF_BUILDER = ("lieq.adapter", INITIALIZER_RANGE)
 _FILE_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
 _IN_TEXT = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
 
@@ -83,7 +86,7 @@ class GgufSource:
         SourceError: if it is no language model, a part of it is missing, or it is quantised and that was not allowed.
     """
 
-    def __init__(self, path: Path, *, allow_requantize: bool = False) -> None:
+    def __init__(self, path: Path, options: SourceOptions = SourceOptions()) -> None:
         """Open a file; weights that are quantised already are taken only if that is allowed."""
         self.path = path
         files = _open_parts(path)
@@ -98,7 +101,7 @@ class GgufSource:
         self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
         tensors = [t.spec for file in files for t in file.tensors]
         self._quantised = self._quantised_types(tensors)
-        if self._quantised and not allow_requantize:
+        if self._quantised and not options.allow_requantize:
             raise SourceError(
                 f"{path} is quantised already ({', '.join(self._quantised)}), and the errors of both times add up; "
                 "expected F16, BF16 or F32: convert the original, or pass --allow-requantize"
@@ -106,6 +109,7 @@ class GgufSource:
         self._tokens = first.value("tokenizer.ggml.tokens", [])
         self._token_types = first.value("tokenizer.ggml.token_type", [])
         self._family, config, self.why_not_known = self._transformers_model(first, tensors)
+        config |= self._told_initializer_range(first, options.initializer_range)
         if self._family is None:
             known = [_as_llama_quantize(t, self._places[t.name].quant_type) for t in tensors]
         else:
@@ -145,12 +149,26 @@ class GgufSource:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the scores of a file can differ in from those of the directory it was made from."""
-        if self._family is None:
+        if self._family is None or "initializer_range" in self.spec.config:
             return ()
         return (
-            "a GGUF file does not tell initializer_range: the untrained twin, which the scores lieq, lieq-qkv and "
-            "energy-gain compare with, has transformers' default; score the model directory if it has another",
+            f"{self.path} does not tell initializer_range: the untrained twin, which the scores lieq, lieq-qkv and "
+            "energy-gain compare with, has transformers' default; if config.json of the model says another number, "
+            "pass it with --initializer-range",
         )
+
+    def _told_initializer_range(self, first: GgufFile, given: float | None) -> dict[str, float]:
+        """What ``initializer_range`` is by the file or by the user; nothing if nobody tells."""
+        if given is not None and self._family is None:
+            raise SourceError(
+                f"{self.path} is run by llama.cpp, without an untrained twin ({self.why_not_known}); "
+                "leave out --initializer-range"
+            )
+        told = first.value(INITIALIZER_RANGE)
+        if given is not None and told is not None and given != told:
+            raise SourceError(f"{self.path} has initializer_range {told:g}; leave out --initializer-range {given:g}")
+        known = given if given is not None else told
+        return {} if known is None or self._family is None else {"initializer_range": float(known)}
 
     def _layer_bpw(self) -> float:
         """Stored bits per weight of the layers' matrices, as they are."""
@@ -242,6 +260,7 @@ class GgufSource:
         for key, content in self.metadata.values.items():
             if key.startswith(f"{self.spec.architecture}."):
                 digest.update(key.encode() + content)
+        digest.update(str(self.spec.config.get("initializer_range")).encode())
         for name, place in sorted(self._places.items()):
             digest.update(f"{name} {place.shape} {place.quant_type.name}".encode())
             data = self._mapped(place).reshape(-1)
@@ -343,6 +362,8 @@ def _layers_in_order(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
 
 
 def _tells_of_model(key: str) -> bool:
+    if key in _KEPT_OF_BUILDER:
+        return True
     return key not in _FILE_KEYS and not key.startswith(_BUILDER_KEYS)
 
 
