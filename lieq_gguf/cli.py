@@ -305,7 +305,7 @@ def convert(
     if plan is not None:
         _refuse_given(context, _DECIDED_BY_PLAN, "the plan decides the types; leave this out, or make another plan")
     if imatrix is not None and (scores is not None or plan is not None):
-        ignored = _ONLY_FOR_SCORES + (_ONLY_FOR_A_PASS if refine == "none" else ())
+        ignored = _ONLY_FOR_SCORES + (_ONLY_FOR_A_PASS if _is_written_plainly(refine, plan) else ())
         _refuse_given(context, ignored, "with these files nothing is measured; leave this out")
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
@@ -742,6 +742,15 @@ _DECIDED_BY_PLAN = (
 
 _ONLY_FOR_SCORES = ("seed", "no_cache")
 _ONLY_FOR_A_PASS = ("calibration", "n_tokens", "device", "float32")  # also of the one that feedback makes
+
+
+def _is_written_plainly(refine: str | None, plan_file: Path | None) -> bool:
+    """Whether there is no second pass: asked for, or by the plan."""
+    if refine is not None or plan_file is None:
+        return refine == "none"
+    from lieq_gguf.records.plan import QuantPlan
+
+    return QuantPlan.load(plan_file).refine == "none"
 
 
 def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:

@@ -446,6 +446,8 @@ def _measure(
     progress: Progress,
 ) -> tuple[LayerScores | None, ImportanceMatrix]:
     """Scores, if they are needed, and importance matrix, by a pass or from the cache of passes made before."""
+    for note in source.notes_on_scores if needs_scores else ():
+        progress.note(note)
     text, dataset = read_calibration_text(options.text_file)
     entry = CacheEntry.of(
         version=__version__,

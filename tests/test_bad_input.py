@@ -299,6 +299,19 @@ def test_options_of_a_pass_that_is_not_made_are_refused(
     assert str(given[-2]) in done.stderr
 
 
+@pytest.mark.parametrize("option", [("--n-tokens", 512), ("--calibration", "t.txt"), ("--float32",)])
+def test_options_of_a_pass_that_the_plan_leaves_out_are_refused(
+    run_cli: RunCli, tiny_model: Path, documents: Path, folder: Path, option: tuple[object, ...]
+) -> None:
+    edited = json.loads((documents / "plan.json").read_text()) | {"refine": "none"}
+    (documents / "plan.json").write_text(json.dumps(edited))
+    done = run_cli("convert", tiny_model, "--plan", documents / "plan.json", "--imatrix", documents / "imatrix.gguf",
+                   *option, "-o", folder / "out.gguf")  # fmt: skip
+    assert done.exit_code == 2
+    assert str(option[0]) in done.stderr
+    assert not any(folder.iterdir())
+
+
 def test_a_model_card_that_cannot_be_parsed_stops_nothing(run_cli: RunCli, tmp_path: Path, folder: Path) -> None:
     model = write_model(tmp_path / "model")
     (model / "README.md").write_text("---\nname: a: b: c\n---\n", encoding="utf-8")

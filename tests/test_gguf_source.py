@@ -194,11 +194,11 @@ def test_the_twin_is_drawn_as_the_directory_says(
         is_same = untold.by_scorer[name] == pytest.approx(scores, rel=1e-5)
         assert is_same == (name not in ("lieq", "lieq-qkv", "energy-gain")), name
     assert untold.type_errors == expected.type_errors
-    as_f16 = ("--bits", 16, "--types", "F16")
-    note = "does not tell initializer_range"
-    assert note in run_cli("plan", converters, *as_f16).stderr
-    assert note not in run_cli("plan", converters, *as_f16, "--initializer-range", 0.05).stderr
-    assert note not in run_cli("plan", f16_file, *as_f16).stderr
+    note, few = "does not tell initializer_range", ("--calibration", calibration_text, "--n-tokens", 64)
+    assert note in run_cli("score", converters, *few).stderr
+    assert note not in run_cli("score", converters, *few, "--initializer-range", 0.05).stderr
+    assert note not in run_cli("score", f16_file, *few).stderr
+    assert note not in run_cli("imatrix", converters, *few, "-o", tmp_path / "imatrix.gguf").stderr
 
 
 def test_initializer_range_is_refused_where_it_is_known_or_useless(

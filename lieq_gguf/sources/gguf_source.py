@@ -148,7 +148,12 @@ class GgufSource:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the scores of a file can differ in from those of the directory it was made from."""
+        """None so far."""
+        return ()
+
+    @property
+    def notes_on_scores(self) -> tuple[str, ...]:
+        """What they can differ in from those of the directory that the file was made from."""
         if self._family is None or "initializer_range" in self.spec.config:
             return ()
         return (

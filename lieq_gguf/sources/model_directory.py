@@ -83,6 +83,11 @@ class ModelDirectory:
         """What may interest the user, of less weight than a warning."""
         return () if self.adapter is None else self.adapter.notes
 
+    @property
+    def notes_on_scores(self) -> tuple[str, ...]:
+        """None: all that scores need is there."""
+        return ()
+
     def read(self, tensor: TensorSpec) -> torch.Tensor:
         """The tensor in the source's own type and row order, mapped and not copied; float32 if an adapter changes it.
 

@@ -75,6 +75,10 @@ class Source(Protocol):
         """What may interest the user, of less weight."""
 
     @property
+    def notes_on_scores(self) -> tuple[str, ...]:
+        """What the user should know before layers are scored."""
+
+    @property
     def has_transformers_model(self) -> bool:
         """Whether transformers has the model, so that its layers can be run one by one; if not, llama.cpp runs it."""
 
