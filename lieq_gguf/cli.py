@@ -193,7 +193,10 @@ GranularityOption = Annotated[
     ),
 ]
 Types = Annotated[
-    str | None, typer.Option("--types", metavar="A,B,…", help="Types on offer, for example Q2_K,Q3_K,Q4_K.")
+    str | None,
+    typer.Option(
+        "--types", metavar="A,B,…", help="Types on offer, for example Q2_K,Q3_K,Q4_K; +Q2_0 adds to the usual ones."
+    ),
 ]
 EmbeddingType = Annotated[str | None, typer.Option("--embedding-type", metavar="TYPE", help="Type of the embedding.")]
 OutputType = Annotated[str | None, typer.Option("--output-type", metavar="TYPE", help="Type of the output matrix.")]
@@ -719,11 +722,12 @@ def run(
 
 def _bench_types(n_threads: int, quiet: bool, as_json: bool) -> None:
     from lieq_gguf.display import costs_table
-    from lieq_gguf.quant_types import DEFAULT_LADDER
+    from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES
     from lieq_gguf.type_speed import measure_decode_costs
 
-    with _progress(quiet).stage("bench", "Running", len(DEFAULT_LADDER)) as advance:
-        costs = measure_decode_costs(DEFAULT_LADDER, n_threads, advance)
+    types = (*DEFAULT_LADDER, QUANT_TYPES["Q2_0"])
+    with _progress(quiet).stage("bench", "Running", len(types)) as advance:
+        costs = measure_decode_costs(types, n_threads, advance)
     kept = costs.save()
     if as_json:
         _print_json(costs.to_json())
@@ -831,13 +835,14 @@ def _one_type(option: str, name: str) -> QuantType:
 
 
 def _types(option: str, names: str | None) -> tuple[QuantType, ...]:
-    """Types by name, separated by commas; a name that is none is wrong usage."""
+    """Types by name, separated by commas, behind a plus beside the usual ones; a name that is none is wrong usage."""
     from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types
 
     if names is None:
         return DEFAULT_LADDER
+    usual = DEFAULT_LADDER if names.startswith("+") else ()
     try:
-        return parse_types(names.split(","))
+        return tuple(dict.fromkeys([*usual, *parse_types(names.removeprefix("+").split(","))]))
     except LieqError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
 

@@ -139,6 +139,7 @@ def _layouts() -> dict[str, CodeLayout]:
         layout("Q4_K", [_strided(16, 4, 32)], 0, 16),
         layout("Q5_K", [_strided(48, 4, 32), _strided(16, 1, 32, first_bit=4)], 0, 32),
         layout("Q6_K", [low_of_q6, _strided(128, 2, 32, first_bit=4)], -32, 64),
+        layout("Q2_0", [_field(0, 2, 2, np.arange(64) // 4, np.arange(64) % 4 * 2)], -1, 4),
         layout("Q4_0", [_strided(2, 4, 16, block_size=32)], -8, 16),
         layout("Q4_1", [_strided(4, 4, 16, block_size=32)], 0, 16),
         layout("Q5_0", [_strided(6, 4, 16, block_size=32), high_of_5[0]], -16, 32),

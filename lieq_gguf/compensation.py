@@ -22,7 +22,7 @@ import torch
 from scipy.linalg import solve_triangular
 from threadpoolctl import ThreadpoolController
 
-from lieq_gguf import ggml
+from lieq_gguf import encoders, ggml
 from lieq_gguf.code_layouts import CodeLayout, code_layout
 from lieq_gguf.errors import CalibrationError
 from lieq_gguf.quant_types import QuantType
@@ -79,7 +79,7 @@ class Request:
     Attributes:
         weights: ``[n_out, n_in]`` float32, finite.
         quant_type: Target type, whose blocks fit the rows.
-        importance: ``[n_in]`` as for ``ggml.quantize``, or None.
+        importance: ``[n_in]`` as for ``encoders.quantize``, or None.
     """
 
     weights: FloatArray
@@ -99,7 +99,7 @@ def encode(requests: Sequence[Request], coupled: FloatArray, n_threads: int = 1)
         The bytes of the file ``[n_out, row_bytes]``, of each matrix.
 
     Raises:
-        QuantizationError: as ``ggml.quantize``.
+        QuantizationError: as ``encoders.quantize``.
     """
     results = [np.empty((len(r.weights), r.quant_type.row_bytes(r.weights.shape[1])), np.uint8) for r in requests]
 
@@ -133,7 +133,7 @@ def _encode_rows(
     weights: FloatArray, quant_type: QuantType, importance: FloatArray | None, coupled: FloatArray
 ) -> ByteArray:
     if not quant_type.is_quantized:  # nothing to make good
-        return ggml.quantize(weights, quant_type)
+        return encoders.quantize(weights, quant_type)
     n_in = weights.shape[1]
     layout = code_layout(quant_type)
     group = quant_type.block_size
@@ -145,7 +145,7 @@ def _encode_rows(
         inside = coupled[columns, columns]
         from_before = coupled[:start, columns].T @ errors[:start]
         moved = wanted[columns] + solve_triangular(inside, from_before, trans="T", unit_diagonal=True)
-        blocks = ggml.quantize(
+        blocks = encoders.quantize(
             np.ascontiguousarray(moved.T), quant_type, None if importance is None else importance[columns]
         )
         if layout is not None:

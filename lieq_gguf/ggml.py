@@ -157,23 +157,11 @@ def quantize(
         QuantizationError: if the rows do not fit, are not finite, or the type needs importance and has none.
             ggml itself would end the process.
     """
-    n_rows, n_per_row = weights.shape
-    if not quant_type.fits(n_per_row):
-        raise QuantizationError(
-            f"a row of {n_per_row} weights is no whole number of {quant_type.name}'s blocks of {quant_type.block_size}"
-        )
-    if not np.isfinite(weights).all():
-        raise QuantizationError("the weights hold NaN or infinite values; the source model is damaged")
-    if quant_type.needs_imatrix and importance is None:
-        raise QuantizationError(f"{quant_type.name} needs an importance matrix; choose another type or give --imatrix")
-    if importance is not None:
-        if importance.shape != (n_per_row,) or not np.isfinite(importance).all() or (importance < 0).any():
-            raise QuantizationError(f"the importance of {n_per_row} columns must be as many finite, positive numbers")
-        importance = np.ascontiguousarray(importance, dtype=np.float32)
+    source, importance = require_encodable(weights, quant_type, importance)
+    n_rows, n_per_row = source.shape
     library = _library()
     with _init_lock:
         library.ggml_quantize_init(quant_type.ggml_id)
-    source = np.ascontiguousarray(weights, dtype=np.float32)
     result = np.empty((n_rows, quant_type.row_bytes(n_per_row)), dtype=np.uint8)
     importance_address = None if importance is None else importance.ctypes.data
 
@@ -191,8 +179,32 @@ def quantize(
         if written != (stop - start) * result.shape[1]:
             raise QuantizationError(f"ggml wrote {written} bytes of {quant_type.name}, not {result[start:stop].nbytes}")
 
-    _over_rows(encode, n_rows, n_per_row, n_threads)
+    over_rows(encode, n_rows, n_per_row, n_threads)
     return result
+
+
+def require_encodable(
+    weights: FloatArray, quant_type: QuantType, importance: FloatArray | None
+) -> tuple[FloatArray, FloatArray | None]:
+    """Weights and importance, contiguous, if an encoder of the type can take them.
+
+    Raises:
+        QuantizationError: as :func:`quantize`.
+    """
+    n_per_row = weights.shape[1]
+    if not quant_type.fits(n_per_row):
+        raise QuantizationError(
+            f"a row of {n_per_row} weights is no whole number of {quant_type.name}'s blocks of {quant_type.block_size}"
+        )
+    if not np.isfinite(weights).all():
+        raise QuantizationError("the weights hold NaN or infinite values; the source model is damaged")
+    if quant_type.needs_imatrix and importance is None:
+        raise QuantizationError(f"{quant_type.name} needs an importance matrix; choose another type or give --imatrix")
+    if importance is not None:
+        if importance.shape != (n_per_row,) or not np.isfinite(importance).all() or (importance < 0).any():
+            raise QuantizationError(f"the importance of {n_per_row} columns must be as many finite, positive numbers")
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
+    return np.ascontiguousarray(weights, dtype=np.float32), importance
 
 
 def dequantize(data: ByteArray, quant_type: QuantType, n_threads: int = 1) -> FloatArray:
@@ -217,11 +229,12 @@ def dequantize(data: ByteArray, quant_type: QuantType, n_threads: int = 1) -> Fl
         start, stop = rows
         to_float(source[start:].ctypes.data, result[start:].ctypes.data, (stop - start) * n_per_row)
 
-    _over_rows(decode, n_rows, n_per_row, n_threads)
+    over_rows(decode, n_rows, n_per_row, n_threads)
     return result
 
 
-def _over_rows(work: Callable[[tuple[int, int]], None], n_rows: int, n_per_row: int, n_threads: int) -> None:
+def over_rows(work: Callable[[tuple[int, int]], None], n_rows: int, n_per_row: int, n_threads: int) -> None:
+    """Call ``work`` with the first row and the end of parts of a matrix, in threads."""
     chunks = list(_row_chunks(n_rows, n_per_row))
     if n_threads <= 1 or len(chunks) == 1:
         for chunk in chunks:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import gguf
+import numpy as np
+import numpy.typing as npt
 
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "B",
@@ -67,6 +69,22 @@ class HeaderWriter(gguf.GGUFWriter):
     def add_bytes(self, key: str, content: bytes) -> None:
         """Add a value, its type at the front, as :attr:`GgufHeader.spans` finds it."""
         self.kv_data[0][key] = gguf.GGUFValue(_Bytes(content), gguf.GGUFValueType.STRING)
+
+    def add_encoded_tensor(
+        self, name: str, shape: tuple[int, ...], ggml_id: int, n_bytes: int, data: npt.NDArray[np.uint8] | None = None
+    ) -> None:
+        """Add a tensor by the number of its type: llama.cpp can be ahead of gguf, which then has no name for it.
+
+        Args:
+            name: Its name.
+            shape: Rows first.
+            ggml_id: ``enum ggml_type``.
+            n_bytes: Size of its data.
+            data: The bytes, if this writer is to write them.
+        """
+        dtype = np.dtype(np.float32)  # not looked at when a type is given
+        self.add_tensor_info(name, shape, dtype, n_bytes, raw_dtype=cast(gguf.GGMLQuantizationType, ggml_id))
+        self.tensors[-1][name].tensor = data
 
     def _pack_val(
         self, val: Any, vtype: gguf.GGUFValueType, add_vtype: bool, sub_type: gguf.GGUFValueType | None = None

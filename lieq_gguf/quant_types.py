@@ -71,6 +71,7 @@ _TABLE = (
     QuantType("Q5_0",    6,  32,  22,  5,  8),
     QuantType("Q5_1",    7,  32,  24,  5,  9),
     QuantType("Q8_0",    8,  32,  34,  8,  7),
+    QuantType("Q2_0",   42,  64,  18,  2, 41),
     QuantType("Q2_K",   10, 256,  84,  2, 10),
     QuantType("Q3_K",   11, 256, 110,  3, 12),
     QuantType("Q4_K",   12, 256, 144,  4, 15),
@@ -98,7 +99,8 @@ F32 = QUANT_TYPES["F32"]
 F16 = QUANT_TYPES["F16"]
 
 # The ladder offered when the user names no types. Left out: the 1-bit types, which ruin small models and must be asked
-# for; TQ1_0, TQ2_0 and MXFP4, whose grids are made for weights trained to lie on them.
+# for; TQ1_0, TQ2_0 and MXFP4, whose grids are made for weights trained to lie on them; and Q2_0, the one small type for
+# rows that are no multiple of 256, since older llama.cpp does not load it and few processors have a fast kernel.
 # fmt: off
 DEFAULT_LADDER = tuple(
     QUANT_TYPES[name]

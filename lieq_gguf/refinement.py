@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lieq_gguf import compensation, ggml
+from lieq_gguf import compensation, encoders, ggml
 from lieq_gguf.calibration_text import CalibrationTokens
 from lieq_gguf.errors import CalibrationError, QuantizationError
 from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, keep_freed_memory, torch_device
@@ -136,7 +136,7 @@ class Refinement:
         used, positions = np.unique(self._ids, return_inverse=True)
         rows = self._source.read(tensor)[torch.from_numpy(used)].float().numpy()
         quant_type = QUANT_TYPES[self._plan.types[tensor.name]]
-        decoded = ggml.dequantize(ggml.quantize(rows, quant_type, None, self._n_threads), quant_type)
+        decoded = ggml.dequantize(encoders.quantize(rows, quant_type, None, self._n_threads), quant_type)
         return self._layer.embed(torch.from_numpy(decoded[positions.reshape(self._ids.shape)]))
 
     def _encode_layer(self, index: int, hidden: torch.Tensor) -> tuple[dict[str, ByteArray], torch.Tensor]:
@@ -204,7 +204,7 @@ def _seconds_per_weight(quant_type: QuantType) -> float:
     """Time of a thread to encode a weight."""
     rows = np.random.default_rng(0).standard_normal((16, 1024), dtype=np.float32)
     importance = np.ones(rows.shape[1], dtype=np.float32)
-    ggml.quantize(rows[:1], quant_type, importance)  # tables
+    encoders.quantize(rows[:1], quant_type, importance)  # tables
     start = time.perf_counter()
-    ggml.quantize(rows, quant_type, importance)
+    encoders.quantize(rows, quant_type, importance)
     return (time.perf_counter() - start) / rows.size

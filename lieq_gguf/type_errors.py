@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from lieq_gguf import ggml
+from lieq_gguf import encoders, ggml
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.spec import TensorSpec
@@ -28,7 +28,7 @@ FloatArray = npt.NDArray[np.float32]
 N_SAMPLED_WEIGHTS = 48 * 256
 _N_SAMPLED_EXPERTS = 4  # whose errors by type stand for those of all
 _PROBES = tuple(QUANT_TYPES[name] for name in ("Q3_K", "Q4_0", "F16"))  # the fastest encoders of each block size
-_UNITS = (256, 32)
+_UNITS = (256, 64, 32)  # every type that fits the rows fits a unit
 _CHUNK_WEIGHTS = 1 << 16  # weights a thread takes at a time
 _TINY = float(np.finfo(np.float64).tiny)  # a unit of nothing but zeros has no error by no energy
 
@@ -90,7 +90,7 @@ def probe_matrix(weights: FloatArray, importance: FloatArray | None, n_threads: 
     def probe_rows(start: int) -> None:
         rows = slice(start, start + step)
         chunk = np.ascontiguousarray(weights[rows])
-        decoded[rows] = ggml.dequantize(ggml.quantize(chunk, quant_type, importance), quant_type)
+        decoded[rows] = ggml.dequantize(encoders.quantize(chunk, quant_type, importance), quant_type)
         errors[rows] = _unit_sums(chunk - decoded[rows], importance, unit)
         energies[rows] = _unit_sums(chunk, importance, unit)
 
@@ -220,7 +220,7 @@ def _unit_errors(
     columns = slice(column * probe.unit, (column + 1) * probe.unit)
     weights = np.ascontiguousarray(probe.weights[rows, columns])
     importance = None if probe.importance is None else probe.importance[columns]
-    decoded = ggml.dequantize(ggml.quantize(weights, quant_type, importance), quant_type)
+    decoded = ggml.dequantize(encoders.quantize(weights, quant_type, importance), quant_type)
     return _unit_sums(weights - decoded, importance, probe.unit)[:, 0]
 
 

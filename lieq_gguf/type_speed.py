@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 
-import gguf
 import numpy as np
 
-from lieq_gguf import ggml
+from lieq_gguf import encoders
 from lieq_gguf.decode_costs import DecodeCosts
 from lieq_gguf.engine import LoadedModel, open_model
 from lieq_gguf.errors import VerificationError
+from lieq_gguf.gguf_header import HeaderWriter
 from lieq_gguf.quant_types import DEFAULT_LADDER, F32, QUANT_TYPES, QuantType
 
 _N_LAYERS, _WIDTH, _WIDE, _NARROW, _N_VOCAB, _HEAD = 16, 1024, 4096, 256, 32, 64
@@ -95,7 +95,7 @@ def _token_seconds(model: LoadedModel) -> float:
 def _write_model(file: Path, quant_type: QuantType, n_ff: int) -> None:
     """A Llama without a vocabulary, all matrices of one type."""
     numbers = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = HeaderWriter(file, "llama")
     writer.add_block_count(_N_LAYERS)
     writer.add_context_length(512)
     writer.add_embedding_length(_WIDTH)
@@ -107,9 +107,9 @@ def _write_model(file: Path, quant_type: QuantType, n_ff: int) -> None:
 
     def add(name: str, n_out: int, n_in: int, kind: QuantType) -> None:
         rows = numbers.normal(0, 0.02, (_ENCODED_ROWS, n_in)).astype(np.float32)
-        encoded = ggml.quantize(rows, kind, np.ones(n_in, np.float32))
+        encoded = encoders.quantize(rows, kind, np.ones(n_in, np.float32))
         data = np.tile(encoded, (n_out // _ENCODED_ROWS, 1))
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType(kind.ggml_id))
+        writer.add_encoded_tensor(name, (n_out, n_in), kind.ggml_id, data.nbytes, data)
 
     add("token_embd.weight", _N_VOCAB, _WIDTH, F32)
     for layer in range(_N_LAYERS):

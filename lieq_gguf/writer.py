@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from lieq_gguf import __version__, ggml
+from lieq_gguf import __version__, encoders
 from lieq_gguf.errors import OutputError, QuantizationError
 from lieq_gguf.gguf_header import HeaderWriter
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
@@ -173,7 +173,7 @@ def _encoded(
 ) -> npt.NDArray[np.uint8]:
     if rows.dtype == np.uint8:
         return rows.astype(np.uint8, copy=False)
-    return ggml.quantize(rows.astype(np.float32, copy=False), quant_type, importance, n_threads)
+    return encoders.quantize(rows.astype(np.float32, copy=False), quant_type, importance, n_threads)
 
 
 def _rows_in_order(source: Source, tensors: Sequence[TensorSpec], plan: QuantPlan) -> Iterator[_Rows]:
@@ -205,13 +205,7 @@ def _header_content(
     _add_provenance(writer, plan, provenance, meter)
     for tensor in spec.tensors:
         quant_type = QUANT_TYPES[plan.types[tensor.name]]
-        writer.add_tensor_info(
-            tensor.name,
-            tensor.shape,
-            np.dtype(np.float32),  # not looked at when a type is given
-            quant_type.tensor_bytes(tensor.shape),
-            raw_dtype=gguf.GGMLQuantizationType(quant_type.ggml_id),
-        )
+        writer.add_encoded_tensor(tensor.name, tensor.shape, quant_type.ggml_id, quant_type.tensor_bytes(tensor.shape))
     # The writer fills open files only; an open file in memory saves writing the header to disk twice.
     content = io.BytesIO()
     writer.fout = [content]  # type: ignore[list-item]

@@ -455,10 +455,29 @@ def test_costs_measured_here_are_used_from_then_on(
     monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path))
     monkeypatch.setattr("lieq_gguf.quant_types.DEFAULT_LADDER", parse_types(["Q2_K", "Q3_K", "Q4_K", "Q6_K"]))
     document = json.loads(succeed(run_cli("bench", "--types", "-t", 1, "-q", "--json")).stdout)
-    assert document["picoseconds_per_weight"].keys() == {"Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0"}
+    assert document["picoseconds_per_weight"].keys() == {"Q2_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0"}
     assert all(0.1 < cost < 1e5 for cost in document["picoseconds_per_weight"].values())
     planned = json.loads(succeed(run_cli("plan", tiny_model, "--bits", 3.5, *cheap, "-q", "--json")).stdout)
     assert planned["predicted"]["machine"] == document["machine"]
+
+
+def test_a_type_of_two_bits_for_widths_that_k_types_do_not_fit(
+    run_cli: RunCli, cheap_pass: list[object], tmp_path: Path
+) -> None:
+    """Asked for with a plus; the error that the usual types give names it. llama.cpp loads and runs the file."""
+    model, output = write_model(tmp_path / "model", hidden_size=192, intermediate_size=320), tmp_path / "out.gguf"
+    refused = run_cli("convert", model, "--bits", 3, "-o", output, *cheap_pass)
+    assert refused.exit_code == 1
+    assert "--types +Q2_0" in refused.stderr
+    made = document(
+        run_cli("convert", model, "--bits", 3, "--types", "+Q2_0", "-o", output, "--json", "--refine", "feedback",
+                *cheap_pass)
+    )  # fmt: skip
+    assert "Q2_0" in made["types"].values()
+    assert set(made["types"].values()) - {"Q2_0"}
+    assert 2.9 < made["layer_bpw"] <= 3
+    succeed(run_cli("verify", output))
+    assert "Q2_0" in succeed(run_cli("inspect", output)).stdout
 
 
 def test_plan_edited_by_hand_is_carried_out(

@@ -14,8 +14,8 @@ RANKS = (
     ("__init__", "errors", "quant_types", "devices"),
     ("records",),
     (
-        "ggml", "code_layouts", "engine", "gguf_file", "gguf_header", "sources", "architectures", "tokenizers",
-        "progress", "native_output",
+        "ggml", "encoders", "code_layouts", "engine", "gguf_file", "gguf_header", "sources", "architectures",
+        "tokenizers", "progress", "native_output",
     ),
     (
         "calibration", "calibration_text", "llama_cpp_pass", "layer_model", "experts", "observers",

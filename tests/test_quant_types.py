@@ -8,6 +8,10 @@ from lieq_gguf.errors import BudgetError
 from lieq_gguf.quant_types import BY_GGML_ID, DEFAULT_LADDER, QUANT_TYPES, QuantType, parse_types
 
 ALL_TYPES = pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=lambda t: t.name)
+GGML_IDS = {t.value for t in gguf.GGMLQuantizationType}
+IN_GGUF = pytest.mark.parametrize(
+    "quant_type", [t for t in QUANT_TYPES.values() if t.ggml_id in GGML_IDS], ids=lambda t: t.name
+)
 # Where llama.cpp calls a file otherwise than "mostly" the name of the type.
 FILE_TYPE_NAMES = {
     "F32": "ALL_F32",
@@ -30,14 +34,19 @@ def test_name_and_block_are_those_of_the_library(quant_type: QuantType) -> None:
     )
 
 
-@ALL_TYPES
+def test_gguf_knows_all_but_the_newest() -> None:
+    """Version 0.19 is behind llama.cpp by one of our types."""
+    assert {t.name for t in QUANT_TYPES.values() if t.ggml_id not in GGML_IDS} <= {"Q2_0"}
+
+
+@IN_GGUF
 def test_name_and_block_are_those_of_gguf(quant_type: QuantType) -> None:
     ggml_type = gguf.GGMLQuantizationType(quant_type.ggml_id)
     assert ggml_type.name == quant_type.name
     assert gguf.GGML_QUANT_SIZES[ggml_type] == (quant_type.block_size, quant_type.block_bytes)
 
 
-@ALL_TYPES
+@IN_GGUF
 def test_file_type_is_that_of_gguf(quant_type: QuantType) -> None:
     expected = FILE_TYPE_NAMES.get(quant_type.name, f"MOSTLY_{quant_type.name}")
     assert gguf.LlamaFileType(quant_type.file_type).name == expected
@@ -61,7 +70,7 @@ def test_bits_per_weight_count_the_scales(name: str, bits: float) -> None:
     assert QUANT_TYPES[name].bits_per_weight == bits
 
 
-@ALL_TYPES
+@IN_GGUF
 def test_tensor_bytes_agree_with_gguf(quant_type: QuantType) -> None:
     shape = gguf.quant_shape_to_byte_shape((3, 5, 512), gguf.GGMLQuantizationType(quant_type.ggml_id))
     assert quant_type.tensor_bytes((3, 5, 512)) == shape[0] * shape[1] * shape[2]

@@ -157,11 +157,12 @@ def _advice(problem: Problem, low: float) -> str:
     if is_small and widths:
         rows = " and ".join(str(w) for w in widths)
         parts.append(f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types")
-        small = [q for q in QUANT_TYPES.values() if 1 < q.block_size < 256 and q not in allocation.types]
+        fitting = [q for q in QUANT_TYPES.values() if all(q.fits(width) for width in widths)]
+        smallest = min(fitting, key=lambda q: q.bits_per_weight)
         if (allocation.granularity or METHODS[allocation.method].granularity) == "layer":
             parts[-1] += "; --granularity tensor uses those where they fit"
-        elif small:
-            parts[-1] += f"; --types can allow others, such as {small[0].name}"
+        elif smallest not in allocation.types:
+            parts[-1] += f"; --types +{smallest.name} allows one of {smallest.bits_per_weight:g} bits that they fit"
         return "; ".join(parts)
 
     def bits(quant_type: QuantType) -> float:

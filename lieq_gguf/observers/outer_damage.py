@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lieq_gguf import ggml
+from lieq_gguf import encoders, ggml
 from lieq_gguf.layer_model import LayerModel, OutputHead
 from lieq_gguf.observers import Observer, TokenSample
 from lieq_gguf.observers.quantization_damage import QuantizationDamage, relative_change
@@ -98,6 +98,6 @@ class OuterDamage(Observer):
         """Rows ``[…, n_in]`` encoded and decoded with the probe."""
         flat = np.ascontiguousarray(rows.reshape(-1, rows.shape[-1]).cpu().numpy())
         quant_type = probe_type(flat.shape[1])
-        encoded = ggml.quantize(flat, quant_type, n_threads=self._n_threads)
+        encoded = encoders.quantize(flat, quant_type, n_threads=self._n_threads)
         decoded = ggml.dequantize(encoded, quant_type, self._n_threads)
         return torch.from_numpy(decoded).reshape(rows.shape).to(rows.device)
