@@ -13,7 +13,7 @@ import numpy as np
 from lieq_gguf.errors import BudgetError
 from lieq_gguf.native_output import silenced_native_stdout
 
-GAP = 2e-4
+GAP = 1e-3
 """Share of the damage by which a solution may miss the best one; damages are known to some per cent."""
 
 _SECONDS = 60.0

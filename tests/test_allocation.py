@@ -680,7 +680,7 @@ def test_printed_range_can_be_had() -> None:
 def test_edge_profile_has_k_and_legacy_types_alone() -> None:
     types = offered_types(tuple(QUANT_TYPES.values()), has_imatrix=True, profile="edge")
     assert {q.name for q in types} == {
-        "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+        "F32", "F16", "BF16", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
     }  # fmt: skip
     with pytest.raises(BudgetError, match="--profile edge"):
         offered_types(parse_types(["IQ4_XS"]), has_imatrix=True, profile="edge")

@@ -65,7 +65,9 @@ def _from_tokenizer_json(files: TokenizerFiles) -> SourceTokenizer:
         _add_template(files, tokenizer, automatic)
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # unlike encode, a batch lets other threads run meanwhile, and a fast one keeps no offsets
+        [encoding] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     added = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
