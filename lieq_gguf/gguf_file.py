@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,12 @@ from lieq_gguf.records.bits import BitMeter, measure_bits
 from lieq_gguf.records.spec import TensorSpec
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
+_FILE_COUNTS = ("split.count", "split.no", "split.tensors.count")
+_COUNTS_OF_LAYERS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+_COUNTS = (
+    *_COUNTS_OF_LAYERS, "attention.key_length", "attention.value_length", "block_count", "context_length",
+    "embedding_length", "expert_count", "expert_feed_forward_length", "expert_used_count", "vocab_size",
+)  # fmt: skip
 COMPUTED_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Made by the converter: no weights of the source."""
 
@@ -72,6 +79,7 @@ class GgufFile:
             self._content = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, dtype=np.uint8)
             header = read_header(self._content.data)
             self._values, self._spans = header.values, header.spans
+            _require_counts(header.values)
             self.tensors = tuple(self._stored(t) for t in header.tensors)
         except (ValueError, OSError) as error:
             size = path.stat().st_size
@@ -152,6 +160,16 @@ class GgufFile:
             raise ValueError(f"{tensor.name} ends at byte {stop:,}")
         data = self._content[tensor.offset : stop].reshape(-1, quant_type.row_bytes(tensor.shape[-1]))
         return StoredTensor(spec, quant_type, data, tensor.offset)
+
+
+def _require_counts(values: Mapping[str, Any]) -> None:
+    """Refuse numbers of things that are none; some may be given layer by layer."""
+    arch = values.get("general.architecture")
+    for key in (*_FILE_COUNTS, *(f"{arch}.{name}" for name in _COUNTS)):
+        found = values.get(key, 0)
+        of_layers = found if isinstance(found, list) and key.removeprefix(f"{arch}.") in _COUNTS_OF_LAYERS else [found]
+        if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 1 << 32 for n in of_layers):
+            raise ValueError(f"{key} is {str(found)[:40]!r}, expected a whole number")
 
 
 def is_never_quantised(name: str) -> bool:

@@ -14,6 +14,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from lieq_gguf.errors import FormatError
+
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "B",
     gguf.GGUFValueType.INT8: "b",
@@ -91,7 +93,10 @@ class HeaderWriter(gguf.GGUFWriter):
     ) -> bytes:
         if isinstance(val, _Bytes):
             return val.content
-        return super()._pack_val(val, vtype, add_vtype, sub_type)
+        try:
+            return super()._pack_val(val, vtype, add_vtype, sub_type)
+        except struct.error as error:  # a configuration can say anything
+            raise FormatError(f"{val!r} is no value for a GGUF header ({error}); correct config.json") from None
 
 
 @dataclass(frozen=True)

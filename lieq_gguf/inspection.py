@@ -91,7 +91,7 @@ def inspect(file: Path) -> Inspection:
         tensors=tuple(t.spec for t in content.tensors),
         types=content.types,
         meter=meter,
-        layer_scores=tuple(content.value("lieq.layer_scores", ())),
+        layer_scores=tuple(_list(content.value("lieq.layer_scores"))),
         provenance={
             key: str(content.value(f"lieq.{key}"))
             for key in ("version", "method", "scorer", "target.kind", "target.value", "command_line")
@@ -109,6 +109,11 @@ def inspect(file: Path) -> Inspection:
             )
         ),
     )
+
+
+def _list(found: object) -> list[Any]:
+    """What an array of the metadata holds; nothing if it is none."""
+    return found if isinstance(found, list) else []
 
 
 def _cache_width(content: GgufFile) -> int:

@@ -164,6 +164,9 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     "more layers": (config(num_hidden_layers=4), "has no tensor model.layers.3.input_layernorm.weight"),
     "another width": (config(intermediate_size=768), "config.json makes it (768, 256)"),
     "architecture": (config(architectures=["GPT2LMHeadModel"]), "unsupported architecture GPT2LMHeadModel; supported"),
+    "architectures a number": (config(architectures=1), "unsupported architecture 1; supported"),
+    "architectures of numbers": (config(architectures=[1]), "unsupported architecture 1; supported"),
+    "too large a number": (config(max_position_embeddings=1 << 40), "is no value for a GGUF header"),
     "no architecture": (config(architectures=None), "unsupported architecture model_type llama"),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), "is already quantised (gptq)"),
     "quantised, odd": (config(quantization_config="awq"), "is already quantised"),
@@ -310,6 +313,16 @@ def test_options_of_a_pass_that_the_plan_leaves_out_are_refused(
     assert done.exit_code == 2
     assert str(option[0]) in done.stderr
     assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"attention_dropout": "x"}, {"use_cache": 3}])
+def test_a_configuration_that_transformers_does_not_take(
+    run_cli: RunCli, tmp_path: Path, folder: Path, change: dict[str, Any]
+) -> None:
+    model = write_model(tmp_path / "model")
+    edit_json(model / "config.json", **change)
+    done = run_cli("score", model, "--n-tokens", 64, "-q", "-o", folder / "scores.json")
+    assert_refused(done, f"transformers does not read {model / 'config.json'}: ", folder)
 
 
 def test_a_model_card_that_cannot_be_parsed_stops_nothing(run_cli: RunCli, tmp_path: Path, folder: Path) -> None:

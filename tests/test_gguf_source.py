@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from lieq_gguf.engine import LoadedModel, open_model
 from lieq_gguf.errors import FormatError, OutputError, QuantizationError, SourceError, TokenizerError
 from lieq_gguf.gguf_file import GgufFile
 from lieq_gguf.gguf_header import HeaderWriter
+from lieq_gguf.inspection import inspect
 from lieq_gguf.layer_model import LayerModel
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES, parse_types
@@ -244,6 +246,47 @@ def test_a_value_nobody_reads_leaves_the_pass_to_llama_cpp(f16_file: Path, tmp_p
     assert "attention.clamp_kqv" in source.why_not_known
     with pytest.raises(SourceError, match="cannot be run by transformers"):
         source.transformers_config()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", "x"),
+        ("llama.context_length", [1, 2]),
+        ("llama.attention.head_count", 2.5),
+        ("llama.attention.head_count_kv", [1, -1]),
+        ("llama.embedding_length", True),
+        ("split.count", "x"),
+    ],
+)
+def test_what_counts_nothing_is_refused(f16_file: Path, tmp_path: Path, key: str, value: object) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values[key] = value
+
+    damaged = rewrite(f16_file, tmp_path / "damaged.gguf", change)
+    for read in (open_source, inspect):
+        with pytest.raises(FormatError, match=f"{re.escape(key)} is .*expected a whole number"):
+            read(damaged)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("llama.block_count", 2**30, "block_count is 1073741824, found are 3 layers"),
+        ("llama.attention.head_count", 0, "attention.head_count is 0"),
+        ("llama.rope.freq_base", "x", "rope.freq_base is 'x'"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "layer_norm_rms_epsilon is nan"),
+    ],
+)
+def test_what_transformers_cannot_have_leaves_the_pass_to_llama_cpp(
+    f16_file: Path, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values[key] = value
+
+    source = GgufSource(rewrite(f16_file, tmp_path / "odd.gguf", change))
+    assert not source.has_transformers_model
+    assert words in source.why_not_known
 
 
 def test_layers_come_one_after_the_other(f16_file: Path, tmp_path: Path) -> None:

@@ -34,9 +34,8 @@ def find_family(config: Mapping[str, Any]) -> Decoder:
     Raises:
         ArchitectureError: if there is none, naming those there are.
     """
-    names = config.get("architectures") or []
-    if isinstance(names, str):
-        names = [names]
+    given = config.get("architectures") or []
+    names = [str(name) for name in (given if isinstance(given, list) else [given])]
     for name in names:
         if name in _BY_SOURCE_CLASS:
             return _BY_SOURCE_CLASS[name]

@@ -276,24 +276,24 @@ class Decoder:
         Raises:
             ArchitectureError: if a key is missing or has a value that transformers' model cannot have.
         """
-        n_heads = stored.value("attention.head_count")
+        n_heads = stored.count("attention.head_count")
         n_vocab, width = stored.shapes["token_embd.weight"]
-        head_dim = stored.value("attention.key_length", width // n_heads)
-        if stored.value("attention.value_length", head_dim) != head_dim:
+        head_dim = stored.count("attention.key_length", width // n_heads)
+        if stored.count("attention.value_length", head_dim) != head_dim:
             raise ArchitectureError("keys and values differ in width")
-        stored.value("vocab_size", n_vocab)  # the embedding tells
+        stored.count("vocab_size", n_vocab)  # the embedding tells
         config = {
             "architectures": [self.source_classes[0]],
             "model_type": self.model_type,
             "vocab_size": n_vocab,
-            "hidden_size": stored.value("embedding_length"),
-            "intermediate_size": stored.value("feed_forward_length"),
-            "num_hidden_layers": stored.value("block_count"),
+            "hidden_size": stored.count("embedding_length"),
+            "intermediate_size": stored.count("feed_forward_length"),
+            "num_hidden_layers": stored.count("block_count"),
             "num_attention_heads": n_heads,
-            "num_key_value_heads": stored.value("attention.head_count_kv", n_heads),
+            "num_key_value_heads": stored.count("attention.head_count_kv", n_heads),
             "head_dim": head_dim,
-            "max_position_embeddings": stored.value("context_length"),
-            "rms_norm_eps": stored.value("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": stored.count("context_length"),
+            "rms_norm_eps": stored.number("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in stored.shapes,
         }
         for part in self.parts:
@@ -303,18 +303,18 @@ class Decoder:
 
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
         """Rotary parameters back from the keys of :meth:`add_rope`."""
-        if stored.value("rope.dimension_count", head_dim) != head_dim:
+        if stored.count("rope.dimension_count", head_dim) != head_dim:
             raise ArchitectureError("only a part of each head is rotated")
         kind = stored.value("rope.scaling.type", "none")
-        rope = {"rope_type": kind, "rope_theta": stored.value("rope.freq_base", 10000.0)}
+        rope = {"rope_type": kind, "rope_theta": stored.number("rope.freq_base", 10000.0)}
         if kind == "none":
             return rope | {"rope_type": "default"}
         if kind not in ("linear", "yarn"):
             raise ArchitectureError(f"rope scaling is of type '{kind}'")
-        rope["factor"] = stored.value("rope.scaling.factor")
+        rope["factor"] = stored.number("rope.scaling.factor")
         if kind == "yarn":
-            rope["original_max_position_embeddings"] = stored.value(
-                "rope.scaling.original_context_length", stored.value("context_length")
+            rope["original_max_position_embeddings"] = stored.count(
+                "rope.scaling.original_context_length", stored.count("context_length")
             )
             betas = {key: stored.value(f"rope.scaling.yarn_{key}", None) for key in ("beta_fast", "beta_slow")}
             rope |= {key: value for key, value in betas.items() if value is not None}
@@ -340,10 +340,11 @@ def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[
         )
 
 
-def require_count(key: str, value: object) -> None:
-    """Refuse what is no positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ArchitectureError(f"{key} in config.json is {value!r}; expected a positive integer")
+def require_count(key: str, value: object, least: int = 1) -> None:
+    """Refuse what is no positive integer, or less than there must be."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ArchitectureError(f"{key} in config.json is {value!r}; expected {expected}")
 
 
 def require_number(key: str, value: object) -> None:

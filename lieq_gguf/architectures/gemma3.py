@@ -78,7 +78,7 @@ class Gemma3(Decoder):
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """With the cap, the window, both rotations and the scale that is built into the graph."""
         config = super().source_config(stored)
-        local = {"rope_type": "default", "rope_theta": stored.value("rope.freq_base_swa", _LOCAL_THETA)}
+        local = {"rope_type": "default", "rope_theta": stored.number("rope.freq_base_swa", _LOCAL_THETA)}
         return config | {
             "final_logit_softcapping": stored.value("final_logit_softcapping", None),
             "sliding_window": stored.value("attention.sliding_window"),

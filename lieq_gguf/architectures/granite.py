@@ -45,8 +45,8 @@ class Granite(Llama):
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """With the factors."""
         return super().source_config(stored) | {
-            "attention_multiplier": stored.value("attention.scale", 1.0),
-            "embedding_multiplier": stored.value("embedding_scale", 1.0),
-            "residual_multiplier": stored.value("residual_scale", 1.0),
-            "logits_scaling": stored.value("logit_scale", 1.0),
+            "attention_multiplier": stored.number("attention.scale", 1.0),
+            "embedding_multiplier": stored.number("embedding_scale", 1.0),
+            "residual_multiplier": stored.number("residual_scale", 1.0),
+            "logits_scaling": stored.number("logit_scale", 1.0),
         }

@@ -47,7 +47,7 @@ class Llama(Decoder):
             "long_factor": factors,
             "factor": 1.0,
             "attention_factor": 1.0,
-            "original_max_position_embeddings": stored.value("context_length"),
+            "original_max_position_embeddings": stored.count("context_length"),
         }
 
     def computed_lengths(self, config: Config) -> dict[str, int]:

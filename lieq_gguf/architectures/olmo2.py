@@ -62,9 +62,10 @@ class Olmo2(Decoder):
             return config
         pattern = stored.per_layer("attention.sliding_window_pattern")
         if not isinstance(pattern, list):
-            pattern = [(i + 1) % pattern != 0 for i in range(config["num_hidden_layers"])]
+            period = stored.count("attention.sliding_window_pattern")
+            pattern = [(i + 1) % period != 0 for i in range(config["num_hidden_layers"])]
         rope = config["rope_parameters"]
-        local = {"rope_type": "default", "rope_theta": stored.value("rope.freq_base_swa", rope["rope_theta"])}
+        local = {"rope_type": "default", "rope_theta": stored.number("rope.freq_base_swa", rope["rope_theta"])}
         return config | {
             "architectures": ["Olmo3ForCausalLM"],
             "model_type": "olmo3",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, Part
+from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, Part, require_count
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
@@ -79,15 +79,15 @@ class Phi3(Decoder):
         """With the window, and the context that short factors are for."""
         return super().source_config(stored) | {
             "sliding_window": stored.value("attention.sliding_window", 0) or None,
-            "original_max_position_embeddings": stored.value("rope.scaling.original_context_length", _ORIGINAL_CONTEXT),
+            "original_max_position_embeddings": stored.count("rope.scaling.original_context_length", _ORIGINAL_CONTEXT),
         }
 
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
         """Rotated dimensions, and both sets of factors if there are any."""
         rope = {
             "rope_type": "default",
-            "rope_theta": stored.value("rope.freq_base", self.default_theta),
-            "partial_rotary_factor": stored.value("rope.dimension_count", head_dim) / head_dim,
+            "rope_theta": stored.number("rope.freq_base", self.default_theta),
+            "partial_rotary_factor": stored.count("rope.dimension_count", head_dim) / head_dim,
         }
         if "rope_factors_long.weight" not in stored.shapes:
             return rope
@@ -95,8 +95,8 @@ class Phi3(Decoder):
             "rope_type": "longrope",
             "short_factor": stored.vector("rope_factors_short.weight"),
             "long_factor": stored.vector("rope_factors_long.weight"),
-            "attention_factor": stored.value("rope.scaling.attn_factor", 1.0),
-            "original_max_position_embeddings": stored.value("rope.scaling.original_context_length", _ORIGINAL_CONTEXT),
+            "attention_factor": stored.number("rope.scaling.attn_factor", 1.0),
+            "original_max_position_embeddings": stored.count("rope.scaling.original_context_length", _ORIGINAL_CONTEXT),
         }
 
     def computed_lengths(self, config: Config) -> dict[str, int]:
@@ -112,5 +112,7 @@ class Phi3(Decoder):
 
 
 def _original_context(config: Config, rope: Config) -> int:
-    given = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    return int(given or _ORIGINAL_CONTEXT)
+    key = "original_max_position_embeddings"
+    length: int = rope.get(key) or config.get(key) or _ORIGINAL_CONTEXT
+    require_count(key, length, least=2)  # its logarithm divides
+    return length

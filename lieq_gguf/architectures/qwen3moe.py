@@ -58,12 +58,12 @@ class Qwen3Moe(Decoder):
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """With the experts."""
-        n_experts = stored.value("expert_count")
+        n_experts = stored.count("expert_count")
         return super().source_config(stored) | {
             "num_experts": n_experts,
             "num_local_experts": n_experts,
-            "num_experts_per_tok": stored.value("expert_used_count"),
-            "moe_intermediate_size": stored.value("expert_feed_forward_length"),
+            "num_experts_per_tok": stored.count("expert_used_count"),
+            "moe_intermediate_size": stored.count("expert_feed_forward_length"),
             "norm_topk_prob": True,
         }
 

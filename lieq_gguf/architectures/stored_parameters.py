@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,9 +46,31 @@ class StoredParameters:
         """
         found = self.per_layer(key, default)
         if isinstance(found, list):
-            if len(set(found)) != 1:
+            if any(value != found[0] for value in found[1:]) or not found:
                 raise ArchitectureError(f"{key} differs from layer to layer")
             return found[0]
+        return found
+
+    def count(self, key: str, default: Any = _REQUIRED) -> int:
+        """A positive whole number, the same for all layers.
+
+        Raises:
+            ArchitectureError: as :meth:`value`, or if it is none.
+        """
+        found = self.value(key, default)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise ArchitectureError(f"{key} is {found!r}; expected a positive integer")
+        return found
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """A finite number, the same for all layers.
+
+        Raises:
+            ArchitectureError: as :meth:`value`, or if it is none.
+        """
+        found = self.value(key, default)
+        if not isinstance(found, float | int) or isinstance(found, bool) or not math.isfinite(found):
+            raise ArchitectureError(f"{key} is {found!r}; expected a number")
         return found
 
     def per_layer(self, key: str, default: Any = _REQUIRED) -> Any:

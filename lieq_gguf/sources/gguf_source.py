@@ -232,7 +232,12 @@ class GgufSource:
 
         settings = {key: value for key, value in self.spec.config.items() if key != "model_type"}
         settings |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # defaults are another model's
-        config: PretrainedConfig = AutoConfig.for_model(self.spec.config["model_type"], **settings)
+        try:
+            config: PretrainedConfig = AutoConfig.for_model(self.spec.config["model_type"], **settings)
+        except Exception as error:  # it trips over values of the wrong kind in many ways
+            raise SourceError(
+                f"transformers takes no model of what {self.path} says: {' '.join(str(error).split())}"
+            ) from None
         config.dtype = torch.float32
         return config
 
@@ -319,6 +324,9 @@ class GgufSource:
         stored = StoredParameters(values, shapes, self._vector)
         try:
             config = family.source_config(stored)
+            n_layers = 1 + max(t.layer for t in tensors if t.layer is not None)
+            if config["num_hidden_layers"] != n_layers:  # before the tensors of that many are listed
+                raise ArchitectureError(f"block_count is {config['num_hidden_layers']}, found are {n_layers} layers")
             expected = {t.name: t.shape for t in _known_tensors(family, config, shapes)}
         except ArchitectureError as error:
             return None, {}, f"{name} model of an unusual kind ({error})"

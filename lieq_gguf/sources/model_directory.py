@@ -128,9 +128,9 @@ class ModelDirectory:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # it trips over values of the wrong kind in many ways
             raise SourceError(
-                f"transformers does not read {self.path / 'config.json'}: {str(error).splitlines()[0]}"
+                f"transformers does not read {self.path / 'config.json'}: {' '.join(str(error).split())}"
             ) from None
         config.dtype = torch.float32
         return config
