@@ -329,6 +329,11 @@ class Decoder:
         raise NotImplementedError(f"{self.gguf_name} has no {name}")
 
 
+def windowed_layers(n_layers: int, period: int) -> tuple[str, ...]:
+    """Kinds of layers, as transformers names them, where every ``period``-th looks at all tokens."""
+    return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers))
+
+
 def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[str, ...]) -> None:
     """Refuse an order of attention types that is not the one built into llama.cpp's graph."""
     if found != expected:

@@ -14,6 +14,7 @@ from lieq_gguf.architectures.decoder import (
     Decoder,
     require_layer_types,
     require_number,
+    windowed_layers,
 )
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
@@ -46,7 +47,7 @@ class Gemma2(Decoder):
             if not config.get(key, 1.0):
                 raise ArchitectureError(f"{key} is {config[key]!r}, but llama.cpp caps Gemma 2's logits always")
         n_layers = config["num_hidden_layers"]
-        alternating = tuple("full_attention" if i % 2 else "sliding_attention" for i in range(n_layers))
+        alternating = windowed_layers(n_layers, 2)
         require_layer_types(config, alternating, tuple(config.get("layer_types") or alternating))
         check_attention_scale(self, config)
 

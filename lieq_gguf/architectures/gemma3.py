@@ -15,6 +15,7 @@ from lieq_gguf.architectures.decoder import (
     Decoder,
     require_layer_types,
     require_number,
+    windowed_layers,
 )
 from lieq_gguf.architectures.gemma2 import built_in_attention_scale, check_attention_scale
 from lieq_gguf.architectures.stored_parameters import StoredParameters
@@ -55,8 +56,8 @@ class Gemma3(Decoder):
                 "with 'default' only"
             )
         n_layers = config["num_hidden_layers"]
-        expected = _layer_types(n_layers, _PERIOD)
-        found = config.get("layer_types") or _layer_types(n_layers, config.get("sliding_window_pattern") or _PERIOD)
+        expected = windowed_layers(n_layers, _PERIOD)
+        found = config.get("layer_types") or windowed_layers(n_layers, config.get("sliding_window_pattern") or _PERIOD)
         require_layer_types(config, expected, tuple(found))
         check_attention_scale(self, config)
 
@@ -90,7 +91,3 @@ class Gemma3(Decoder):
         """Both rotations."""
         super().add_rope(config, writer)
         writer.add_float32("gemma3.rope.freq_base_swa", self.rope(config, "sliding_attention")["rope_theta"])
-
-
-def _layer_types(n_layers: int, period: int) -> tuple[str, ...]:
-    return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers))

@@ -6,7 +6,7 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, Config, Decoder, Part
+from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, Config, Decoder, Part, windowed_layers
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
@@ -46,13 +46,11 @@ class Olmo2(Decoder):
         """The common keys, and for OLMo 3 which layers have a window."""
         super().add_hyper_parameters(config, writer)
         if _has_windows(config):
-            n_layers = config["num_hidden_layers"]
             types = config.get("layer_types")
-            is_sliding = [(i + 1) % _PERIOD != 0 for i in range(n_layers)]
-            if types is not None:
-                is_sliding = [kind == "sliding_attention" for kind in types]
+            if types is None:
+                types = windowed_layers(config["num_hidden_layers"], _PERIOD)
             writer.add_sliding_window(config["sliding_window"])
-            writer.add_sliding_window_pattern(is_sliding)
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in types])
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """A file with a window is of OLMo 3, whose layers with one are not scaled."""
@@ -61,16 +59,18 @@ class Olmo2(Decoder):
         if window is None:
             return config
         pattern = stored.per_layer("attention.sliding_window_pattern")
-        if not isinstance(pattern, list):
+        if isinstance(pattern, list):
+            types = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern]
+        else:
             period = stored.count("attention.sliding_window_pattern")
-            pattern = [(i + 1) % period != 0 for i in range(config["num_hidden_layers"])]
+            types = list(windowed_layers(config["num_hidden_layers"], period))
         rope = config["rope_parameters"]
         local = {"rope_type": "default", "rope_theta": stored.number("rope.freq_base_swa", rope["rope_theta"])}
         return config | {
             "architectures": ["Olmo3ForCausalLM"],
             "model_type": "olmo3",
             "sliding_window": window,
-            "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern],
+            "layer_types": types,
             "rope_parameters": {"full_attention": rope, "sliding_attention": local},
         }
 
