@@ -2,12 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lieq_gguf import ggml
+from lieq_gguf import encoders, ggml
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.type_errors import probe_matrix, relative_errors
 
@@ -23,8 +22,7 @@ def gaussian(n_rows: int, n_columns: int, seed: int = 0) -> FloatArray:
 
 def error_of_all_rows(weights: FloatArray, importance: FloatArray | None, name: str) -> float:
     quant_type = QUANT_TYPES[name]
-    encoded = ggml.quantize(weights, quant_type, importance)
-    decoded = gguf.dequantize(encoded, gguf.GGMLQuantizationType(quant_type.ggml_id))
+    decoded = ggml.dequantize(encoders.quantize(weights, quant_type, importance), quant_type)
     column = np.ones(weights.shape[1]) if importance is None else importance.astype(np.float64)
     exact = weights.astype(np.float64)
     return float((column * (exact - decoded) ** 2).sum() / (column * exact**2).sum())

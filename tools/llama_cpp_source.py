@@ -36,9 +36,11 @@ def llama_cpp_source(folder: Path) -> Path:
         with tarfile.open(archive) as tar:
             for member in tar:
                 path = member.name.partition("/vendor/llama.cpp/")[2]
-                if member.isfile() and path.startswith(_WANTED):
-                    member.name = path
-                    tar.extract(member, unpacked, filter="data")
+                content = tar.extractfile(member) if path.startswith(_WANTED) and ".." not in path else None
+                if content is not None:  # a file; extract() without its filter, which early 3.10 lacks, is not safe
+                    target = unpacked / path
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(content.read())
         source.parent.mkdir(parents=True, exist_ok=True)
         unpacked.replace(source)  # complete or not there
     return source
