@@ -25,10 +25,12 @@ from lieq_gguf.records.spec import TensorSpec
 
 FloatArray = npt.NDArray[np.float32]
 
-N_SAMPLED_WEIGHTS = 48 * 256
+_SAMPLED_WEIGHTS = 48 * 256  # where none of the units divides a row
 _N_SAMPLED_EXPERTS = 4  # whose errors by type stand for those of all
 _PROBES = tuple(QUANT_TYPES[name] for name in ("Q3_K", "Q4_0", "F16"))  # the fastest encoders of each block size
-_UNITS = (256, 64, 32)  # every type that fits the rows fits a unit
+_SAMPLED_UNITS = {256: 48, 64: 384, 32: 384}
+"""How many to draw, by the weights in a unit: the largest that divides a row, so that types that fit the row fit it."""
+
 _CHUNK_WEIGHTS = 1 << 16  # weights a thread takes at a time
 _TINY = float(np.finfo(np.float64).tiny)  # a unit of nothing but zeros has no error by no energy
 
@@ -81,7 +83,7 @@ def probe_matrix(weights: FloatArray, importance: FloatArray | None, n_threads: 
     """
     n_out, n_in = weights.shape
     quant_type = probe_type(n_in)
-    unit = next((u for u in _UNITS if n_in % u == 0), n_in)
+    unit = next((u for u in _SAMPLED_UNITS if n_in % u == 0), n_in)
     decoded = np.empty_like(weights)
     errors = np.empty((n_out, n_in // unit))
     energies = np.empty_like(errors)
@@ -199,7 +201,8 @@ def _errors(probe: Probe, types: Sequence[QuantType]) -> dict[str, Callable[[], 
         chances = probe.unit_energies
     # Units that are alike to the probe stand side by side, so that even steps take their share of every kind.
     order = np.argsort(probe.unit_errors.ravel() / (probe.unit_energies.ravel() + _TINY), kind="stable")
-    drawn = order[_systematic_sample(chances.ravel()[order], max(1, N_SAMPLED_WEIGHTS // probe.unit))]
+    n_drawn = _SAMPLED_UNITS.get(probe.unit) or max(1, _SAMPLED_WEIGHTS // probe.unit)
+    drawn = order[_systematic_sample(chances.ravel()[order], n_drawn)]
     scale = float(chances.sum()) / len(drawn) / probe.energy
 
     def error(quant_type: QuantType) -> float:
