@@ -214,6 +214,14 @@ def test_initializer_range_is_refused_where_it_is_known_or_useless(
         assert "leave out --initializer-range" in done.stderr
 
 
+def test_an_initializer_range_that_is_no_number_is_refused(f16_file: Path, tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["lieq.initializer_range"] = "x"
+
+    with pytest.raises(FormatError, match="initializer_range 'x'; expected a number"):
+        open_source(rewrite(f16_file, tmp_path / "damaged.gguf", change))
+
+
 def test_metadata_is_kept_value_by_value(f16_file: Path, tmp_path: Path) -> None:
     def change(values: dict[str, Any]) -> None:
         values["general.tags"] = ["one", "two"]

@@ -36,8 +36,10 @@ def llama_cpp_source(folder: Path) -> Path:
         with tarfile.open(archive) as tar:
             for member in tar:
                 path = member.name.partition("/vendor/llama.cpp/")[2]
-                content = tar.extractfile(member) if path.startswith(_WANTED) and ".." not in path else None
-                if content is not None:  # a file; extract() without its filter, which early 3.10 lacks, is not safe
+                if not member.isfile() or not path.startswith(_WANTED) or ".." in path:
+                    continue
+                content = tar.extractfile(member)  # extract() is not safe without its filter, which early 3.10 lacks
+                if content is not None:
                     target = unpacked / path
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(content.read())

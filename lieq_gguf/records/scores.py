@@ -13,7 +13,7 @@ from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
 from lieq_gguf.records.spec import ModelSpec
 
 # Share of a matrix's error that error feedback leaves, on text that calibration has not seen. One for all types: theirs
-# are mostly between 0.55 and 0.74, but plans that told them apart were no better (docs/experiments.md).
+# are mostly between 0.58 and 0.74, but plans that told them apart were no better (docs/experiments.md).
 _LEFT_BY_FEEDBACK = 0.72
 
 

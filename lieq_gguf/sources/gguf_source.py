@@ -21,7 +21,7 @@ import numpy.typing as npt
 from lieq_gguf import ggml
 from lieq_gguf.architectures import Decoder, StoredParameters, family_named
 from lieq_gguf.engine import load_vocabulary
-from lieq_gguf.errors import ArchitectureError, OutputError, SourceError, TokenizerError
+from lieq_gguf.errors import ArchitectureError, FormatError, OutputError, SourceError, TokenizerError
 from lieq_gguf.gguf_file import COMPUTED_TENSORS, GgufFile, is_never_quantised
 from lieq_gguf.gguf_header import HeaderWriter
 from lieq_gguf.quant_types import F32, QuantType
@@ -164,16 +164,20 @@ class GgufSource:
 
     def _told_initializer_range(self, first: GgufFile, given: float | None) -> dict[str, float]:
         """What ``initializer_range`` is by the file or by the user; nothing if nobody tells."""
-        if given is not None and self._family is None:
-            raise SourceError(
-                f"{self.path} is run by llama.cpp, without an untrained twin ({self.why_not_known}); "
-                "leave out --initializer-range"
-            )
         told = first.value(INITIALIZER_RANGE)
+        if told is not None and not isinstance(told, float):
+            raise FormatError(f"{self.path} has {INITIALIZER_RANGE} {told!r}; expected a number")
+        if self._family is None:
+            if given is not None:
+                raise SourceError(
+                    f"{self.path} is run by llama.cpp, without an untrained twin ({self.why_not_known}); "
+                    "leave out --initializer-range"
+                )
+            return {}
         if given is not None and told is not None and given != told:
             raise SourceError(f"{self.path} has initializer_range {told:g}; leave out --initializer-range {given:g}")
         known = given if given is not None else told
-        return {} if known is None or self._family is None else {"initializer_range": float(known)}
+        return {} if known is None else {"initializer_range": known}
 
     def _layer_bpw(self) -> float:
         """Stored bits per weight of the layers' matrices, as they are."""
