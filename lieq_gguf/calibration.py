@@ -193,8 +193,8 @@ def _stream(
         for index in range(spec.n_layers):
             layer.load(source, index)
             with layer.watching_inputs(see_input):
-                for rows in layer.batches(hidden):
-                    output[rows] = layer.forward(hidden[rows])
+                for rows, result in layer.outputs(hidden):
+                    output[rows] = result
                     for observer in observers:
                         observer.see_output(hidden[rows], output[rows])
             if not bool(output.sum().isfinite()):  # one number that is not finite makes the sum so

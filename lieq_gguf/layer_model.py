@@ -55,6 +55,7 @@ class LayerModel:
             _share_weights(self._layers[0], module)
         self.layer = self._layers[0]
         self._around: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        self._rounded_weights: dict[str, nn.Parameter] = {}  # those of the weights that modules have now
 
     def embed(self, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer, from rows of the embedding ``[…, d_model]``; some models scale them."""
@@ -64,6 +65,7 @@ class LayerModel:
     def initialise(self, seed: int, index: int) -> None:
         """Give the layer random weights from the model's own initialiser, as layer ``index`` of an untrained twin."""
         self._select(index)
+        self._rounded_weights.clear()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layer.cpu().apply(self._init_weights)  # type: ignore[arg-type]  # on the CPU: the same on any device
@@ -72,6 +74,7 @@ class LayerModel:
     def load(self, source: Source, index: int) -> None:
         """Copy a layer's weights in, converting to float32."""
         self._select(index)
+        self._rounded_weights.clear()
         weights: dict[str, torch.Tensor] = {}
         for tensor in (t for t in source.spec.tensors if t.layer == index):
             stored = source.read(tensor)
@@ -99,17 +102,17 @@ class LayerModel:
     def assign(self, module: str, weight: torch.Tensor) -> None:
         """Give a linear module other weights ``[n_out, n_in]`` until the next layer is loaded."""
         self.layer.get_submodule(module).weight.data.copy_(weight)  # type: ignore[operator]
+        self._rounded_weights.pop(module, None)
 
     @contextmanager
     def replaced(self, module: str, weight: torch.Tensor) -> Iterator[None]:
         """Other weights in a linear module for the length of a ``with``."""
-        linear = self.layer.get_submodule(module)
-        kept = linear.weight
-        linear.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
-        try:
+        kept = self._rounded_weights.pop(module, None)
+        with _given_weight(self.layer.get_submodule(module), nn.Parameter(weight.to(self.device), requires_grad=False)):
             yield
-        finally:
-            linear.weight = kept
+        self._rounded_weights.pop(module, None)
+        if kept is not None:
+            self._rounded_weights[module] = kept
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -155,9 +158,21 @@ class LayerModel:
             The same shape in float32, on the CPU.
         """
         result = torch.empty_like(hidden)
-        for rows in self.batches(hidden):
-            result[rows] = self._run(hidden[rows], exact)
+        for rows, output in self.outputs(hidden, exact=exact):
+            result[rows] = output
         return result
+
+    def outputs(self, hidden: torch.Tensor, *, exact: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Like :meth:`forward`, batch by batch: rows of ``hidden`` and what the layer makes of them.
+
+        The weights of the layer must stay as they are until the last batch is out.
+        """
+        in_bfloat16 = self.in_bfloat16 and not exact
+        with self._rounded() if in_bfloat16 else nullcontext():
+            for rows in self.batches(hidden):
+                around = self._around_layers(hidden[rows].shape)[self._layers.index(self.layer)]
+                output = self.layer(hidden[rows].to(self.device), **around)
+                yield rows, output.float().cpu()
 
     def batches(self, hidden: torch.Tensor) -> Iterator[slice]:
         """Rows of ``hidden`` that pass at once."""
@@ -199,14 +214,19 @@ class LayerModel:
         self.index = index
         self.layer = self._layers[sorted(set(self._kinds)).index(self._kinds[index])]
 
-    def _run(self, hidden: torch.Tensor, exact: bool) -> torch.Tensor:
-        in_bfloat16 = self.in_bfloat16 and not exact
-        precision = torch.autocast(self.device.type, torch.bfloat16) if in_bfloat16 else nullcontext()
-        around = self._around_layers(hidden.shape)[self._layers.index(self.layer)]
-        with precision:
-            output = self.layer(hidden.to(self.device), **around)
-        result: torch.Tensor = output.float().cpu()
-        return result
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        """For the length of a ``with``, matrices are multiplied in bfloat16.
+
+        Autocast alone would round the weights anew for every batch.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16), ExitStack() as given:
+            for name, module in self.layer.named_modules():
+                if isinstance(module, nn.Linear):
+                    if name not in self._rounded_weights:
+                        self._rounded_weights[name] = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+                    given.enter_context(_given_weight(module, self._rounded_weights[name]))
+            yield
 
     def _around_layers(self, shape: tuple[int, ...]) -> list[dict[str, Any]]:
         """What the model gives each kind of layer besides hidden states of a shape: positions, masks, rotations."""
@@ -299,6 +319,17 @@ class OutputHead:
     def _row_batches(self) -> Iterator[torch.Tensor]:
         for start in range(0, self._matrix.shape[0], _BATCH_TOKENS):
             yield self._matrix[start : start + _BATCH_TOKENS].to(self._device, torch.float32)
+
+
+@contextmanager
+def _given_weight(module: nn.Module, weight: nn.Parameter) -> Iterator[None]:
+    """Another weight in a module for the length of a ``with``."""
+    kept = module.weight
+    module.weight = weight
+    try:
+        yield
+    finally:
+        module.weight = kept
 
 
 def keep_freed_memory() -> None:

@@ -21,7 +21,9 @@ class Modification(Observer):
 
     def see_output(self, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add a batch."""
-        self._sum += float(torch.cosine_similarity(before, after, dim=-1).sum(dtype=torch.float64))
+        lengths = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
+        cosines = torch.linalg.vecdot(before, after) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+        self._sum += float(cosines.sum(dtype=torch.float64))
         self._n_tokens += before.shape[0] * before.shape[1]
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:  # noqa: ARG002
