@@ -25,7 +25,7 @@ from lieq_gguf.records.measurement import LayerMeasurement
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.scorers.zd import z_share
 from lieq_gguf.sources.source import Source
-from lieq_gguf.type_errors import errors_of_tensors, probe_tensor
+from lieq_gguf.type_errors import errors_of_tensors, probe_tensors
 
 _LAYER_OUTPUT = re.compile(r"l_out-(\d+)")
 _NORM_OF_FIRST = "norm-0"  # what the first one of that name norms is the input of the first layer
@@ -87,7 +87,7 @@ def calibrate_in_llama_cpp(
     with progress.stage("calibrate", "Measuring weights", n_looked_at) as advance:
         for layer, matrices in enumerate(spec.layer_matrices[:n_looked_at]):
             weights = [_weights(source, tensor) for tensor in matrices]
-            probes = [probe_tensor(t, w, made_with, options.n_threads) for t, w in zip(matrices, weights, strict=True)]
+            probes = probe_tensors(list(zip(matrices, weights, strict=True)), made_with, options.n_threads)
             type_errors |= errors_of_tensors(probes, options.error_types, options.n_threads)
             if options.measure:
                 share = z_share([torch.from_numpy(w) for some in weights for w in some]) if weights else 0.0

@@ -3,13 +3,12 @@
 Errors are heavy-tailed: a few columns carry most of the importance, and a few blocks most of the error. Rows spread
 evenly over a matrix miss them (a fifth off on average in SmolLM2). So the whole matrix is probed with a fast type
 first, blocks are drawn in proportion to the probe's error, and the other types' errors are estimated as multiples of
-the probe's, which differ little from block to block: 3 % off on average at low widths, 7 % over all types
-(docs/experiments.md).
+the probe's, which differ little from block to block (docs/experiments.md has how far off they are).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,8 @@ _N_SAMPLED_EXPERTS = 4  # whose errors by type stand for those of all
 _PROBES = tuple(QUANT_TYPES[name] for name in ("Q3_K", "Q4_0", "F16"))  # the fastest encoders of each block size
 _SAMPLED_UNITS = {256: 48, 64: 384, 32: 384}
 """How many to draw, by the weights in a unit: the largest that divides a row, so that types that fit the row fit it."""
+
+_EVEN_SHARE = 0.3  # how much a unit's energy counts beside the probe's error when units are drawn
 
 _CHUNK_WEIGHTS = 1 << 16  # weights a thread takes at a time
 _TINY = float(np.finfo(np.float64).tiny)  # a unit of nothing but zeros has no error by no energy
@@ -74,32 +75,44 @@ def probe_type(n_in: int) -> QuantType:
 
 
 def probe_matrix(weights: FloatArray, importance: FloatArray | None, n_threads: int = 1) -> Probe:
-    """Quantise a matrix with the fastest type that fits.
+    """Quantise a matrix with the fastest type that fits; arguments as of :func:`probe_matrices`."""
+    return probe_matrices([(weights, importance)], n_threads)[0]
+
+
+def probe_matrices(matrices: Sequence[tuple[FloatArray, FloatArray | None]], n_threads: int = 1) -> list[Probe]:
+    """Quantise matrices, each with the fastest type that fits.
 
     Args:
-        weights: ``[n_out, n_in]``.
-        importance: ``[n_in]``, mean squared input of each column, or None to weigh all columns alike.
+        matrices: ``[n_out, n_in]``, and ``[n_in]``, mean squared input of each column, or None to weigh all columns
+            alike.
         n_threads: Threads of the encoder.
     """
-    n_out, n_in = weights.shape
-    quant_type = probe_type(n_in)
-    unit = next((u for u in _SAMPLED_UNITS if n_in % u == 0), n_in)
-    decoded = np.empty_like(weights)
-    errors = np.empty((n_out, n_in // unit))
-    energies = np.empty_like(errors)
-    step = max(1, _CHUNK_WEIGHTS // n_in)
-
-    def probe_rows(start: int) -> None:
-        rows = slice(start, start + step)
-        chunk = np.ascontiguousarray(weights[rows])
-        decoded[rows] = ggml.dequantize(encoders.quantize(chunk, quant_type, importance), quant_type)
-        errors[rows] = _unit_sums(chunk - decoded[rows], importance, unit)
-        energies[rows] = _unit_sums(chunk, importance, unit)
-
+    probes = []
+    for weights, importance in matrices:
+        n_out, n_in = weights.shape
+        unit = next((u for u in _SAMPLED_UNITS if n_in % u == 0), n_in)
+        of_units = np.empty((2, n_out, n_in // unit))
+        probes.append(Probe(probe_type(n_in), weights, np.empty_like(weights), importance, unit, *of_units))
     with ThreadPoolExecutor(max(1, n_threads)) as pool:
-        for _ in pool.map(probe_rows, range(0, n_out, step)):  # the loop re-raises what a thread raised
+        parts = [(probe, rows) for probe in probes for rows in _row_parts(probe.weights)]
+        for _ in pool.map(_probe_rows, parts):  # the loop re-raises what a thread raised
             pass
-    return Probe(quant_type, weights, decoded, importance, unit, errors, energies)
+    return probes
+
+
+def _row_parts(weights: FloatArray) -> Iterator[slice]:
+    n_out, n_in = weights.shape
+    step = max(1, _CHUNK_WEIGHTS // n_in)
+    return (slice(start, start + step) for start in range(0, n_out, step))
+
+
+def _probe_rows(part: tuple[Probe, slice]) -> None:
+    probe, rows = part
+    weights = np.ascontiguousarray(probe.weights[rows])
+    encoded = encoders.quantize(weights, probe.quant_type, probe.importance)
+    probe.decoded[rows] = ggml.dequantize(encoded, probe.quant_type)
+    probe.unit_errors[rows] = _unit_sums(weights - probe.decoded[rows], probe.importance, probe.unit)
+    probe.unit_energies[rows] = _unit_sums(weights, probe.importance, probe.unit)
 
 
 def relative_errors(probes: Sequence[Probe], types: Sequence[QuantType], n_threads: int = 1) -> list[dict[str, float]]:
@@ -155,27 +168,33 @@ class TensorProbe:
         return {name: sum(errors[name] for errors in of_sampled) * scale for name in of_sampled[0]}
 
 
-def probe_tensor(
-    tensor: TensorSpec, matrices: Sequence[FloatArray], importance: ImportanceMatrix | None, n_threads: int = 1
-) -> TensorProbe:
-    """Quantise the matrices of a tensor with the fastest type that fits.
+def probe_tensors(
+    tensors: Sequence[tuple[TensorSpec, Sequence[FloatArray]]], importance: ImportanceMatrix | None, n_threads: int = 1
+) -> list[TensorProbe]:
+    """Quantise the matrices of tensors, each with the fastest type that fits.
 
     Args:
-        tensor: The tensor.
-        matrices: ``[n_out, n_in]``, one, or that of every expert.
+        tensors: Tensors and their matrices ``[n_out, n_in]``, one, or that of every expert.
         importance: Where the weights of the squared errors are, or None.
         n_threads: Threads of the encoder.
     """
-    means = None if importance is None else importance.mean(tensor.name)
-    if not tensor.of_experts:
-        return TensorProbe(tensor, (probe_matrix(matrices[0], means, n_threads),), np.ones(1, dtype=np.float32))
-    n_experts = len(matrices)
-    shares = np.full(n_experts, 1 / n_experts, dtype=np.float32)
-    if importance is not None:
-        shares = importance.expert_shares(tensor.name, n_experts)
-    of_expert = [None] * n_experts if means is None else means
-    probes = [probe_matrix(w, mean, n_threads) for w, mean in zip(matrices, of_expert, strict=True)]
-    return TensorProbe(tensor, tuple(probes), shares)
+    wanted: list[tuple[FloatArray, FloatArray | None]] = []
+    for tensor, matrices in tensors:
+        means = None if importance is None else importance.mean(tensor.name)
+        of_expert = means if tensor.of_experts and means is not None else [means] * len(matrices)
+        wanted += zip(matrices, of_expert, strict=True)
+    probes = iter(probe_matrices(wanted, n_threads))
+    return [
+        TensorProbe(tensor, tuple(islice(probes, len(matrices))), _shares(tensor, len(matrices), importance))
+        for tensor, matrices in tensors
+    ]
+
+
+def _shares(tensor: TensorSpec, n_matrices: int, importance: ImportanceMatrix | None) -> FloatArray:
+    """Share of the tokens that reach each matrix."""
+    if tensor.of_experts and importance is not None:
+        return importance.expert_shares(tensor.name, n_matrices)
+    return np.full(n_matrices, 1 / n_matrices, dtype=np.float32)
 
 
 def errors_of_tensors(
@@ -196,7 +215,7 @@ def _errors(probe: Probe, types: Sequence[QuantType]) -> dict[str, Callable[[], 
     fitting = [t for t in types if t.fits(n_in) and (probe.importance is not None or not t.needs_imatrix)]
     if probe.energy <= 0:
         return {t.name: lambda: 0.0 for t in fitting}
-    chances = probe.unit_errors + probe.unit_energies * (0.05 * probe.relative_error)  # no unit is out of reach
+    chances = probe.unit_errors + probe.unit_energies * (_EVEN_SHARE * probe.relative_error)
     if not chances.any():  # the probe is exact, so the weights themselves are all there is to go by
         chances = probe.unit_energies
     # Units that are alike to the probe stand side by side, so that even steps take their share of every kind.

@@ -11,7 +11,7 @@ from lieq_gguf.layer_model import LayerModel
 from lieq_gguf.observers import Observer, TokenSample
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
-from lieq_gguf.type_errors import TensorProbe, errors_of_tensors, probe_tensor
+from lieq_gguf.type_errors import TensorProbe, errors_of_tensors, probe_tensors
 
 
 class QuantizationDamage(Observer):
@@ -51,12 +51,11 @@ class QuantizationDamage(Observer):
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """Probe the layer's matrices, then run the layer with one tensor quantised after the other."""
-        probes = [
-            probe_tensor(
-                tensor, [layer.weight(module).cpu().numpy() for module in modules], self._importance, self._n_threads
-            )
+        matrices = [
+            (tensor, [layer.weight(module).cpu().numpy() for module in modules])
             for tensor, modules in layer.modules.items()
         ]
+        probes = probe_tensors(matrices, self._importance, self._n_threads)
         self.probe_errors |= {probe.tensor.name: probe.relative_error for probe in probes}
         self.type_errors |= errors_of_tensors(probes, self._types, self._n_threads)
         if self._sample is None:
