@@ -72,6 +72,13 @@ class HeaderWriter(gguf.GGUFWriter):
         """Add a value, its type at the front, as :attr:`GgufHeader.spans` finds it."""
         self.kv_data[0][key] = gguf.GGUFValue(_Bytes(content), gguf.GGUFValueType.STRING)
 
+    def packed(self) -> dict[str, bytes]:
+        """All values so far, for :meth:`add_bytes` of other writers."""
+        return {
+            key: self._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
+            for key, value in self.kv_data[0].items()
+        }
+
     def add_encoded_tensor(
         self, name: str, shape: tuple[int, ...], ggml_id: int, n_bytes: int, data: npt.NDArray[np.uint8] | None = None
     ) -> None:

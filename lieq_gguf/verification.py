@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,7 +15,10 @@ from lieq_gguf.engine import open_model
 from lieq_gguf.errors import VerificationError
 from lieq_gguf.gguf_file import GgufFile, StoredTensor
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_WEIGHTS = 1 << 20  # decoded by a thread at a time
+
+_Part: TypeAlias = tuple[StoredTensor, slice]
+"""Some rows of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +78,28 @@ def _check_tensors(
             raise VerificationError(
                 f"{tensor.spec.name} in {file} has shape {tensor.spec.shape}, planned was {planned}"
             )
-        if not _is_finite(tensor, n_threads):
-            raise VerificationError(
-                f"{tensor.spec.name} in {file} holds NaN or infinite values as {tensor.quant_type.name}; "
-                "the source's values exceed what the type can scale: choose another with --types"
-            )
-        advance(tensor.spec.n_weights)
+    with ThreadPoolExecutor(max(1, n_threads)) as pool:
+        parts = [part for tensor in content.tensors for part in _parts(tensor)]
+        for (tensor, rows), is_finite in zip(parts, pool.map(_is_finite, parts), strict=True):
+            if not is_finite:
+                raise VerificationError(
+                    f"{tensor.spec.name} in {file} holds NaN or infinite values as {tensor.quant_type.name}; "
+                    "the source's values exceed what the type can scale: choose another with --types"
+                )
+            advance(tensor.spec.n_weights * (rows.stop - rows.start) / len(tensor.data))
     return len(content.tensors), sum(t.spec.n_weights for t in content.tensors)
 
 
-def _is_finite(tensor: StoredTensor, n_threads: int) -> bool:
-    step = max(1, _CHUNK_BYTES // tensor.data.shape[1])
-    return all(
-        np.isfinite(ggml.dequantize(tensor.data[start : start + step], tensor.quant_type, n_threads)).all()
-        for start in range(0, tensor.data.shape[0], step)
-    )
+def _parts(tensor: StoredTensor) -> Iterator[_Part]:
+    n_rows = len(tensor.data)
+    step = max(1, _CHUNK_WEIGHTS * n_rows // tensor.spec.n_weights)
+    for start in range(0, n_rows, step):
+        yield tensor, slice(start, min(start + step, n_rows))
+
+
+def _is_finite(part: _Part) -> bool:
+    tensor, rows = part
+    return bool(np.isfinite(ggml.dequantize(tensor.data[rows], tensor.quant_type)).all())
 
 
 def _run_in_llama_cpp(file: Path, n_threads: int) -> int:

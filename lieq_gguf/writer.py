@@ -7,8 +7,9 @@ temporary name beside the target and takes its place only when the caller is con
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -26,6 +27,9 @@ from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.source import Source, SourceMetadata
+
+_PART_WEIGHTS = 1 << 17  # that a thread encodes at a time: some ten milliseconds, with one part like another
+_AHEAD = 3  # parts begun by thread, so that none runs dry while the file is written
 
 _Rows: TypeAlias = tuple[TensorSpec, "npt.NDArray[np.float32] | npt.NDArray[np.uint8]", int, bool]
 """A tensor, some rows of it, float32 ``[n_rows, n_in]`` or encoded already, the first's index, and if they are last."""
@@ -95,15 +99,24 @@ def make_header(spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, prov
     The figures of the file are themselves part of the metadata, so it is laid out twice, the first time to learn its
     size.
     """
+    packed = _packed(spec, metadata)
     tensors_bytes = sum(padded(QUANT_TYPES[plan.types[t.name]].tensor_bytes(t.shape)) for t in spec.tensors)
-    size = header_size(spec, metadata, plan, provenance)
+    size = len(_header_content(spec, packed, plan, provenance, measure_bits(spec.tensors, plan.types, 0)))
     meter = measure_bits(spec.tensors, plan.types, size + tensors_bytes)
-    return Header(_header_content(spec, metadata, plan, provenance, meter), meter)
+    return Header(_header_content(spec, packed, plan, provenance, meter), meter)
 
 
 def header_size(spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, provenance: Provenance) -> int:
     """Bytes before the first tensor; they do not depend on the types."""
-    return len(_header_content(spec, metadata, plan, provenance, measure_bits(spec.tensors, plan.types, 0)))
+    meter = measure_bits(spec.tensors, plan.types, 0)
+    return len(_header_content(spec, _packed(spec, metadata), plan, provenance, meter))
+
+
+def _packed(spec: ModelSpec, metadata: SourceMetadata) -> dict[str, bytes]:
+    """The metadata as bytes: to pack a vocabulary takes a while."""
+    writer = HeaderWriter(None, spec.architecture)
+    metadata.add_to(writer)
+    return writer.packed()
 
 
 def write_file(
@@ -154,52 +167,53 @@ def encode_tensors(
     Raises:
         QuantizationError: if a tensor cannot be encoded.
     """
-    for tensor, rows, first_row, is_last in _read_ahead(_rows_in_order(source, tensors, plan)):
-        mean = None if importance is None else importance.mean(tensor.name)
-        if mean is not None and tensor.of_experts:
-            mean = mean[first_row // tensor.shape[1]]
-        try:
-            data = _encoded(rows, QUANT_TYPES[plan.types[tensor.name]], mean, n_threads)
-        except QuantizationError as error:
-            raise QuantizationError(f"{tensor.name}: {error}") from None
-        yield EncodedRows(tensor, data, is_last)
+    n_threads = max(1, n_threads)
+    with ThreadPoolExecutor(n_threads) as pool:
+        begun: deque[tuple[_Rows, Future[npt.NDArray[np.uint8]]]] = deque()
+        for part in _rows_in_order(source, tensors, plan):
+            begun.append((part, pool.submit(_encoded, part, QUANT_TYPES[plan.types[part[0].name]], importance)))
+            if len(begun) > _AHEAD * n_threads:
+                yield _finished(*begun.popleft())
+        while begun:
+            yield _finished(*begun.popleft())
 
 
-def _encoded(
-    rows: npt.NDArray[np.float32] | npt.NDArray[np.uint8],
-    quant_type: QuantType,
-    importance: npt.NDArray[np.float32] | None,
-    n_threads: int,
-) -> npt.NDArray[np.uint8]:
+def _encoded(part: _Rows, quant_type: QuantType, importance: ImportanceMatrix | None) -> npt.NDArray[np.uint8]:
+    tensor, rows, first_row, _ = part
     if rows.dtype == np.uint8:
         return rows.astype(np.uint8, copy=False)
-    return encoders.quantize(rows.astype(np.float32, copy=False), quant_type, importance, n_threads)
+    mean = None if importance is None else importance.mean(tensor.name)
+    if mean is not None and tensor.of_experts:
+        mean = mean[first_row // tensor.shape[1]]
+    try:
+        return encoders.quantize(rows.astype(np.float32, copy=False), quant_type, mean)
+    except QuantizationError as error:
+        raise QuantizationError(f"{tensor.name}: {error}") from None
+
+
+def _finished(part: _Rows, data: Future[npt.NDArray[np.uint8]]) -> EncodedRows:
+    return EncodedRows(part[0], data.result(), is_last=part[3])
 
 
 def _rows_in_order(source: Source, tensors: Sequence[TensorSpec], plan: QuantPlan) -> Iterator[_Rows]:
     """Weights as the file has them, some rows at a time."""
     for tensor in tensors:
         n_left = tensor.n_rows
-        for rows in source.encoded_rows(tensor, QUANT_TYPES[plan.types[tensor.name]]) or source.rows(tensor):
-            yield tensor, rows, tensor.n_rows - n_left, n_left == len(rows)
-            n_left -= len(rows)
+        step = max(1, _PART_WEIGHTS // tensor.shape[-1])
+        for read in source.encoded_rows(tensor, QUANT_TYPES[plan.types[tensor.name]]) or source.rows(tensor):
+            for start in range(0, len(read), step):
+                rows = read[start : start + step]
+                yield tensor, rows, tensor.n_rows - n_left, n_left == len(rows)
+                n_left -= len(rows)
         source.release()
 
 
-def _read_ahead(parts: Iterator[_Rows]) -> Iterator[_Rows]:
-    """The same parts, each read while the one before is being encoded."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, parts, None)
-        while (part := coming.result()) is not None:
-            coming = pool.submit(next, parts, None)
-            yield part
-
-
 def _header_content(
-    spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, provenance: Provenance, meter: BitMeter
+    spec: ModelSpec, packed: Mapping[str, bytes], plan: QuantPlan, provenance: Provenance, meter: BitMeter
 ) -> bytes:
     writer = HeaderWriter(None, spec.architecture)
-    metadata.add_to(writer)
+    for key, value in packed.items():
+        writer.add_bytes(key, value)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(spec.layer_matrices, plan.types))
     _add_provenance(writer, plan, provenance, meter)
