@@ -11,6 +11,7 @@ which none of the others has, is timed beside.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -28,16 +29,16 @@ from lieq_gguf.sources.model_directory import ModelDirectory
 N_TOKENS, CHUNK_SIZE, N_THREADS = 16384, 512, 2
 
 
-def timed(name: str, command: list[object], environment: dict[str, str] | None = None) -> float:
+def timed(
+    name: str, command: list[object], environment: dict[str, str] | None = None, printed: Path = Path(os.devnull)
+) -> float:
     """Seconds of a command, which is printed with its largest memory."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | (environment or {}),
-    )
-    _, status, usage = os.wait4(process.pid, 0)
+    with printed.open("w") as out:
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=out, stderr=subprocess.DEVNULL, env=os.environ | (environment or {})
+        )
+        _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status != 0:
         raise SystemExit(f"{name} failed: {' '.join(str(part) for part in command)}")
@@ -85,11 +86,13 @@ def main() -> None:
             ])  # fmt: skip
             written = timed("convert --plan", [
                 *lieq, "convert", arguments.model, "--plan", plan, "--imatrix", theirs_imatrix, "-o", folder / "w",
-                "-f", "--threads", N_THREADS, "--refine", "none", "-q",
-            ])  # fmt: skip
+                "-f", "--threads", N_THREADS, "--refine", "none", "-q", "--json",
+            ], printed=folder / "written.json")  # fmt: skip
+            stages = json.loads((folder / "written.json").read_text())["seconds"]
             print(f"  whole: {ours:.1f} / {theirs + quantize:.1f} s = {ours / (theirs + quantize):.2f}")
             print(f"  with error feedback / without: {refined / ours:.2f}")
-            print(f"  writing and verifying alone / llama-quantize: {written / quantize:.2f}")
+            print(f"  reading, quantising and writing tensors / llama-quantize: {stages['write'] / quantize:.2f}")
+            print(f"  the whole of convert --plan, verified / llama-quantize: {written / quantize:.2f}")
         compare_importance(arguments.model, arguments.text, theirs_imatrix, ours_imatrix, lieq)
     print(f"largest child: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6:.0f} MB")
 
