@@ -164,7 +164,6 @@ def _relaxed(program: _Program) -> tuple[float, FloatArray, FloatArray]:
             b_ub=program.limits,
             A_eq=program.groups,
             b_eq=np.ones(program.groups.shape[0]),
-            options={"time_limit": _SECONDS},
         )
     if solution.x is None:
         raise BudgetError(f"no choice of types is within the limits: {solution.message}")

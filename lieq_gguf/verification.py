@@ -92,7 +92,7 @@ def _check_tensors(
 
 def _parts(tensor: StoredTensor) -> Iterator[_Part]:
     n_rows = len(tensor.data)
-    step = max(1, _CHUNK_WEIGHTS * n_rows // tensor.spec.n_weights)
+    step = max(1, _CHUNK_WEIGHTS * n_rows // max(1, tensor.spec.n_weights))
     for start in range(0, n_rows, step):
         yield tensor, slice(start, min(start + step, n_rows))
 
