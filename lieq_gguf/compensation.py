@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import spotrf
 from threadpoolctl import ThreadpoolController
 
 from lieq_gguf import encoders, ggml
@@ -36,6 +37,7 @@ DAMPING = 1.0
 _FLOOR = 1e-4  # of the mean diagonal, for columns that are never used
 
 _ATTEMPTS = 5
+_REVERSED = 1 << 20  # numbers that change places at a time
 _SUB_BLOCK = 32  # columns whose errors reach each other one by one; further ones are reached by products of matrices
 _LEAST_ROWS, _MOST_ROWS = 384, 1024  # that a thread takes at a time: fewer are slow, more leave threads idle
 
@@ -43,33 +45,54 @@ _LEAST_ROWS, _MOST_ROWS = 384, 1024  # that a thread takes at a time: fewer are 
 def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
     """How errors reach later columns: ``A`` of ``H = (A D) (A D)ᵀ``, ``[n_in, n_in]``.
 
+    All in the memory of ``moments``, since those of a wide matrix are as large as some layers.
+
     Args:
-        moments: ``H`` ``[n_in, n_in]``, symmetric, on the CPU.
+        moments: ``H`` ``[n_in, n_in]``, float32, symmetric, on the CPU; overwritten.
         damping: Share that every element of the diagonal grows by; ten times as much where the matrix is not positive
             definite.
 
     Raises:
         CalibrationError: if that does not help.
     """
-    n_in = moments.shape[0]
-    mean = float(moments.diagonal().mean())
+    matrix: FloatArray = np.ascontiguousarray(moments.numpy())
+    n_in = len(matrix)
+    mean = float(matrix.diagonal().mean())
     if not np.isfinite(mean):
         raise CalibrationError("the second moments of the activations are not finite; the model's weights are damaged")
     if mean <= 0:
         return np.eye(n_in, dtype=np.float32)
-    backwards = moments.flip(0, 1)
-    del moments
-    backwards.diagonal().add_(_FLOOR * mean)
+    _reverse(matrix)  # L Lᵀ of the reversed matrix is U Uᵀ of the matrix, with U the reversed L
+    diagonal = np.einsum("ii->i", matrix)
+    diagonal += _FLOOR * mean
     for _ in range(_ATTEMPTS):
-        backwards.diagonal().mul_(1 + damping)
-        lower, failed = torch.linalg.cholesky_ex(backwards)
+        diagonal *= 1 + damping
+        damped = diagonal.copy()
+        # The transposed view is what LAPACK takes without a copy; its upper triangle is the lower one here.
+        with _blas().limit(limits=torch.get_num_threads(), user_api="blas"):
+            _, failed = spotrf(matrix.T, lower=0, clean=0, overwrite_a=1)
         if not failed:
-            del backwards
-            factor = np.ascontiguousarray(lower.numpy()[::-1, ::-1])
-            factor /= factor.diagonal().copy()
-            return factor
+            for i in range(n_in):
+                matrix[i, i + 1 :] = 0
+            _reverse(matrix)
+            matrix /= matrix.diagonal().copy()
+            return matrix
+        for i in range(n_in):  # the other triangle is as it was
+            matrix[i, :i] = matrix[:i, i]
+        diagonal[:] = damped
         damping *= 10
     raise CalibrationError("the second moments of the activations are not positive definite; use more tokens")
+
+
+def _reverse(matrix: FloatArray) -> None:
+    """Turn rows and columns of a contiguous matrix around, in place."""
+    numbers = matrix.reshape(-1)
+    for start in range(0, len(numbers) // 2, _REVERSED):
+        stop = min(start + _REVERSED, len(numbers) // 2)
+        front, back = slice(start, stop), slice(len(numbers) - stop, len(numbers) - start)
+        kept = numbers[front].copy()
+        numbers[front] = numbers[back][::-1]
+        numbers[back] = kept[::-1]
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ def output_error(
 @pytest.mark.parametrize("quant_type", QUANTIZED, ids=lambda t: t.name)
 def test_output_error_is_less_than_without_feedback(quant_type: QuantType) -> None:
     moments, weights = correlated_moments(512), some_weights(512)
-    importance = moments.diagonal().numpy()
+    importance = moments.diagonal().numpy().copy()
     plain = ggml.quantize(weights, quant_type, importance)
-    [data] = encode([Request(weights, quant_type, importance)], coupling(moments))
+    [data] = encode([Request(weights, quant_type, importance)], coupling(moments.clone()))
     assert data.shape == plain.shape
     bound = 0.75 if code_layout(quant_type) else 0.97
     assert output_error(weights, data, quant_type, moments) < bound * output_error(weights, plain, quant_type, moments)
@@ -79,7 +79,7 @@ def test_codes_are_those_of_the_published_algorithm(name: str) -> None:
     importance = moments.diagonal().numpy().copy()
     damped = moments.double().numpy() + 1e-4 * np.eye(512) * float(moments.diagonal().mean())
     damped[np.diag_indices(512)] *= 1 + DAMPING
-    [data] = encode([Request(weights, quant_type, importance)], coupling(moments))
+    [data] = encode([Request(weights, quant_type, importance)], coupling(moments.clone()))
     expected = published(weights, quant_type, importance, damped)
     rows_that_differ = (data != expected).any(axis=1)  # a tie in float32 moves all that follows in its row
     assert rows_that_differ.sum() <= 2
@@ -95,6 +95,18 @@ def test_coupling_is_a_factor_of_the_moments() -> None:
     squares = inverse @ moments.numpy() @ inverse.T  # D²
     scale = np.sqrt(np.outer(squares.diagonal(), squares.diagonal()))
     np.testing.assert_allclose(squares / scale, np.eye(256), atol=0.01)
+
+
+def test_matrix_that_is_not_positive_definite_is_damped_more() -> None:
+    moments = np.eye(8, dtype=np.float32)
+    moments[2, 5] = moments[5, 2] = 5.0  # a diagonal of 1 + 1 is too little, (1 + 1) · (1 + 10) is enough
+    found = coupling(torch.from_numpy(moments.copy()), damping=1.0)
+    assert np.array_equal(np.argwhere(np.triu(found, 1)), [[2, 5]])
+    diagonal = (1 + 1e-4) * 2 * 11
+    assert found[2, 5] == pytest.approx(5.0 / diagonal, rel=1e-5)
+    moments[2, 5] = moments[5, 2] = 1e12
+    with pytest.raises(CalibrationError, match="not positive definite"):
+        coupling(torch.from_numpy(moments))
 
 
 def test_bytes_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:

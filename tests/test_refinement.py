@@ -5,6 +5,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from conftest import RunCli
@@ -126,10 +127,11 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
     source, planned = ModelDirectory(tiny_model), refined.planned
     tokens = tokenize("some words to run on " * 400, "test", load_source_tokenizer(tiny_model), 512)
     refinement = Refinement(source, planned.plan, tokens, planned.importance, in_float32=True)
-    written = {
-        rows.tensor.name: ggml.dequantize(rows.data, QUANT_TYPES[planned.plan.types[rows.tensor.name]])
-        for rows in refinement.encoded()
-    }
+    parts: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for rows in refinement.encoded():
+        decoded = ggml.dequantize(rows.data, QUANT_TYPES[planned.plan.types[rows.tensor.name]])
+        parts.setdefault(rows.tensor.name, []).append(decoded)
+    written = {name: np.concatenate(of_tensor) for name, of_tensor in parts.items()}
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     state = model.state_dict()
     for tensor in source.spec.tensors:

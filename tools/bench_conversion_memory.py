@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Largest memory of a conversion of a 1.2-billion-parameter Llama of random weights, and of one with fewer layers.
 
-Usage: bench_conversion_memory.py [N_LAYERS…]      (16 and 4 if left out)
+Usage: bench_conversion_memory.py [N_LAYERS…] [--refine none]      (16 and 4 layers, with error feedback)
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -19,7 +20,11 @@ N_VOCAB = 128_256
 
 def main() -> None:
     """Make and convert each, one after the other."""
-    for n_layers in map(int, sys.argv[1:] or ("16", "4")):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("n_layers", type=int, nargs="*")
+    parser.add_argument("--refine", default="feedback")
+    arguments = parser.parse_args()
+    for n_layers in arguments.n_layers or (16, 4):
         with tempfile.TemporaryDirectory() as scratch:
             model, log = Path(scratch) / "model", Path(scratch) / "log.json"
             # a process of its own, so that its memory is not counted here
@@ -31,7 +36,7 @@ def main() -> None:
             n_bytes = sum(f.stat().st_size for f in model.glob("*.safetensors"))
             with log.open("w") as out:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "lieq_gguf", "convert", model, "--bits", "2.7",
+                    [sys.executable, "-m", "lieq_gguf", "convert", model, "--bits", "2.7", "--refine", arguments.refine,
                      "-o", Path(scratch) / "o.gguf", "--no-cache", "--quiet", "--json"],
                     stdout=out,
                 )  # fmt: skip

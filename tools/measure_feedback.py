@@ -64,7 +64,7 @@ def main() -> None:
             for module, moments in seen.items():
                 weights = np.ascontiguousarray(layer.weight(module).numpy()[:N_ROWS])
                 importance = moments.diagonal().numpy().copy()
-                coupled = coupling(moments)
+                coupled = coupling(moments.clone())
                 for name in TYPES:
                     quant_type = QUANT_TYPES[name]
                     plain = ggml.quantize(weights, quant_type, importance, N_THREADS)
