@@ -204,6 +204,7 @@ def _stream(
             hidden, output = output, hidden
             advance(1)
         head = tensor_named.get("output.weight", spec.embedding)
+        layer.forget()
         outer = layer.head(source.read(tensor_named["output_norm.weight"]), source.read(head))
         for observer in observers:
             observer.conclude(outer, hidden)

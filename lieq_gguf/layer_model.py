@@ -56,6 +56,7 @@ class LayerModel:
         self.layer = self._layers[0]
         self._around: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._rounded_weights: dict[str, nn.Parameter] = {}  # those of the weights that modules have now
+        self._forgotten: list[tuple[nn.Parameter, torch.Size]] = []
 
     def embed(self, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer, from rows of the embedding ``[…, d_model]``; some models scale them."""
@@ -64,8 +65,7 @@ class LayerModel:
 
     def initialise(self, seed: int, index: int) -> None:
         """Give the layer random weights from the model's own initialiser, as layer ``index`` of an untrained twin."""
-        self._select(index)
-        self._rounded_weights.clear()
+        self._prepare(index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layer.cpu().apply(self._init_weights)  # type: ignore[arg-type]  # on the CPU: the same on any device
@@ -73,8 +73,7 @@ class LayerModel:
 
     def load(self, source: Source, index: int) -> None:
         """Copy a layer's weights in, converting to float32."""
-        self._select(index)
-        self._rounded_weights.clear()
+        self._prepare(index)
         weights: dict[str, torch.Tensor] = {}
         for tensor in (t for t in source.spec.tensors if t.layer == index):
             stored = source.read(tensor)
@@ -88,6 +87,14 @@ class LayerModel:
             tensor: tuple(name.rpartition(".")[0] for name in tensor.names_in_layer)
             for tensor in source.spec.layer_matrices[index]
         }
+
+    def forget(self) -> None:
+        """Give the memory of the weights back; there are none until others are loaded or drawn."""
+        self._rounded_weights.clear()
+        self._forgotten = self._forgotten or [(parameter, parameter.shape) for parameter in self.layer.parameters()]
+        with torch.inference_mode(mode=False):  # parameters are none of its tensors
+            for parameter, _ in self._forgotten:
+                parameter.data = torch.empty(0, device=self.device)
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -107,12 +114,10 @@ class LayerModel:
     @contextmanager
     def replaced(self, module: str, weight: torch.Tensor) -> Iterator[None]:
         """Other weights in a linear module for the length of a ``with``."""
-        kept = self._rounded_weights.pop(module, None)
+        self._rounded_weights.pop(module, None)
         with _given_weight(self.layer.get_submodule(module), nn.Parameter(weight.to(self.device), requires_grad=False)):
             yield
         self._rounded_weights.pop(module, None)
-        if kept is not None:
-            self._rounded_weights[module] = kept
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -210,9 +215,15 @@ class LayerModel:
                     hooks.enter_context(module.register_forward_hook(hook(name)))
             yield
 
-    def _select(self, index: int) -> None:
+    def _prepare(self, index: int) -> None:
+        """Make the layer of an index ready for its weights."""
         self.index = index
         self.layer = self._layers[sorted(set(self._kinds)).index(self._kinds[index])]
+        self._rounded_weights.clear()
+        with torch.inference_mode(mode=False):
+            for parameter, shape in self._forgotten:
+                parameter.data = torch.empty(shape, device=self.device)
+        self._forgotten = []
 
     @contextmanager
     def _rounded(self) -> Iterator[None]:

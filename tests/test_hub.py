@@ -423,10 +423,12 @@ def test_a_signal_leaves_nothing_broken(
 ) -> None:
     hub.held.add("model.safetensors")
     command = [sys.executable, "-m", "lieq_gguf", "convert", NAME, *QUICK]
+    before = signal.signal(number, signal.SIG_DFL)  # what a shell starts in the background ignores interrupts
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env=environment(home, hub.endpoint),
     ) as process:  # fmt: skip
+        signal.signal(number, before)
         try:
             assert hub.is_holding.wait(60)
             process.send_signal(number)

@@ -57,6 +57,7 @@ class Projections(Observer):
         self._twin.initialise(self._twin_seed(layer.index), layer.index)
         projections, self._twin_hidden = _captured(self._twin, self._twin_hidden)
         self.twin_spectra.append(_spectra(projections, layer, self._n_threads))
+        self._twin.forget()
 
 
 def _captured(layer: LayerModel, hidden: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
