@@ -89,10 +89,11 @@ class LayerModel:
         }
 
     def forget(self) -> None:
-        """Give the memory of the weights back; there are none until others are loaded or drawn."""
+        """Give the memory of the matrices back; there are none until others are loaded or drawn."""
         self._rounded_weights.clear()
-        self._forgotten = self._forgotten or [(parameter, parameter.shape) for parameter in self.layer.parameters()]
-        with torch.inference_mode(mode=False):  # parameters are none of its tensors
+        linear = [module for module in self.layer.modules() if isinstance(module, nn.Linear)]
+        self._forgotten = self._forgotten or [(module.weight, module.weight.shape) for module in linear]
+        with torch.inference_mode(mode=False):  # whose tensors a parameter cannot hold
             for parameter, _ in self._forgotten:
                 parameter.data = torch.empty(0, device=self.device)
 
@@ -176,7 +177,8 @@ class LayerModel:
         with self._rounded() if in_bfloat16 else nullcontext():
             for rows in self.batches(hidden):
                 around = self._around_layers(hidden[rows].shape)[self._layers.index(self.layer)]
-                output = self.layer(hidden[rows].to(self.device), **around)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
+                    output = self.layer(hidden[rows].to(self.device), **around)
                 yield rows, output.float().cpu()
 
     def batches(self, hidden: torch.Tensor) -> Iterator[slice]:
@@ -227,11 +229,8 @@ class LayerModel:
 
     @contextmanager
     def _rounded(self) -> Iterator[None]:
-        """For the length of a ``with``, matrices are multiplied in bfloat16.
-
-        Autocast alone would round the weights anew for every batch.
-        """
-        with torch.autocast(self.device.type, torch.bfloat16), ExitStack() as given:
+        """For the length of a ``with``, matrices are in bfloat16; autocast would round them anew for every batch."""
+        with ExitStack() as given:
             for name, module in self.layer.named_modules():
                 if isinstance(module, nn.Linear):
                     if name not in self._rounded_weights:

@@ -258,6 +258,26 @@ def test_replayed_layer_gives_what_the_whole_layer_gives(tiny_model: Path, monke
 
 
 @torch.inference_mode()
+def test_rounded_weights_are_those_of_the_moment(tiny_model: Path) -> None:
+    source, module = ModelDirectory(tiny_model), "mlp.down_proj"
+    layer = layer_model.LayerModel(source.transformers_config(), torch.device("cpu"), in_bfloat16=True)
+    hidden = torch.randn(2, 32, 256, generator=torch.Generator().manual_seed(0))
+    layer.load(source, 0)
+    first, doubled = layer.forward(hidden), 2 * layer.weight(module)
+    with layer.replaced(module, doubled):
+        changed = layer.forward(hidden)
+    assert not torch.equal(first, changed)
+    assert torch.equal(first, layer.forward(hidden))
+    layer.assign(module, doubled)
+    assert torch.equal(changed, layer.forward(hidden))
+    layer.forget()
+    layer.load(source, 0)
+    for rows, output in layer.outputs(hidden):
+        assert torch.equal(first[rows], output)
+        assert not torch.is_autocast_enabled("cpu")  # what is done with the output is none of the layer's
+
+
+@torch.inference_mode()
 def test_replaying_runs_nothing_upstream(tiny_model: Path) -> None:
     layer, hidden = loaded_layer(tiny_model), torch.randn((2, 32, 256), generator=torch.Generator().manual_seed(0))
     with layer.recording() as record:
