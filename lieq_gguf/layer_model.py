@@ -56,7 +56,7 @@ class LayerModel:
         self.layer = self._layers[0]
         self._around: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._rounded_weights: dict[str, nn.Parameter] = {}  # those of the weights that modules have now
-        self._forgotten: list[tuple[nn.Parameter, torch.Size]] = []
+        self._forgotten: list[tuple[torch.Tensor, torch.Size]] = []
 
     def embed(self, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer, from rows of the embedding ``[…, d_model]``; some models scale them."""
