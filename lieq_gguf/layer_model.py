@@ -90,12 +90,16 @@ class LayerModel:
 
     def forget(self) -> None:
         """Give the memory of the matrices back; there are none until others are loaded or drawn."""
-        self._rounded_weights.clear()
+        self.forget_rounded()
         linear = [module for module in self.layer.modules() if isinstance(module, nn.Linear)]
         self._forgotten = self._forgotten or [(module.weight, module.weight.shape) for module in linear]
         with torch.inference_mode(mode=False):  # whose tensors a parameter cannot hold
             for parameter, _ in self._forgotten:
                 parameter.data = torch.empty(0, device=self.device)
+
+    def forget_rounded(self) -> None:
+        """Give the memory of the matrices in bfloat16 back; they are made anew when they are needed."""
+        self._rounded_weights.clear()
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -221,7 +225,7 @@ class LayerModel:
         """Make the layer of an index ready for its weights."""
         self.index = index
         self.layer = self._layers[sorted(set(self._kinds)).index(self._kinds[index])]
-        self._rounded_weights.clear()
+        self.forget_rounded()
         with torch.inference_mode(mode=False):
             for parameter, shape in self._forgotten:
                 parameter.data = torch.empty(shape, device=self.device)

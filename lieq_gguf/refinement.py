@@ -147,6 +147,7 @@ class Refinement:
         with torch.inference_mode():
             with layer.watching_inputs(moments.see_input):
                 wanted = layer.forward(hidden)
+            layer.forget_rounded()  # every matrix gets other weights before the layer runs again
             if not bool(wanted.sum().isfinite()):
                 raise CalibrationError(f"the output of layer {index} is not finite; the model's weights are damaged")
             matrices: dict[str, ByteArray] = {}
