@@ -1,5 +1,5 @@
 """Lets ``python -m lieq_gguf`` be the command ``lieq-gguf``."""
 
-from lieq_gguf.cli import main
+from lieq_gguf.cli.commands import main
 
 main()

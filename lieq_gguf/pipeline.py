@@ -10,12 +10,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lieq_gguf import __version__, ggml
-from lieq_gguf.allocation import METHODS, Allocation, allocate, check_reachable, is_decided, offered_types, scorer_of
-from lieq_gguf.cache import CacheEntry
-from lieq_gguf.calibration_text import CalibrationTokens, read_calibration_text, tokenize
-from lieq_gguf.decode_costs import DecodeCosts
+from lieq_gguf import __version__
+from lieq_gguf.allocation.allocate import (
+    METHODS,
+    Allocation,
+    allocate,
+    check_reachable,
+    is_decided,
+    offered_types,
+    scorer_of,
+)
+from lieq_gguf.allocation.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError, CalibrationError, ScoringError, TokenizerError
+from lieq_gguf.measure.cache import CacheEntry
+from lieq_gguf.measure.text import CalibrationTokens, read_calibration_text, tokenize
+from lieq_gguf.native import ggml
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import DEFAULT_LADDER, F32, QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget
@@ -27,11 +36,19 @@ from lieq_gguf.records.spec import ModelSpec
 from lieq_gguf.sources import open_source
 from lieq_gguf.sources.source import Source, SourceOptions
 from lieq_gguf.tokenizers import Vocabulary, known_deviation, tokenizer_differences
-from lieq_gguf.verification import verify
-from lieq_gguf.writer import Header, ImatrixNote, Provenance, encode_tensors, header_size, make_header, write_file
+from lieq_gguf.writing.verification import verify
+from lieq_gguf.writing.writer import (
+    Header,
+    ImatrixNote,
+    Provenance,
+    encode_tensors,
+    header_size,
+    make_header,
+    write_file,
+)
 
 if TYPE_CHECKING:
-    from lieq_gguf.refinement import Refinement
+    from lieq_gguf.writing.feedback_pass import Refinement
 
 DEFAULT_N_TOKENS = 16384
 _FEW_TOKENS = 2048
@@ -229,7 +246,7 @@ def open_with_warnings(path: Path, progress: Progress, options: SourceOptions = 
 
 def _refinement(source: Source, planned: Planned, calibration: CalibrationOptions, progress: Progress) -> Refinement:
     """The second pass, and what it will take."""
-    from lieq_gguf.refinement import Refinement
+    from lieq_gguf.writing.feedback_pass import Refinement
 
     text, dataset = read_calibration_text(calibration.text_file)
     refinement = Refinement(
@@ -474,8 +491,8 @@ def _measure(
     with ThreadPoolExecutor(1) as pool:
         tokenizing = pool.submit(_tokenize, source, text, dataset, options.n_tokens)
         # The heavy imports wait until a forward pass is certain, and take seconds.
-        from lieq_gguf.calibration import PassOptions, calibrate
-        from lieq_gguf.llama_cpp_pass import calibrate_in_llama_cpp
+        from lieq_gguf.measure.forward_pass import PassOptions, calibrate
+        from lieq_gguf.measure.llama_cpp_pass import calibrate_in_llama_cpp
         from lieq_gguf.scorers import score_layers
 
         tokens = tokenizing.result()

@@ -13,8 +13,8 @@ import torch
 from models import write_model
 
 from lieq_gguf import pipeline
-from lieq_gguf.allocation import Allocation
-from lieq_gguf.cli import main
+from lieq_gguf.allocation.allocate import Allocation
+from lieq_gguf.cli.commands import main
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.bits import BitBudget

@@ -21,10 +21,10 @@ from models import write_model
 from safetensors.torch import load_file, save_file
 
 from lieq_gguf import pipeline
-from lieq_gguf.allocation import Allocation
-from lieq_gguf.cache import cache_folder
+from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.errors import SourceError
-from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.measure.cache import cache_folder
+from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.bits import BitBudget

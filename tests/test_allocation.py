@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lieq_gguf.allocation import (
+from lieq_gguf.allocation.allocate import (
     METHODS,
     Allocation,
     Pin,
@@ -23,9 +23,9 @@ from lieq_gguf.allocation import (
     make_problem,
     offered_types,
 )
-from lieq_gguf.decode_costs import DecodeCosts
+from lieq_gguf.allocation.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError, FormatError
-from lieq_gguf.native_output import silenced_native_stdout
+from lieq_gguf.native.silence import silenced_native_stdout
 from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES, QuantType, parse_types
 from lieq_gguf.records.bits import BitBudget, BudgetKind
 from lieq_gguf.records.plan import QuantPlan

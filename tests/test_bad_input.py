@@ -774,7 +774,8 @@ def test_interrupt_leaves_nothing(
 
 SLEEP_IN_VERIFY = """
 import signal, sys, time
-from lieq_gguf import cli, pipeline
+from lieq_gguf import pipeline
+from lieq_gguf.cli import commands
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 

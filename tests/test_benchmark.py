@@ -8,9 +8,9 @@ import pytest
 from conftest import RunCli
 
 from lieq_gguf import pipeline
-from lieq_gguf.benchmark import Benchmark, Rate, bench, read_bandwidth
-from lieq_gguf.devices import DEVICES
-from lieq_gguf.inspection import inspect
+from lieq_gguf.evaluation.benchmark import Benchmark, Rate, bench, read_bandwidth
+from lieq_gguf.evaluation.devices import DEVICES
+from lieq_gguf.evaluation.inspection import inspect
 
 GOOD = Benchmark(
     file=Path("model.gguf"), file_bytes=10**9, n_threads=4, n_prompt=512, n_generate=128, prompt=Rate(100, 1),

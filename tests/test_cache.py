@@ -11,8 +11,8 @@ import pytest
 from conftest import RunCli
 from safetensors.torch import load_file, save_file
 
-from lieq_gguf import calibration
-from lieq_gguf.cache import _MAX_ENTRIES, CacheEntry, cache_folder
+from lieq_gguf.measure import forward_pass
+from lieq_gguf.measure.cache import _MAX_ENTRIES, CacheEntry, cache_folder
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -25,13 +25,13 @@ SCORES = LayerScores("tiny", 16, "text", 0, {"lim": (0.5,)}, {"blk.0.attn_q.weig
 def n_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How many passes were made so far."""
     made: list[object] = []
-    real = calibration.calibrate
+    real = forward_pass.calibrate
 
     def counted(*arguments: object, **options: object) -> object:
         made.append(arguments)
         return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(calibration, "calibrate", counted)
+    monkeypatch.setattr(forward_pass, "calibrate", counted)
     return lambda: len(made)
 
 

@@ -17,17 +17,17 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from whole_model import MODULES, OuterReference, WholeModel, lieq_scores
 
-from lieq_gguf import calibration, layer_model
-from lieq_gguf.calibration import Calibration, PassOptions, calibrate
-from lieq_gguf.calibration_text import CHUNK_SIZE, SHIPPED_TEXT, CalibrationTokens, read_calibration_text, tokenize
 from lieq_gguf.errors import CalibrationError
+from lieq_gguf.measure import forward_pass, layer_model
+from lieq_gguf.measure.forward_pass import Calibration, PassOptions, calibrate
+from lieq_gguf.measure.text import CHUNK_SIZE, SHIPPED_TEXT, CalibrationTokens, read_calibration_text, tokenize
+from lieq_gguf.measure.type_errors import probe_matrix, relative_errors
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.scorers import lieq
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
-from lieq_gguf.type_errors import probe_matrix, relative_errors
 
 N_SCORE_TOKENS = 256
 
@@ -359,9 +359,9 @@ def test_bfloat16_stays_within_a_percent(tiny_model: Path, monkeypatch: pytest.M
     source = ModelDirectory(tiny_model)
     tokens = random_tokens(source.spec.config["vocab_size"])
     options = PassOptions(n_score_tokens=N_SCORE_TOKENS)
-    monkeypatch.setattr(calibration, "has_fast_bfloat16", lambda _device: False)
+    monkeypatch.setattr(forward_pass, "has_fast_bfloat16", lambda _device: False)
     exact = calibrate(source, tokens, options)
-    monkeypatch.setattr(calibration, "has_fast_bfloat16", lambda _device: True)
+    monkeypatch.setattr(forward_pass, "has_fast_bfloat16", lambda _device: True)
     rounded = calibrate(source, tokens, options)
     assert any((exact.importance.in_sum2[n] != s).any() for n, s in rounded.importance.in_sum2.items())
     for name, sums in exact.importance.in_sum2.items():

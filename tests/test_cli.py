@@ -15,13 +15,14 @@ from tokenizer_fixtures import write_smollm2
 from typer.main import get_command
 
 import lieq_gguf
-from lieq_gguf import calibration, pipeline
-from lieq_gguf.cli import app
+from lieq_gguf import pipeline
+from lieq_gguf.cli.commands import app
+from lieq_gguf.measure import forward_pass
+from lieq_gguf.measure.type_errors import probe_matrix, relative_errors
 from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.type_errors import probe_matrix, relative_errors
 
 COMMANDS = ("convert", "score", "imatrix", "plan", "inspect", "verify", "eval", "bench", "run")
 FIGURES = {"layer_bpw", "file_bpw", "nominal_bits", "file_bytes"}
@@ -161,7 +162,7 @@ def heavy_modules(arguments: list[str]) -> list[str]:
     """Which of the slow packages a command has loaded when it ends."""
     program = (
         "import sys\n"
-        "from lieq_gguf.cli import main\n"
+        "from lieq_gguf.cli.commands import main\n"
         "code = 0\n"
         "try:\n"
         "    main()\n"
@@ -286,12 +287,12 @@ def test_unweighted_conversion_measures_unweighted_errors(
 ) -> None:
     asked: list[object] = []
 
-    def calibrate(*arguments: Any, **options: Any) -> calibration.Calibration:
+    def calibrate(*arguments: Any, **options: Any) -> forward_pass.Calibration:
         asked.append(arguments[2].weigh_errors)
         return real(*arguments, **options)
 
-    real = calibration.calibrate
-    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    real = forward_pass.calibrate
+    monkeypatch.setattr(forward_pass, "calibrate", calibrate)
     for options in ([], ["--no-imatrix"]):
         succeed(run_cli("plan", tiny_model, "--bits", 3.4, "-o", tmp_path / "p.json", "--force", *cheap, *options))
     assert asked == [True, False]
@@ -313,19 +314,19 @@ def test_knowledge_from_files_needs_no_forward_pass(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibration, "calibrate", forward_pass)
+    monkeypatch.setattr(forward_pass, "calibrate", no_pass)
     succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "out.gguf", *KNOWN, *knowledge))
 
 
 def test_plan_from_scores_alone_needs_no_forward_pass(
     run_cli: RunCli, tiny_model: Path, knowledge: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "calibrate", forward_pass)
+    monkeypatch.setattr(forward_pass, "calibrate", no_pass)
     succeed(run_cli("plan", tiny_model, "--bits", 3.4, *KNOWN, *knowledge[:2]))
     succeed(run_cli("convert", tiny_model, "--bits", 3.4, "--dry-run", *KNOWN, *knowledge[:2]))
 
 
-def forward_pass(*_arguments: object, **_options: object) -> None:
+def no_pass(*_arguments: object, **_options: object) -> None:
     pytest.fail("a forward pass was made")
 
 
@@ -342,7 +343,7 @@ def forward_pass(*_arguments: object, **_options: object) -> None:
 def test_what_cannot_be_is_refused_before_the_forward_pass(
     run_cli: RunCli, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
-    monkeypatch.setattr(calibration, "calibrate", forward_pass)
+    monkeypatch.setattr(forward_pass, "calibrate", no_pass)
     result = run_cli("convert", tiny_model, "-o", tmp_path / "out.gguf", *options)
     assert result.exit_code == 1
 

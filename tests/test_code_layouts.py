@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lieq_gguf import ggml
-from lieq_gguf.code_layouts import CodeLayout, code_layout
+from lieq_gguf.native import ggml
+from lieq_gguf.native.code_layouts import CodeLayout, code_layout
 from lieq_gguf.quant_types import QUANT_TYPES
 
 LAYOUTS = {name: found for name, quant_type in QUANT_TYPES.items() if (found := code_layout(quant_type))}

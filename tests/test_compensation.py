@@ -5,11 +5,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from lieq_gguf import compensation, ggml
-from lieq_gguf.code_layouts import code_layout
-from lieq_gguf.compensation import DAMPING, Request, coupling, encode
 from lieq_gguf.errors import CalibrationError, QuantizationError
+from lieq_gguf.native import ggml
+from lieq_gguf.native.code_layouts import code_layout
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
+from lieq_gguf.writing import error_feedback
+from lieq_gguf.writing.error_feedback import DAMPING, Request, coupling, encode
 
 # without the types for weights that were trained to have three values
 QUANTIZED = [t for t in QUANT_TYPES.values() if t.is_quantized and not t.name.startswith("TQ")]
@@ -110,7 +111,7 @@ def test_matrix_that_is_not_positive_definite_is_damped_more() -> None:
 
 
 def test_bytes_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensation, "_LEAST_ROWS", 16)  # several parts
+    monkeypatch.setattr(error_feedback, "_LEAST_ROWS", 16)  # several parts
     moments = correlated_moments(256)
     requests = [Request(some_weights(256, n), QUANT_TYPES[name], None) for n, name in ((96, "Q3_K"), (40, "Q4_0"))]
     coupled = coupling(moments)

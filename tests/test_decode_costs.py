@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_allocation import COSTS, make_spec
 
-from lieq_gguf.decode_costs import DecodeCosts, decode_costs
+from lieq_gguf.allocation.decode_costs import DecodeCosts, decode_costs
 from lieq_gguf.errors import FormatError
 from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES
 

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lieq_gguf import encoders, ggml
 from lieq_gguf.errors import QuantizationError
+from lieq_gguf.native import encoders, ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 
 FloatArray = npt.NDArray[np.float32]

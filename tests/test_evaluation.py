@@ -11,9 +11,9 @@ from models import write_model
 from tokenizer_fixtures import ALL_TEXTS, write_llama_3
 from transformers import AutoModelForCausalLM
 
-from lieq_gguf.calibration_text import read_calibration_text
-from lieq_gguf.engine import open_model
-from lieq_gguf.evaluation import TokenFigures, compare_logits, evaluate, read_text
+from lieq_gguf.evaluation.divergence import TokenFigures, compare_logits, evaluate, read_text
+from lieq_gguf.measure.text import read_calibration_text
+from lieq_gguf.native.llama_cpp import open_model
 
 N_CTX = 64
 TEXT = "\n".join(ALL_TEXTS) * 3
@@ -29,7 +29,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny model in F16, Q8_0 and Q2_K."""
-    from lieq_gguf.allocation import Allocation
+    from lieq_gguf.allocation.allocate import Allocation
     from lieq_gguf.pipeline import CalibrationOptions, convert
     from lieq_gguf.progress import Progress
     from lieq_gguf.quant_types import parse_types

@@ -14,18 +14,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
-from lieq_gguf import ggml
-from lieq_gguf.calibration import Calibration, PassOptions, calibrate
-from lieq_gguf.calibration_text import CalibrationTokens
-from lieq_gguf.experts import Experts, separate_experts
-from lieq_gguf.gguf_file import GgufFile
-from lieq_gguf.llama_cpp_pass import calibrate_in_llama_cpp
-from lieq_gguf.observers.quantization_damage import relative_change
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.measure.experts import Experts, separate_experts
+from lieq_gguf.measure.forward_pass import Calibration, PassOptions, calibrate
+from lieq_gguf.measure.llama_cpp_pass import calibrate_in_llama_cpp
+from lieq_gguf.measure.observers.quantization_damage import relative_change
+from lieq_gguf.measure.text import CalibrationTokens
+from lieq_gguf.measure.type_errors import probe_matrix
+from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.type_errors import probe_matrix
 
 N_EXPERTS = 8
 ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")

@@ -19,13 +19,13 @@ from llama_cpp_source import llama_cpp_source
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf import pipeline
-from lieq_gguf.allocation import Allocation
+from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.architectures import FAMILIES
-from lieq_gguf.engine import open_model
 from lieq_gguf.errors import ArchitectureError, LieqError, SourceError
-from lieq_gguf.gguf_file import GgufFile
-from lieq_gguf.inspection import inspect
-from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.evaluation.inspection import inspect
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.bits import BitBudget

@@ -3,8 +3,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lieq_gguf import ggml
 from lieq_gguf.errors import QuantizationError
+from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 
 N_ROWS, N_PER_ROW = 4, 512

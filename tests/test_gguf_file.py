@@ -12,9 +12,10 @@ import torch
 from conftest import RunCli
 from models import write_model
 
-from lieq_gguf import ggml, pipeline
+from lieq_gguf import pipeline
 from lieq_gguf.errors import FormatError
-from lieq_gguf.gguf_file import GgufFile
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 
 

@@ -18,14 +18,15 @@ from conftest import RunCli
 from families import TINY_MODELS
 from models import write_model
 
-from lieq_gguf import ggml, pipeline
-from lieq_gguf.allocation import Allocation, allocate
-from lieq_gguf.engine import LoadedModel, open_model
+from lieq_gguf import pipeline
+from lieq_gguf.allocation.allocate import Allocation, allocate
 from lieq_gguf.errors import FormatError, OutputError, QuantizationError, SourceError, TokenizerError
-from lieq_gguf.gguf_file import GgufFile
-from lieq_gguf.gguf_header import HeaderWriter
-from lieq_gguf.inspection import inspect
-from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.evaluation.inspection import inspect
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.formats.gguf_header import HeaderWriter
+from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.native import ggml
+from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES, parse_types
 from lieq_gguf.records.bits import BitBudget
@@ -36,7 +37,7 @@ from lieq_gguf.sources import open_source
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.source import Source, SourceOptions
-from lieq_gguf.writer import encode_tensors
+from lieq_gguf.writing.writer import encode_tensors
 
 SILENT = Progress(silent=True)
 

@@ -10,8 +10,8 @@ import pytest
 from conftest import RunCli
 
 from lieq_gguf import pipeline
-from lieq_gguf.engine import open_model
-from lieq_gguf.health import N_CTX, check, check_file, repetition
+from lieq_gguf.evaluation.health import N_CTX, check, check_file, repetition
+from lieq_gguf.native.llama_cpp import open_model
 
 Pick = Callable[[npt.NDArray[np.float32]], int]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from plain_solvers import greedy, lagrangian, totals
 
+from lieq_gguf.allocation.knapsack import GAP, Option, solve
 from lieq_gguf.errors import BudgetError
-from lieq_gguf.knapsack import GAP, Option, solve
 
 
 def random_groups(seed: int, n_groups: int, n_options: int) -> list[list[Option]]:

@@ -18,7 +18,7 @@ from families import TINY_MODELS
 from models import write_model
 from safetensors.torch import load_file, save_file
 
-from lieq_gguf.engine import llama_cpp
+from lieq_gguf.native.llama_cpp import llama_cpp
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.sources.model_directory import ModelDirectory

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lieq_gguf import pipeline
-from lieq_gguf.allocation import Allocation
-from lieq_gguf.engine import open_model
+from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.errors import ArchitectureError
+from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.bits import BitBudget

@@ -3,8 +3,8 @@ import re
 import gguf
 import pytest
 
-from lieq_gguf import ggml
 from lieq_gguf.errors import BudgetError
+from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import BY_GGML_ID, DEFAULT_LADDER, QUANT_TYPES, QuantType, parse_types
 
 ALL_TYPES = pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=lambda t: t.name)

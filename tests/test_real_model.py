@@ -14,17 +14,17 @@ from plain_solvers import greedy, lagrangian, totals
 from transformers import AutoModelForCausalLM
 from whole_model import lieq_scores
 
-from lieq_gguf.allocation import Allocation, make_problem
-from lieq_gguf.allocation.speed import options
-from lieq_gguf.calibration import PassOptions, calibrate
-from lieq_gguf.calibration_text import CHUNK_SIZE, read_calibration_text, tokenize
-from lieq_gguf.decode_costs import decode_costs
-from lieq_gguf.engine import open_model
-from lieq_gguf.evaluation import evaluate, read_text
-from lieq_gguf.generation import stream
-from lieq_gguf.gguf_file import GgufFile
-from lieq_gguf.knapsack import GAP, solve
-from lieq_gguf.layer_model import has_fast_bfloat16
+from lieq_gguf.allocation.allocate import Allocation, make_problem
+from lieq_gguf.allocation.decode_costs import decode_costs
+from lieq_gguf.allocation.knapsack import GAP, solve
+from lieq_gguf.allocation.time_limit import options
+from lieq_gguf.evaluation.divergence import evaluate, read_text
+from lieq_gguf.evaluation.generation import stream
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.measure.forward_pass import PassOptions, calibrate
+from lieq_gguf.measure.layer_model import has_fast_bfloat16
+from lieq_gguf.measure.text import CHUNK_SIZE, read_calibration_text, tokenize
+from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.pipeline import CalibrationOptions, convert, learn, make_plan
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import parse_types

@@ -12,19 +12,20 @@ from conftest import RunCli
 from models import write_model
 from transformers import LlamaForCausalLM
 
-from lieq_gguf import compensation, ggml
-from lieq_gguf.allocation import Allocation
-from lieq_gguf.calibration_text import tokenize
-from lieq_gguf.gguf_file import GgufFile
-from lieq_gguf.layer_model import LayerModel
+from lieq_gguf.allocation.allocate import Allocation
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.text import tokenize
+from lieq_gguf.native import ggml
 from lieq_gguf.pipeline import CalibrationOptions, Conversion, convert
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES, parse_types
 from lieq_gguf.records.bits import BitBudget
-from lieq_gguf.refinement import Refinement
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.row_order import rotary_order
 from lieq_gguf.tokenizers import load_source_tokenizer
+from lieq_gguf.writing import error_feedback
+from lieq_gguf.writing.feedback_pass import Refinement
 
 
 def converted(source: Path, output: Path, text: Path, types: str = "Q2_K,IQ3_XXS") -> Conversion:
@@ -117,13 +118,13 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
 ) -> None:
     """Each layer's moments are those of a whole model of the file's own weights up to that layer."""
     seen: list[torch.Tensor] = []
-    original = compensation.coupling
+    original = error_feedback.coupling
 
-    def coupling(moments: torch.Tensor) -> compensation.FloatArray:
+    def coupling(moments: torch.Tensor) -> error_feedback.FloatArray:
         seen.append(moments.clone())
         return original(moments)
 
-    monkeypatch.setattr(compensation, "coupling", coupling)
+    monkeypatch.setattr(error_feedback, "coupling", coupling)
     source, planned = ModelDirectory(tiny_model), refined.planned
     tokens = tokenize("some words to run on " * 400, "test", load_source_tokenizer(tiny_model), 512)
     refinement = Refinement(source, planned.plan, tokens, planned.importance, in_float32=True)

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from lieq_gguf import cli
-from lieq_gguf.allocation import METHODS
+from lieq_gguf.allocation.allocate import METHODS
+from lieq_gguf.cli import commands
 from lieq_gguf.errors import ScoringError
 from lieq_gguf.records.measurement import LayerMeasurement, Spectrum
 from lieq_gguf.scorers import ENTRY_POINTS, score_layers, scorers
@@ -253,4 +253,4 @@ def test_bad_scorer_of_another_package_is_named(
 
 
 def test_command_line_names_the_methods() -> None:
-    assert get_args(cli.MethodName) == tuple(METHODS)
+    assert get_args(commands.MethodName) == tuple(METHODS)

@@ -11,9 +11,9 @@ import pytest
 from conftest import RunCli
 
 from lieq_gguf import pipeline
-from lieq_gguf.engine import open_model
 from lieq_gguf.errors import EvaluationError
-from lieq_gguf.tasks import Answers, Question, answer, load_questions, tokens_needed
+from lieq_gguf.evaluation.tasks import Answers, Question, answer, load_questions, tokens_needed
+from lieq_gguf.native.llama_cpp import open_model
 
 LINE = '{"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0}'
 

@@ -13,8 +13,8 @@ import tokenizer_fixtures as fixtures
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordPiece
 
-from lieq_gguf.engine import open_model
 from lieq_gguf.errors import LieqError, SourceError, TokenizerError, VerificationError
+from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.tokenizers import (
     Vocabulary,
     known_deviation,

@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lieq_gguf import encoders, ggml
+from lieq_gguf.measure.type_errors import probe_matrix, relative_errors
+from lieq_gguf.native import encoders, ggml
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
-from lieq_gguf.type_errors import probe_matrix, relative_errors
 
 FloatArray = npt.NDArray[np.float32]
 CHEAP_TYPES = [

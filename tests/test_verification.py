@@ -11,7 +11,7 @@ from lieq_gguf import pipeline
 from lieq_gguf.errors import FormatError, VerificationError
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.verification import verify
+from lieq_gguf.writing.verification import verify
 
 Damage = Callable[[str, int, bytes], Path]
 NAN_F16 = np.array(np.nan, dtype=np.float16).tobytes()

@@ -19,7 +19,7 @@ from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.sources import row_order
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.row_order import rotary_order
-from lieq_gguf.writer import EncodedRows, encode_tensors, write_file
+from lieq_gguf.writing.writer import EncodedRows, encode_tensors, write_file
 
 
 def keys(file: Path) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lieq_gguf import calibration, layer_model
+from lieq_gguf.measure import forward_pass, layer_model
+from lieq_gguf.measure.type_errors import probe_matrix
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.scorers import lieq
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.type_errors import probe_matrix
 
 PREFIX_ROWS, PREFIX_LENGTH = [0, 4], 128  # the sequences and heads that 256 tokens of five sequences are taken from
 DAMAGE_ROWS, DAMAGE_LENGTH = [0, 4], 256
@@ -142,7 +142,7 @@ def whole_twin(path: Path, n_layers: int, ids: npt.NDArray[np.int64], seed: int)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(path)).model
     for layer, module in enumerate(model.layers):
         twin = layer_model.LayerModel(config, torch.device("cpu"))
-        twin.initialise(calibration._twin_seed(seed, layer), layer)
+        twin.initialise(forward_pass._twin_seed(seed, layer), layer)
         module.load_state_dict(twin.layer.state_dict())
     projections: dict[str, torch.Tensor] = {}
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from make_preset import quantize
 
-from lieq_gguf.engine import open_model
-from lieq_gguf.inspection import inspect
+from lieq_gguf.evaluation.inspection import inspect
+from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.records.importance import ImportanceMatrix
 
 PRESETS = ("Q4_K_M", "Q3_K_M", "Q3_K_S", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")

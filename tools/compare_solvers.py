@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from plain_solvers import greedy, lagrangian, totals
 
-from lieq_gguf.allocation import Allocation, make_problem
-from lieq_gguf.allocation.speed import options
-from lieq_gguf.knapsack import Option, solve
+from lieq_gguf.allocation.allocate import Allocation, make_problem
+from lieq_gguf.allocation.knapsack import Option, solve
+from lieq_gguf.allocation.time_limit import options
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory

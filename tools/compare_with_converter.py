@@ -27,12 +27,12 @@ import numpy as np
 from llama_cpp_source import llama_cpp_source
 
 from lieq_gguf import pipeline
-from lieq_gguf.allocation import Allocation
-from lieq_gguf.engine import open_model
+from lieq_gguf.allocation.allocate import Allocation
+from lieq_gguf.evaluation.reference import open_reference
+from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.bits import BitBudget
-from lieq_gguf.reference import open_reference
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "llama.cpp"

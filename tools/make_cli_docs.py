@@ -14,7 +14,7 @@ NOTE = "<!-- Made by tools/make_cli_docs.py; run `make docs` after changing a co
 
 def render() -> str:
     """The page, by typer's own documentation command."""
-    command = [sys.executable, "-m", "typer", "lieq_gguf.cli", "utils", "docs", "--name", "lieq-gguf"]
+    command = [sys.executable, "-m", "typer", "lieq_gguf.cli.commands", "utils", "docs", "--name", "lieq-gguf"]
     environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return NOTE + result.stdout.strip() + "\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from lieq_gguf.engine import llama_cpp
+from lieq_gguf.native.llama_cpp import llama_cpp
 from lieq_gguf.records.importance import ImportanceMatrix
 
 

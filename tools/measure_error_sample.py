@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lieq_gguf import encoders, ggml
+from lieq_gguf.measure.type_errors import FloatArray, probe_matrix, relative_errors
+from lieq_gguf.native import encoders, ggml
 from lieq_gguf.pipeline import CalibrationOptions, learn
 from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.type_errors import FloatArray, probe_matrix, relative_errors
 
 N_THREADS = 2
 

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lieq_gguf import ggml
-from lieq_gguf.calibration_text import read_calibration_text, tokenize
-from lieq_gguf.compensation import Request, coupling, encode
-from lieq_gguf.layer_model import LayerModel, has_fast_bfloat16, torch_device
-from lieq_gguf.observers.second_moments import SecondMoments
+from lieq_gguf.measure.layer_model import LayerModel, has_fast_bfloat16, torch_device
+from lieq_gguf.measure.observers.second_moments import SecondMoments
+from lieq_gguf.measure.text import read_calibration_text, tokenize
+from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
+from lieq_gguf.writing.error_feedback import Request, coupling, encode
 
 TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
 N_TOKENS, N_ROWS, N_THREADS = (16384, 8192), 384, 2

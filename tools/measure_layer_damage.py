@@ -17,8 +17,8 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from transformers import AutoModelForCausalLM
 
-from lieq_gguf import ggml
-from lieq_gguf.evaluation import compare_logits, read_text
+from lieq_gguf.evaluation.divergence import compare_logits, read_text
+from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from lieq_gguf.calibration import Calibration, PassOptions, calibrate
-from lieq_gguf.calibration_text import CHUNK_SIZE, CalibrationTokens, read_calibration_text, tokenize
+from lieq_gguf.measure.forward_pass import Calibration, PassOptions, calibrate
+from lieq_gguf.measure.text import CHUNK_SIZE, CalibrationTokens, read_calibration_text, tokenize
 from lieq_gguf.scorers import score_layers
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer

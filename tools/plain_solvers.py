@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lieq_gguf.knapsack import Option
+from lieq_gguf.allocation.knapsack import Option
 
 Groups = Sequence[Sequence[Option]]
 

@@ -17,8 +17,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
-from lieq_gguf.engine import LoadedModel, open_model
-from lieq_gguf.tasks import sum_of_log_probabilities
+from lieq_gguf.evaluation.tasks import sum_of_log_probabilities
+from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 
 
 class GgufModel(TemplateLM):  # type: ignore[misc]

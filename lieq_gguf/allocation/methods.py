@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
+from lieq_gguf.allocation.knapsack import solve
 from lieq_gguf.allocation.problem import Group, Problem
-from lieq_gguf.allocation.speed import options, seconds_allowed
+from lieq_gguf.allocation.time_limit import options, seconds_allowed
 from lieq_gguf.errors import BudgetError
-from lieq_gguf.knapsack import solve
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.scores import LayerScores
 

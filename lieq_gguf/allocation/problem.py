@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lieq_gguf.decode_costs import DecodeCosts
+from lieq_gguf.allocation.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError, FormatError
 from lieq_gguf.quant_types import DEFAULT_LADDER, F16, QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget

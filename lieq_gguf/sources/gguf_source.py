@@ -18,12 +18,12 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from lieq_gguf import ggml
 from lieq_gguf.architectures import Decoder, StoredParameters, family_named
-from lieq_gguf.engine import load_vocabulary
 from lieq_gguf.errors import ArchitectureError, FormatError, OutputError, SourceError, TokenizerError
-from lieq_gguf.gguf_file import COMPUTED_TENSORS, GgufFile, is_never_quantised
-from lieq_gguf.gguf_header import HeaderWriter
+from lieq_gguf.formats.gguf_file import COMPUTED_TENSORS, GgufFile, is_never_quantised
+from lieq_gguf.formats.gguf_header import HeaderWriter
+from lieq_gguf.native import ggml
+from lieq_gguf.native.llama_cpp import load_vocabulary
 from lieq_gguf.quant_types import F32, QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.directory_metadata import INITIALIZER_RANGE

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lieq_gguf.gguf_header import HeaderWriter
+from lieq_gguf.formats.gguf_header import HeaderWriter
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.row_order import ByteArray, FloatArray

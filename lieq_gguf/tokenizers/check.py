@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lieq_gguf.engine import LoadedModel, open_model
+from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 from lieq_gguf.tokenizers.check_texts import CHECK_TEXTS
 from lieq_gguf.tokenizers.pre_tokenizers import explained_segments, pre_tokenizer_caveat
 from lieq_gguf.tokenizers.source_tokenizer import SourceTokenizer

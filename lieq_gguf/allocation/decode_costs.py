@@ -1,0 +1,115 @@
+"""What it costs to decode a weight of each type: a token reads all weights once, and types differ in more than bytes.
+
+A table comes along for each class of processor; ``bench --types`` measures this machine and keeps its own. Speeds
+foretold from a table of another machine are good for comparing files, not as promises.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lieq_gguf.errors import FormatError
+from lieq_gguf.measure.cache import cache_folder
+from lieq_gguf.quant_types import QUANT_TYPES, QuantType
+from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
+from lieq_gguf.records.spec import TensorSpec
+
+_OWN_FILE = "decode-costs.json"
+_ARM_NAMES = ("aarch64", "arm64")
+
+
+@dataclass(frozen=True)
+class DecodeCosts:
+    """Time by type, on one machine with one number of threads.
+
+    Attributes:
+        machine: What it was measured on, with the number of threads.
+        source: Where the figures come from, and when.
+        picoseconds: Type name to 10⁻¹² seconds per weight.
+        is_own: Whether it was measured on this machine.
+    """
+
+    machine: str
+    source: str
+    picoseconds: Mapping[str, float]
+    is_own: bool = False
+
+    def matrix_seconds(self, tensor: TensorSpec, quant_type: QuantType, is_tied: bool) -> float:
+        """What a matrix adds to a token: nothing if it is an embedding that only gives rows."""
+        if tensor.name == "token_embd.weight" and not is_tied:
+            return 0.0
+        return self._per_weight(quant_type) * tensor.n_weights * tensor.active_share
+
+    def seconds(self, tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> float:
+        """Seconds of a token.
+
+        Args:
+            tensors: All of the model.
+            types: Tensor name to type name; matrices it leaves out take no time.
+        """
+        is_tied = all(t.name != "output.weight" for t in tensors)
+        matrices = [t for t in tensors if t.is_matrix and t.name in types]
+        return sum(self.matrix_seconds(t, QUANT_TYPES[types[t.name]], is_tied) for t in matrices)
+
+    def _per_weight(self, quant_type: QuantType) -> float:
+        """Seconds of a weight; for a type that was not measured, by its bytes beside Q8_0."""
+        known = self.picoseconds.get(quant_type.name)
+        if known is None:
+            q8 = QUANT_TYPES["Q8_0"]
+            known = self.picoseconds[q8.name] * quant_type.bits_per_weight / q8.bits_per_weight
+        return known * 1e-12
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of a costs file."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "decode-costs",
+            "machine": self.machine,
+            "source": self.source,
+            "picoseconds_per_weight": dict(self.picoseconds),
+        }
+
+    def save(self) -> Path:
+        """Keep it as this machine's own."""
+        target = cache_folder() / _OWN_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, self.to_json())
+        return target
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: str, is_own: bool) -> DecodeCosts:
+        """Read what ``to_json`` has made.
+
+        Raises:
+            FormatError: if it is not complete.
+        """
+        try:
+            costs = cls(
+                machine=str(document["machine"]),
+                source=str(document["source"]),
+                picoseconds={str(k): float(v) for k, v in document["picoseconds_per_weight"].items()},
+                is_own=is_own,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(
+                f"{where} is no complete table of decode costs ({error}); measure with bench --types"
+            ) from None
+        if "Q8_0" not in costs.picoseconds or not all(v > 0 for v in costs.picoseconds.values()):
+            raise FormatError(f"{where} lacks Q8_0 or has costs that are not positive; measure with bench --types")
+        return costs
+
+
+def decode_costs() -> DecodeCosts:
+    """This machine's own table if there is one, or that of its class of processor."""
+    own = cache_folder() / _OWN_FILE
+    if own.is_file():
+        return DecodeCosts.from_json(read_json(own, "decode-costs"), str(own), is_own=True)
+    name = "arm64" if platform.machine().lower() in _ARM_NAMES else "x86-64"
+    file = resources.files("lieq_gguf") / "data" / "decode_costs.json"
+    return DecodeCosts.from_json(json.loads(file.read_text(encoding="utf-8"))[name], file.name, is_own=False)

@@ -1,0 +1,89 @@
+"""How long a token may take: the second limit on the choice of types, since types differ in more than bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from lieq_gguf.allocation.knapsack import Option, solve
+from lieq_gguf.allocation.problem import Group, Problem
+from lieq_gguf.errors import BudgetError
+from lieq_gguf.quant_types import QuantType
+
+Damage: TypeAlias = Callable[[Group, QuantType], float]
+
+_K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+_LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+_TIME_SLACK = 1.05  # where no file of K types is small enough, the fastest one that is may be slowed down by this much
+
+
+def options(problem: Problem, damage: Damage) -> list[list[Option]]:
+    """The choices of each group with their damage, bits and seconds."""
+    return [
+        [Option(damage(g, q), g.cost(problem.budget, q), problem.seconds(g, q)) for q in g.choices]
+        for g in problem.groups
+    ]
+
+
+def seconds_allowed(problem: Problem, damage: Damage) -> float:
+    """Seconds of a token that the groups may take together; infinity if speed does not matter.
+
+    For the profile ``cpu``, those of the best file of K types that is no larger. So that file is always one of the
+    possible ones, and what is chosen instead does less damage and is no slower.
+    """
+    costs, allocation = problem.allocation.costs, problem.allocation
+    if costs is None or (allocation.profile != "cpu" and allocation.min_tokens_per_sec is None):
+        return float("inf")
+    if allocation.min_tokens_per_sec is not None:
+        fixed = {name: q.name for name, q in problem.fixed.items()}
+        return 1 / allocation.min_tokens_per_sec - costs.seconds(problem.spec.tensors, fixed)
+    of_k_types = replace(problem, groups=tuple(replace(g, choices=_k_types(g)) for g in problem.groups))
+    if of_k_types.least > problem.limit:  # no such file is that small
+        return _TIME_SLACK * _of_groups(problem, fastest(problem))
+    best = solve(options(of_k_types, damage), problem.limit)
+    return _of_groups(of_k_types, [g.choices[k] for g, k in zip(of_k_types.groups, best, strict=True)])
+
+
+def _k_types(group: Group) -> tuple[QuantType, ...]:
+    """The K types that a group can have, Q8_0 and F16 above them; legacy types where no K type fits."""
+    legacy = tuple(q for q in group.choices if q.name in _LEGACY)
+    k_types = tuple(q for q in group.choices if q.name in _K_TYPES)
+    fits_k = any(q.name.endswith("_K") for q in k_types)
+    return (k_types if fits_k else legacy + k_types) or group.choices
+
+
+def _of_groups(problem: Problem, chosen: Sequence[QuantType]) -> float:
+    """Seconds that the groups take of a token."""
+    return sum(problem.seconds(g, q) for g, q in zip(problem.groups, chosen, strict=True))
+
+
+def fastest(problem: Problem) -> tuple[QuantType, ...]:
+    """The types within the budget that decode fastest."""
+    chosen = solve(options(problem, problem.seconds), problem.limit)
+    return tuple(g.choices[k] for g, k in zip(problem.groups, chosen, strict=True))
+
+
+def seconds(problem: Problem, chosen: Sequence[QuantType]) -> float:
+    """Seconds of a token."""
+    assert problem.allocation.costs is not None
+    return problem.allocation.costs.seconds(problem.spec.tensors, problem.types(chosen))
+
+
+def check_speed(problem: Problem) -> None:
+    """Refuse a speed that no choice of types has.
+
+    Raises:
+        BudgetError: naming the speed that can be had.
+    """
+    wanted, costs = problem.allocation.min_tokens_per_sec, problem.allocation.costs
+    if wanted is None:
+        return
+    if costs is None:
+        raise BudgetError(f"--min-tokens-per-sec {wanted:g} needs decode costs; measure them with bench --types")
+    least = seconds(problem, fastest(problem))
+    if least > 1 / wanted:
+        raise BudgetError(
+            f"--min-tokens-per-sec {wanted:g} is out of reach with {problem.budget}: {problem.spec.name} can have "
+            f"{1 / least:.1f} tokens/s ({costs.machine}); a smaller budget is faster"
+        )

@@ -1,0 +1,1 @@
+"""What a file is worth: divergence, tasks, speed, and what it looks like."""

@@ -1,0 +1,51 @@
+"""Text out of a file, through llama-cpp-python's own chat interface and sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lieq_gguf.errors import VerificationError
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.native.llama_cpp import llama_cpp
+
+_CONTEXT = 2048
+
+
+def stream(
+    file: Path, prompt: str, n_generate: int, temperature: float, raw: bool, seed: int, n_threads: int
+) -> Iterator[str]:
+    """Pieces of the answer as they come.
+
+    Args:
+        file: GGUF file.
+        prompt: What the user says.
+        n_generate: Tokens at most.
+        temperature: 0 always takes the likeliest token.
+        raw: Whether to continue ``prompt`` as text instead of answering it through the chat template.
+        seed: Seed of the sampler.
+        n_threads: Threads of llama.cpp.
+
+    Raises:
+        FormatError: if the file is no complete GGUF.
+        VerificationError: if llama.cpp does not load it or the prompt is too long.
+    """
+    content = GgufFile(file)
+    has_template = content.value("tokenizer.chat_template") is not None
+    api = llama_cpp()
+    n_ctx = min(_CONTEXT, int(content.value(f"{content.architecture}.context_length", _CONTEXT)))
+    try:
+        model = api.Llama(
+            str(file), n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, seed=seed, verbose=False
+        )
+        if has_template and not raw:
+            chunks = model.create_chat_completion(
+                [{"role": "user", "content": prompt}], max_tokens=n_generate, temperature=temperature, stream=True
+            )
+            for chunk in chunks:
+                yield chunk["choices"][0]["delta"].get("content") or ""
+        else:
+            for chunk in model.create_completion(prompt, max_tokens=n_generate, temperature=temperature, stream=True):
+                yield chunk["choices"][0]["text"]
+    except ValueError as error:
+        raise VerificationError(f"llama.cpp does not answer with {file}: {error}") from None

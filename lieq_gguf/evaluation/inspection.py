@@ -1,0 +1,147 @@
+"""What a GGUF file is made of, and what it will need where it runs. Reads the header only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lieq_gguf.cli.tables import layer_bpw, layer_map, meter_lines, outer_types
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.records.bits import BitMeter
+from lieq_gguf.records.files import SCHEMA_VERSION
+from lieq_gguf.records.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_CONTEXT = 4096
+_REFERENCE_BYTES_PER_SEC = 10e9  # what a Raspberry Pi 5 reads from memory; published K-type speeds follow it
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A file at a glance.
+
+    Attributes:
+        file: The file.
+        architecture: llama.cpp's name of it.
+        n_layers: Decoder layers.
+        tensors: All tensors.
+        types: Tensor name to type name.
+        meter: The three figures.
+        layer_scores: Scores it was made with; empty for a file of another tool.
+        provenance: ``lieq.*`` metadata, by the part of the key behind the dot.
+        kv_cache_bytes: Key-value cache at ``n_ctx`` tokens in F16.
+        n_ctx: Tokens the cache is sized for.
+        bytes_per_token: Bytes of weights read to generate a token.
+    """
+
+    file: Path
+    architecture: str
+    n_layers: int
+    tensors: tuple[TensorSpec, ...]
+    types: dict[str, str]
+    meter: BitMeter
+    layer_scores: tuple[float, ...]
+    provenance: dict[str, str]
+    kv_cache_bytes: int
+    n_ctx: int
+    bytes_per_token: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``inspect --json`` prints."""
+        bpw = layer_bpw(self.tensors, self.types)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "file": str(self.file),
+            "architecture": self.architecture,
+            "n_layers": self.n_layers,
+            **self.meter.to_json(),
+            "types": self.types,
+            "layers": [
+                {
+                    "layer": layer,
+                    "bpw": bpw[layer],
+                    "types": {t.role: self.types[t.name] for t in self.tensors if t.layer == layer and t.is_matrix},
+                }
+                for layer in range(self.n_layers)
+            ],
+            "provenance": self.provenance,
+            "n_ctx": self.n_ctx,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "bytes_per_token": self.bytes_per_token,
+        }
+
+
+def inspect(file: Path) -> Inspection:
+    """Read a file's header.
+
+    Raises:
+        FormatError: if the file is no complete GGUF of a language model.
+    """
+    content = GgufFile(file)
+    meter = content.bit_meter()
+    arch = content.architecture
+    n_ctx = min(int(content.value(f"{arch}.context_length", _CONTEXT)), _CONTEXT)
+    return Inspection(
+        file=file,
+        architecture=arch,
+        n_layers=content.n_layers,
+        tensors=tuple(t.spec for t in content.tensors),
+        types=content.types,
+        meter=meter,
+        layer_scores=tuple(_list(content.value("lieq.layer_scores"))),
+        provenance={
+            key: str(content.value(f"lieq.{key}"))
+            for key in ("version", "method", "scorer", "target.kind", "target.value", "command_line")
+            if content.value(f"lieq.{key}") is not None
+        },
+        kv_cache_bytes=2 * _cache_width(content) * n_ctx,
+        n_ctx=n_ctx,
+        # Matrices are read whole for each token, but for the embedding of a model with an output matrix of its own, and
+        # for experts that are not chosen.
+        bytes_per_token=round(
+            sum(
+                t.data.nbytes * t.spec.active_share
+                for t in content.tensors
+                if t.spec.name != "token_embd.weight" or "output.weight" not in content.types
+            )
+        ),
+    )
+
+
+def _list(found: object) -> list[Any]:
+    """What an array of the metadata holds; nothing if it is none."""
+    return found if isinstance(found, list) else []
+
+
+def _cache_width(content: GgufFile) -> int:
+    """Numbers that a token adds to the key-value cache of all layers, if none has a window."""
+
+    def attention(key: str, default: int) -> Any:
+        return content.value(f"{content.architecture}.attention.{key}", default)
+
+    heads = attention("head_count", 0)
+    kv_heads = attention("head_count_kv", heads)
+    n_kv_heads = sum(kv_heads) if isinstance(kv_heads, list) else kv_heads * content.n_layers
+    n_heads = max(heads) if isinstance(heads, list) else heads
+    usual = content.value(f"{content.architecture}.embedding_length", 0) // max(1, n_heads)
+    return int(n_kv_heads * (attention("key_length", usual) + attention("value_length", usual)))
+
+
+def show(report: Inspection, out: Console) -> None:
+    """Print a report for people."""
+    out.print(layer_map(report.tensors, report.types, report.layer_scores))
+    out.print(outer_types(report.tensors, report.types))
+    out.print(meter_lines(report.meter))
+    memory = (report.meter.file_bytes + report.kv_cache_bytes) / 1e6
+    speed = _REFERENCE_BYTES_PER_SEC / report.bytes_per_token
+    out.print(
+        f"needs {memory:.0f} MB of memory with {report.n_ctx} tokens of context; reads "
+        f"{report.bytes_per_token / 1e6:.0f} MB per token, at most about {speed:.0f} tokens/s from 10 GB/s of memory",
+        style="dim",
+        highlight=False,
+    )
+    if "command_line" in report.provenance:
+        out.print(f"made by {report.provenance['command_line']}", style="dim", highlight=False)

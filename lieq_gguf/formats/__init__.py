@@ -1,0 +1,1 @@
+"""The files that others defined, as bytes."""

@@ -1,0 +1,1 @@
+"""What one pass over calibration text finds out about a model."""

@@ -1,0 +1,421 @@
+"""One decoder layer at a time: transformers' own arithmetic, weights that come and go, ways to watch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import takewhile
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from lieq_gguf.errors import CalibrationError, SourceError
+from lieq_gguf.measure.experts import separate_experts
+from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.sources.source import Source
+
+_LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry a layer
+_BATCH_TOKENS = 2048  # tokens that pass a layer at once; more spill out of the caches
+
+Recording: TypeAlias = dict[str, list[Any]]
+"""Outputs of a layer's modules, one a batch, by name, in the order in which the modules finish."""
+
+
+class LayerModel:
+    """transformers' own model with one decoder layer: input and output are hidden states.
+
+    Where layers differ in more than their weights (a sliding window, no rotation), there is a module for each kind, and
+    all share one set of weights. Until weights are loaded the layer has random ones.
+
+    Attributes:
+        index: Index of the layer whose weights are loaded.
+        layer: Its module.
+        modules: Quantised tensors of the layer, and the names in it of the linear modules whose weights they hold: one,
+            or that of every expert.
+        device: Where it runs.
+        in_bfloat16: Whether its matrices are multiplied in bfloat16.
+    """
+
+    def __init__(self, config: PretrainedConfig, device: torch.device, *, in_bfloat16: bool = False) -> None:
+        self.index = -1
+        self.modules: Mapping[TensorSpec, tuple[str, ...]] = {}
+        self.device = device
+        self.in_bfloat16 = in_bfloat16
+        self._kinds = layer_kinds(config)
+        self._model = initialised(config, n_vocab=1, seed=0).to(device).requires_grad_(False)
+        self._model.get_input_embeddings().weight.fill_(1)  # type: ignore[operator]  # shows what the model makes of it
+        self._init_weights = self._model._init_weights
+        self._config = config
+        self._layers: Sequence[nn.Module] = list(self._model.get_submodule("layers").children())
+        for module in self._layers[1:]:
+            _share_weights(self._layers[0], module)
+        self.layer = self._layers[0]
+        self._around: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        self._rounded_weights: dict[str, nn.Parameter] = {}  # those of the weights that modules have now
+        self._forgotten: list[tuple[torch.Tensor, torch.Size]] = []
+
+    def embed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states before the first layer, from rows of the embedding ``[…, d_model]``; some models scale them."""
+        [(scales, _), *_] = self._given_to_layers(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        return rows.float() * scales.cpu()[0, 0]
+
+    def initialise(self, seed: int, index: int) -> None:
+        """Give the layer random weights from the model's own initialiser, as layer ``index`` of an untrained twin."""
+        self._prepare(index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layer.cpu().apply(self._init_weights)  # type: ignore[arg-type]  # on the CPU: the same on any device
+        self.layer.to(self.device)
+
+    def load(self, source: Source, index: int) -> None:
+        """Copy a layer's weights in, converting to float32."""
+        self._prepare(index)
+        weights: dict[str, torch.Tensor] = {}
+        for tensor in (t for t in source.spec.tensors if t.layer == index):
+            stored = source.read(tensor)
+            weights |= zip(tensor.names_in_layer, stored if tensor.of_experts else (stored,), strict=True)
+        result = self.layer.load_state_dict(weights, strict=False)
+        if result.missing_keys or result.unexpected_keys:
+            raise SourceError(f"a layer's tensors do not match transformers' model: {result}")
+        del weights
+        source.release()
+        self.modules = {
+            tensor: tuple(name.rpartition(".")[0] for name in tensor.names_in_layer)
+            for tensor in source.spec.layer_matrices[index]
+        }
+
+    def forget(self) -> None:
+        """Give the memory of the matrices back; there are none until others are loaded or drawn."""
+        self.forget_rounded()
+        linear = [module for module in self.layer.modules() if isinstance(module, nn.Linear)]
+        self._forgotten = self._forgotten or [(module.weight, module.weight.shape) for module in linear]
+        with torch.inference_mode(mode=False):  # whose tensors a parameter cannot hold
+            for parameter, _ in self._forgotten:
+                parameter.data = torch.empty(0, device=self.device)
+
+    def forget_rounded(self) -> None:
+        """Give the memory of the matrices in bfloat16 back; they are made anew when they are needed."""
+        self._rounded_weights.clear()
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Linear modules by name, and the tensors that hold their weights."""
+        return {module: tensor for tensor, modules in self.modules.items() for module in modules}
+
+    def weight(self, module: str) -> torch.Tensor:
+        """``[n_out, n_in]`` float32 weights of a linear module of the layer."""
+        weight: torch.Tensor = self.layer.get_submodule(module).weight  # type: ignore[assignment]
+        return weight.detach()
+
+    def assign(self, module: str, weight: torch.Tensor) -> None:
+        """Give a linear module other weights ``[n_out, n_in]`` until the next layer is loaded."""
+        self.layer.get_submodule(module).weight.data.copy_(weight)  # type: ignore[operator]
+        self._rounded_weights.pop(module, None)
+
+    @contextmanager
+    def replaced(self, module: str, weight: torch.Tensor) -> Iterator[None]:
+        """Other weights in a linear module for the length of a ``with``."""
+        self._rounded_weights.pop(module, None)
+        with _given_weight(self.layer.get_submodule(module), nn.Parameter(weight.to(self.device), requires_grad=False)):
+            yield
+        self._rounded_weights.pop(module, None)
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """For the length of a ``with``, keep what each module inside the layer gives."""
+        record: Recording = {}
+
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _module, _inputs, output: record.setdefault(name, []).append(output)
+
+        with ExitStack() as hooks:
+            for name, module in self.layer.named_modules():
+                if module is not self.layer:
+                    hooks.enter_context(module.register_forward_hook(hook(name)))
+            yield record
+
+    @contextmanager
+    def replaying(self, record: Recording, until: str) -> Iterator[None]:
+        """For the length of a ``with``, modules that had finished before ``until`` ran are not run again.
+
+        They give what was recorded; so the input must be that of the record, and only the weights of ``until`` may be
+        others.
+        """
+
+        def next_of(outputs: Sequence[Any]) -> Callable[..., Any]:
+            remaining = iter(outputs)
+            return lambda *_args, **_kwargs: next(remaining)
+
+        with ExitStack() as stack:
+            for name in takewhile(lambda name: name != until, record):
+                module = self.layer.get_submodule(name)
+                module.forward = next_of(record[name])  # hides the method of the class
+                stack.callback(delattr, module, "forward")
+            yield
+
+    def forward(self, hidden: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """Run the layer in batches.
+
+        Args:
+            hidden: ``[n_chunks, chunk_size, d_model]``.
+            exact: Whether to multiply in float32 even where bfloat16 is in use.
+
+        Returns:
+            The same shape in float32, on the CPU.
+        """
+        result = torch.empty_like(hidden)
+        for rows, output in self.outputs(hidden, exact=exact):
+            result[rows] = output
+        return result
+
+    def outputs(self, hidden: torch.Tensor, *, exact: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Like :meth:`forward`, batch by batch: rows of ``hidden`` and what the layer makes of them.
+
+        The weights of the layer must stay as they are until the last batch is out.
+        """
+        in_bfloat16 = self.in_bfloat16 and not exact
+        with self._rounded() if in_bfloat16 else nullcontext():
+            for rows in self.batches(hidden):
+                around = self._around_layers(hidden[rows].shape)[self._layers.index(self.layer)]
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
+                    output = self.layer(hidden[rows].to(self.device), **around)
+                yield rows, output.float().cpu()
+
+    def batches(self, hidden: torch.Tensor) -> Iterator[slice]:
+        """Rows of ``hidden`` that pass at once."""
+        step = max(1, _BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, hidden.shape[0], step):
+            yield slice(start, start + step)
+
+    def head(self, norm: torch.Tensor, matrix: torch.Tensor) -> OutputHead:
+        """What comes after the last layer, by the weights of the final norm ``[d_model]`` and of the output matrix."""
+        final_norm = self._model.get_submodule("norm")
+        final_norm.load_state_dict({"weight": norm})
+        divisor = getattr(self._config, "logits_scaling", None) or 1.0
+        return OutputHead(
+            final_norm, matrix, self.device, divisor, cap=getattr(self._config, "final_logit_softcapping", None)
+        )
+
+    def watching_inputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
+        """For the length of a ``with``, tell of each linear module's name and input."""
+        return self._watching(lambda name, _module, x, _z: see(name, x))
+
+    def watching_outputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
+        """For the length of a ``with``, tell of each linear module's name and output without bias."""
+        return self._watching(
+            lambda name, module, _x, z: see(name, z - module.bias if isinstance(module.bias, torch.Tensor) else z)
+        )
+
+    @contextmanager
+    def _watching(self, see: Callable[[str, Any, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+        def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+            return lambda module, inputs, output: see(name, module, inputs[0], output)
+
+        with ExitStack() as hooks:
+            for name, module in self.layer.named_modules():
+                if isinstance(module, nn.Linear):
+                    hooks.enter_context(module.register_forward_hook(hook(name)))
+            yield
+
+    def _prepare(self, index: int) -> None:
+        """Make the layer of an index ready for its weights."""
+        self.index = index
+        self.layer = self._layers[sorted(set(self._kinds)).index(self._kinds[index])]
+        self.forget_rounded()
+        with torch.inference_mode(mode=False):
+            for parameter, shape in self._forgotten:
+                parameter.data = torch.empty(shape, device=self.device)
+        self._forgotten = []
+
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        """For the length of a ``with``, matrices are in bfloat16; autocast would round them anew for every batch."""
+        with ExitStack() as given:
+            for name, module in self.layer.named_modules():
+                if isinstance(module, nn.Linear):
+                    if name not in self._rounded_weights:
+                        self._rounded_weights[name] = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+                    given.enter_context(_given_weight(module, self._rounded_weights[name]))
+            yield
+
+    def _around_layers(self, shape: tuple[int, ...]) -> list[dict[str, Any]]:
+        """What the model gives each kind of layer besides hidden states of a shape: positions, masks, rotations."""
+        if shape not in self._around:
+            given = self._given_to_layers(inputs_embeds=torch.zeros(shape, device=self.device))
+            self._around[shape] = [around for _, around in given]
+        return self._around[shape]
+
+    def _given_to_layers(self, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """Run the model without its layers, and catch what each would have been called with."""
+        caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+        def catch(hidden: torch.Tensor, **around: Any) -> torch.Tensor:
+            caught.append((hidden, around))
+            return hidden
+
+        with ExitStack() as stack:
+            for module in self._layers:
+                module.forward = catch  # hides the method of the class
+                stack.callback(delattr, module, "forward")
+            self._model(use_cache=False, **inputs)
+        return caught
+
+
+class OutputHead:
+    """Final norm and output matrix. The matrix stays where it is and is converted some rows at a time."""
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        matrix: torch.Tensor,
+        device: torch.device,
+        divisor: float = 1.0,
+        cap: float | None = None,
+    ) -> None:
+        """Take ``matrix`` ``[n_vocab, d_model]``; logits are divided by ``divisor``, then bent to stay below ``cap``.
+
+        Both as in transformers: Granite divides, Gemma 2 caps.
+        """
+        self._norm = norm
+        self._matrix = matrix
+        self._device = device
+        self._divisor = divisor
+        self._cap = cap
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of final hidden states ``[…, d_model]``, on the CPU."""
+        normed = self._normed(hidden)
+        return torch.cat([self._products(normed, rows) for rows in self._row_batches()], dim=-1)
+
+    def divergence(
+        self,
+        hidden: torch.Tensor,
+        other: torch.Tensor | None = None,
+        change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> float:
+        """Mean over tokens of ``KL(p ‖ q)``, ``p`` the next-token distribution of ``hidden`` ``[…, d_model]``.
+
+        Args:
+            hidden: Final hidden states.
+            other: The ones ``q`` comes from; None for the same.
+            change: What is done to rows ``[n, d_model]`` of the output matrix for ``q``; None for nothing.
+
+        The sums over the vocabulary run along with its rows, so no more than a batch of logits is ever held.
+        """
+        normed = self._normed(hidden).flatten(0, -2)
+        other_normed = normed if other is None else self._normed(other).flatten(0, -2)
+        top = torch.full((normed.shape[0],), -torch.inf, dtype=torch.float64)
+        total, other_total, gap = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        for rows in self._row_batches():
+            z = self._products(normed, rows).double()
+            other_z = self._products(other_normed, rows if change is None else change(rows)).double()
+            new_top = torch.maximum(top, torch.maximum(z, other_z).amax(dim=-1))
+            shrink = (top - new_top).exp()
+            p = (z - new_top[:, None]).exp()
+            gap = gap * shrink + (p * (z - other_z)).sum(dim=-1)
+            total = total * shrink + p.sum(dim=-1)
+            other_total = other_total * shrink + (other_z - new_top[:, None]).exp().sum(dim=-1)
+            top = new_top
+        return max(0.0, float((gap / total - total.log() + other_total.log()).mean()))
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._norm(hidden.to(self._device))
+        return result
+
+    def _products(self, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        logits = (normed @ rows.T).cpu() / self._divisor
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def _row_batches(self) -> Iterator[torch.Tensor]:
+        for start in range(0, self._matrix.shape[0], _BATCH_TOKENS):
+            yield self._matrix[start : start + _BATCH_TOKENS].to(self._device, torch.float32)
+
+
+@contextmanager
+def _given_weight(module: nn.Module, weight: nn.Parameter) -> Iterator[None]:
+    """Another weight in a module for the length of a ``with``."""
+    kept = module.weight
+    module.weight = weight
+    try:
+        yield
+    finally:
+        module.weight = kept
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what one batch frees for the next; giving it back and forth costs a quarter of a layer's time.
+
+    It keeps up to twice the largest block it has seen freed, but never looks at blocks above 32 MiB.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware; elsewhere torch emulates them, slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(is_supported() for is_supported in supported if is_supported is not None)
+
+
+def torch_device(name: str) -> torch.device:
+    """A device by name.
+
+    Raises:
+        CalibrationError: if it is not there.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise CalibrationError(f"device '{name}' cannot be used: {first_line}; try --device cpu") from None
+    return device
+
+
+LayerKind: TypeAlias = tuple[str, ...]
+"""What tells apart layers that differ in more than their weights."""
+
+
+def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
+    """The kind of every layer: attention over all tokens or a window, with a rotation or without."""
+    n_layers: int = config.num_hidden_layers
+    lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
+    return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
+
+
+def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
+    """A base model with a layer of each kind and a small vocabulary, as the model's own initialiser makes it."""
+    kinds = layer_kinds(config)
+    examples = [kinds.index(kind) for kind in sorted(set(kinds))]
+    lists = {key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))}
+    special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # outside of the small vocabulary
+    sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
+    small = type(config).from_dict(config.to_dict() | sizes | lists | special_ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    base: nn.Module = model.eval().base_model
+    separate_experts(base)
+    return base
+
+
+def _share_weights(source: nn.Module, target: nn.Module) -> None:
+    """Put the weights of a module in the place of another's."""
+    for name, parameter in source.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        setattr(target.get_submodule(owner), attribute, parameter)
+
+
+def twin_embedding(config: PretrainedConfig, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:
+    """Rows of a fresh embedding for the tokens that occur; the others would only take memory."""
+    used, positions = np.unique(ids, return_inverse=True)
+    embedding = initialised(config, n_vocab=len(used), seed=seed).get_input_embeddings()  # type: ignore[operator]
+    rows: torch.Tensor = embedding.weight.detach()[torch.from_numpy(positions.reshape(ids.shape))]
+    return rows

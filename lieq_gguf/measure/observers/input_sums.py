@@ -1,0 +1,53 @@
+"""The importance matrix: sums of squared inputs per column, as llama-imatrix collects them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.observers import Observer
+
+_ROWS_AT_A_TIME = 256  # their squares stay in the processor's cache
+
+
+class InputSums(Observer):
+    """Sums over tokens of the squared input of each column.
+
+    Query, key and value share theirs, as do gate and up.
+
+    Attributes:
+        in_sum2: Tensor name to ``[n_in]`` float32, or ``[n_experts, n_in]``.
+        counts: Tensors of experts by name, and the tokens that reached each, ``[n_experts]``.
+    """
+
+    sees_inputs = True
+
+    def __init__(self) -> None:
+        self.in_sum2: dict[str, npt.NDArray[np.float32]] = {}
+        self.counts: dict[str, npt.NDArray[np.float32]] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._n_tokens: Counter[str] = Counter()
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def see_input(self, module: str, x: torch.Tensor) -> None:
+        """Add a batch; the same tensor reaching several modules is summed once."""
+        if self._last is None or self._last[0] is not x:
+            rows = torch.split(x.reshape(-1, x.shape[-1]), _ROWS_AT_A_TIME)
+            self._last = (x, torch.stack([part.float().square().sum(dim=0) for part in rows]).cpu().double().sum(dim=0))
+        sums = self._last[1]
+        self._sums[module] = self._sums[module] + sums if module in self._sums else sums
+        self._n_tokens[module] += x.numel() // x.shape[-1]
+
+    def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:  # noqa: ARG002
+        """Keep the layer's sums under the names of its tensors."""
+        for tensor, modules in layer.modules.items():
+            unseen = torch.zeros(tensor.shape[-1], dtype=torch.float64)
+            sums = torch.stack([self._sums.get(module, unseen) for module in modules])
+            self.in_sum2[tensor.name] = (sums if tensor.of_experts else sums[0]).numpy().astype(np.float32)
+            if tensor.of_experts:
+                self.counts[tensor.name] = np.array([self._n_tokens[module] for module in modules], dtype=np.float32)
+        self._sums, self._n_tokens, self._last = {}, Counter(), None

@@ -1,0 +1,32 @@
+"""How much a layer changes its input, the quantity of LIM."""
+
+from __future__ import annotations
+
+import torch
+
+from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.observers import Observer
+
+
+class Modification(Observer):
+    """Mean over tokens of the cosine between a layer's input and output.
+
+    Attributes:
+        cosines: One a layer.
+    """
+
+    def __init__(self) -> None:
+        self.cosines: list[float] = []
+        self._sum, self._n_tokens = 0.0, 0
+
+    def see_output(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add a batch."""
+        lengths = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
+        cosines = torch.linalg.vecdot(before, after) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+        self._sum += float(cosines.sum(dtype=torch.float64))
+        self._n_tokens += before.shape[0] * before.shape[1]
+
+    def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:  # noqa: ARG002
+        """Keep the layer's mean."""
+        self.cosines.append(self._sum / self._n_tokens)
+        self._sum, self._n_tokens = 0.0, 0

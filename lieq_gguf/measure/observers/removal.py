@@ -1,0 +1,41 @@
+"""What leaving a layer out does to the perplexity: the score of LieQ's first version, and of papers on pruning."""
+
+from __future__ import annotations
+
+import torch
+
+from lieq_gguf.measure.layer_model import LayerModel, OutputHead
+from lieq_gguf.measure.observers import Observer, TokenSample
+
+
+class Removal(Observer):
+    """Runs the model once for every layer, without it, along with the pass.
+
+    The variant without layer ``l`` starts at layer ``l`` as a copy of its input and then passes the later layers as the
+    others do, so no layer is loaded twice. Costs half as many layer runs on the sample as there are layers, squared.
+
+    Attributes:
+        perplexity_drops: One a layer: perplexity without it minus perplexity, on the sample.
+    """
+
+    def __init__(self, ids: torch.Tensor, sample: TokenSample) -> None:
+        """Follow ``ids[sample]``, the tokens ``[n_chunks, chunk_size]`` of the pass."""
+        self.perplexity_drops: tuple[float, ...] = ()
+        self._targets = ids[sample][:, 1:]
+        self._sample = sample
+        self._variants: list[torch.Tensor] = []
+
+    def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
+        """Take all variants through the layer, and begin the one without it."""
+        before = hidden[self._sample]
+        self._variants = [layer.forward(variant) for variant in self._variants]
+        self._variants.append(before)
+
+    def conclude(self, head: OutputHead, hidden: torch.Tensor) -> None:
+        """Compare the perplexities."""
+        intact = self._perplexity(head.logits(hidden[self._sample]))
+        self.perplexity_drops = tuple(self._perplexity(head.logits(v)) - intact for v in self._variants)
+
+    def _perplexity(self, logits: torch.Tensor) -> float:
+        flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+        return float(torch.nn.functional.cross_entropy(flat, self._targets.reshape(-1)).exp())

@@ -1,0 +1,212 @@
+"""Writing with error feedback: a second pass, in which every layer sees what the quantised layers before it make.
+
+Layer by layer: measure the second moments of the inputs, encode the layer's matrices so that their outputs and not
+their weights stay close (``error_feedback``), put them in the place of the original ones, and go on with what the layer
+gives now. So a layer's feedback also makes good some of the error of the layers before it.
+
+Experts are encoded without feedback: each sees few tokens for as many moments, and the moments of all would take many
+times the memory of the layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lieq_gguf.errors import CalibrationError, QuantizationError
+from lieq_gguf.measure.layer_model import LayerModel, has_fast_bfloat16, keep_freed_memory, torch_device
+from lieq_gguf.measure.observers.quantization_damage import relative_change
+from lieq_gguf.measure.observers.second_moments import SecondMoments
+from lieq_gguf.measure.text import CalibrationTokens
+from lieq_gguf.native import encoders, ggml
+from lieq_gguf.quant_types import QUANT_TYPES, QuantType
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.sources.row_order import rotary_order
+from lieq_gguf.sources.source import Source
+from lieq_gguf.writing import error_feedback
+from lieq_gguf.writing.writer import EncodedRows, encode_tensors
+
+ByteArray = npt.NDArray[np.uint8]
+
+_N_COMPARED = 4  # sequences whose outputs are compared before and after
+_FEEDBACK_SECONDS = 1e-7  # a weight takes besides its encoder
+
+
+class Refinement:
+    """The second pass.
+
+    Attributes:
+        block_errors: One a layer done: mean over tokens of ``‖h' − h‖² / ‖h‖²`` of its output, ``h'`` with all of its
+            matrices quantised, both on the input that the quantised layers before it give.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: QuantPlan,
+        tokens: CalibrationTokens,
+        importance: ImportanceMatrix | None,
+        *,
+        device: str = "cpu",
+        n_threads: int = 1,
+        in_float32: bool = False,
+    ) -> None:
+        """Prepare the pass.
+
+        Args:
+            source: The model.
+            plan: One type per tensor.
+            tokens: What to run it on.
+            importance: Weights of the squared errors for ggml's encoders, or None.
+            device: Torch device of the forward pass.
+            n_threads: Threads of everything.
+            in_float32: Whether to multiply in float32 even where the device is fast in bfloat16.
+
+        Raises:
+            CalibrationError: if the device is not there.
+        """
+        self.block_errors: list[float] = []
+        self._source = source
+        self._plan = plan
+        self._ids = tokens.ids
+        self._importance = importance
+        self._n_threads = n_threads
+        torch.set_num_threads(n_threads)
+        on = torch_device(device)
+        in_bfloat16 = not in_float32 and has_fast_bfloat16(on)
+        self._layer = LayerModel(source.transformers_config(), on, in_bfloat16=in_bfloat16)
+
+    def expected_bytes(self) -> int:
+        """Memory of the second moments and of the hidden states."""
+        spec = self._source.spec
+        widths = sorted(t.shape[-1] for layer in spec.layer_matrices for t in layer if not t.of_experts)
+        of_moments = sum(n * n for n in set(widths)) + 2 * widths[-1] ** 2
+        return 4 * (of_moments + 3 * self._ids.size * spec.embedding.shape[-1])
+
+    def expected_seconds(self) -> float:
+        """Time, by one batch through the first layer and some rows of every type."""
+        layer, spec = self._layer, self._source.spec
+        layer.load(self._source, 0)
+        hidden = torch.zeros(*self._ids.shape, spec.embedding.shape[-1])
+        rows = next(layer.batches(hidden))
+        moments = self._moments()
+        with torch.inference_mode():
+            start = time.perf_counter()
+            with layer.watching_inputs(moments.see_input):
+                layer.forward(hidden[rows])
+            layer.forward(hidden[rows])
+            of_pass = (time.perf_counter() - start) * len(hidden) / len(hidden[rows]) * spec.n_layers
+        n_weights: Counter[str] = Counter()
+        for tensor in (t for t in spec.tensors if t.is_matrix):
+            n_weights[self._plan.types[tensor.name]] += tensor.n_weights
+        of_types = sum(_seconds_per_weight(QUANT_TYPES[name]) * n for name, n in n_weights.items())
+        n_fed_back = sum(t.n_weights for matrices in spec.layer_matrices for t in matrices if not t.of_experts)
+        return of_pass + (of_types + _FEEDBACK_SECONDS * n_fed_back) / self._n_threads
+
+    def encoded(self) -> Iterator[EncodedRows]:
+        """All tensors of the file, in file order.
+
+        Raises:
+            CalibrationError: if the activations are not finite.
+            QuantizationError: if a tensor cannot be encoded.
+        """
+        hidden = self._embedded()
+        keep_freed_memory()
+        for index, group in groupby(self._source.spec.tensors, key=lambda tensor: tensor.layer):
+            tensors = tuple(group)
+            matrices: dict[str, ByteArray] = {}
+            if index is not None:
+                matrices, hidden = self._encode_layer(index, hidden)
+            for tensor in tensors:
+                if tensor.name in matrices:
+                    yield EncodedRows(tensor, matrices.pop(tensor.name), is_last=True)
+                else:
+                    yield from encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
+
+    def _embedded(self) -> torch.Tensor:
+        """Hidden states before the first layer ``[n_chunks, chunk_size, d_model]``, of the quantised embedding."""
+        tensor = self._source.spec.embedding
+        used, positions = np.unique(self._ids, return_inverse=True)
+        rows = self._source.read(tensor)[torch.from_numpy(used)].float().numpy()
+        quant_type = QUANT_TYPES[self._plan.types[tensor.name]]
+        decoded = ggml.dequantize(encoders.quantize(rows, quant_type, None, self._n_threads), quant_type)
+        return self._layer.embed(torch.from_numpy(decoded[positions.reshape(self._ids.shape)]))
+
+    def _encode_layer(self, index: int, hidden: torch.Tensor) -> tuple[dict[str, ByteArray], torch.Tensor]:
+        """The layer's matrices in file order of their rows, and its output with them."""
+        layer = self._layer
+        layer.load(self._source, index)
+        moments = self._moments()
+        with torch.inference_mode():
+            with layer.watching_inputs(moments.see_input):
+                wanted = layer.forward(hidden)
+            layer.forget_rounded()  # every matrix gets other weights before the layer runs again
+            if not bool(wanted.sum().isfinite()):
+                raise CalibrationError(f"the output of layer {index} is not finite; the model's weights are damaged")
+            matrices: dict[str, ByteArray] = {}
+            for modules in moments.groups():
+                # no name for the moments, which would keep them: of a wide matrix they take hundreds of megabytes
+                coupled = error_feedback.coupling(moments.take(modules[0]))
+                matrices |= self._encode_matrices(modules, coupled)
+            for tensor in layer.modules:
+                if tensor.of_experts:
+                    matrices[tensor.name] = self._encode_experts(tensor)
+            found = layer.forward(hidden)
+        some = slice(None, None, -(-len(hidden) // _N_COMPARED))
+        self.block_errors.append(relative_change(wanted[some], found[some]))
+        return matrices, found
+
+    def _moments(self) -> SecondMoments:
+        watched = [module for module, tensor in self._layer.tensors.items() if not tensor.of_experts]
+        return SecondMoments(watched, self._layer.in_bfloat16)
+
+    def _encode_experts(self, tensor: TensorSpec) -> ByteArray:
+        """Encode a matrix of every expert, and put them in their places in the layer."""
+        parts = encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
+        data = np.concatenate([part.data for part in parts])
+        modules = self._layer.modules[tensor]
+        for module, rows in zip(modules, np.split(data, len(modules)), strict=True):
+            decoded = ggml.dequantize(rows, QUANT_TYPES[self._plan.types[tensor.name]], self._n_threads)
+            self._layer.assign(module, torch.from_numpy(decoded))
+        return data
+
+    def _encode_matrices(self, modules: list[str], coupled: error_feedback.FloatArray) -> dict[str, ByteArray]:
+        """Encode the matrices of one input, and put them in their places in the layer."""
+        tensors = [self._layer.tensors[module] for module in modules]
+        requests = [
+            error_feedback.Request(
+                self._layer.weight(module).cpu().numpy(),
+                QUANT_TYPES[self._plan.types[tensor.name]],
+                None if self._importance is None else self._importance.mean(tensor.name),
+            )
+            for module, tensor in zip(modules, tensors, strict=True)
+        ]
+        try:
+            encoded = error_feedback.encode(requests, coupled, self._n_threads)
+        except QuantizationError as error:
+            raise QuantizationError(f"{tensors[0].name} or another of its layer: {error}") from None
+        result = {}
+        for module, tensor, request, data in zip(modules, tensors, requests, encoded, strict=True):
+            decoded = ggml.dequantize(data, request.quant_type, self._n_threads)
+            self._layer.assign(module, torch.from_numpy(decoded))
+            heads = tensor.rotary_heads
+            result[tensor.name] = data[rotary_order(len(data), heads)] if heads else data
+        return result
+
+
+def _seconds_per_weight(quant_type: QuantType) -> float:
+    """Time of a thread to encode a weight."""
+    rows = np.random.default_rng(0).standard_normal((16, 1024), dtype=np.float32)
+    importance = np.ones(rows.shape[1], dtype=np.float32)
+    encoders.quantize(rows[:1], quant_type, importance)  # tables
+    start = time.perf_counter()
+    encoders.quantize(rows, quant_type, importance)
+    return (time.perf_counter() - start) / rows.size

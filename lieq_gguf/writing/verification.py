@@ -1,0 +1,118 @@
+"""Proof that a written file is what was planned and that llama.cpp runs it. Every tensor is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from lieq_gguf.errors import VerificationError
+from lieq_gguf.formats.gguf_file import GgufFile, StoredTensor
+from lieq_gguf.native import ggml
+from lieq_gguf.native.llama_cpp import open_model
+
+_CHUNK_WEIGHTS = 1 << 20  # decoded by a thread at a time
+
+_Part: TypeAlias = tuple[StoredTensor, slice]
+"""Some rows of a tensor."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked; a failure raises instead.
+
+    Attributes:
+        n_tensors: Tensors whose type and size were compared and whose values were all found finite.
+        n_weights: Their weights.
+        n_vocab: Logits a token has in llama.cpp.
+    """
+
+    n_tensors: int
+    n_weights: int
+    n_vocab: int
+
+
+def verify(
+    file: Path,
+    types: Mapping[str, str] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    n_threads: int = 1,
+    advance: Callable[[float], None] = lambda _amount: None,
+) -> Verification:
+    """Read a file back, compare it with what was planned, and run a few tokens in llama.cpp.
+
+    Args:
+        file: The file.
+        types: Planned type of every tensor, or None to take the file's word.
+        shapes: Planned shape of every tensor, or None.
+        n_threads: Threads to decode and to run with.
+        advance: Called with the number of weights checked.
+
+    Raises:
+        FormatError: if the file is no complete GGUF.
+        VerificationError: if a tensor is missing, too many, of another type or shape, or not finite, or llama.cpp does
+            not load or run the file.
+    """
+    n_tensors, n_weights = _check_tensors(file, types, shapes, n_threads, advance)
+    return Verification(n_tensors, n_weights, _run_in_llama_cpp(file, n_threads))
+
+
+def _check_tensors(
+    file: Path,
+    types: Mapping[str, str] | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    n_threads: int,
+    advance: Callable[[float], None],
+) -> tuple[int, int]:
+    """Number of tensors and weights, all as planned and finite. Unmaps the file before llama.cpp maps it."""
+    content = GgufFile(file)
+    if types is not None and content.types != dict(types):
+        raise VerificationError(f"{file} is not as planned: {_difference(content.types, types)}")
+    for tensor in content.tensors:
+        if shapes is not None and shapes[tensor.spec.name] != tensor.spec.shape:
+            planned = shapes[tensor.spec.name]
+            raise VerificationError(
+                f"{tensor.spec.name} in {file} has shape {tensor.spec.shape}, planned was {planned}"
+            )
+    with ThreadPoolExecutor(max(1, n_threads)) as pool:
+        parts = [part for tensor in content.tensors for part in _parts(tensor)]
+        for (tensor, rows), is_finite in zip(parts, pool.map(_is_finite, parts), strict=True):
+            if not is_finite:
+                raise VerificationError(
+                    f"{tensor.spec.name} in {file} holds NaN or infinite values as {tensor.quant_type.name}; "
+                    "the source's values exceed what the type can scale: choose another with --types"
+                )
+            advance(tensor.spec.n_weights * (rows.stop - rows.start) / len(tensor.data))
+    return len(content.tensors), sum(t.spec.n_weights for t in content.tensors)
+
+
+def _parts(tensor: StoredTensor) -> Iterator[_Part]:
+    n_rows = len(tensor.data)
+    step = max(1, _CHUNK_WEIGHTS * n_rows // max(1, tensor.spec.n_weights))
+    for start in range(0, n_rows, step):
+        yield tensor, slice(start, min(start + step, n_rows))
+
+
+def _is_finite(part: _Part) -> bool:
+    tensor, rows = part
+    return bool(np.isfinite(ggml.dequantize(tensor.data[rows], tensor.quant_type)).all())
+
+
+def _run_in_llama_cpp(file: Path, n_threads: int) -> int:
+    with open_model(file, n_ctx=64, n_threads=n_threads) as model:
+        ids = [i % model.n_vocab for i in (1, 11, 101, 1009)]
+        logits = model.logits(ids)
+        if not np.isfinite(logits).all():
+            raise VerificationError(f"llama.cpp runs {file}, but its logits are not finite; convert with other types")
+        return model.n_vocab
+
+
+def _difference(found: Mapping[str, str], planned: Mapping[str, str]) -> str:
+    for name in sorted(found.keys() | planned.keys()):
+        if found.get(name) != planned.get(name):
+            return f"{name} is {found.get(name, 'missing')}, planned was {planned.get(name, 'no such tensor')}"
+    return "no difference"
