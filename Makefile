@@ -41,6 +41,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python tools/make_cli_docs.py --check
 	$(BIN)/python tools/make_models_docs.py --check
 	$(BIN)/python -m pytest

@@ -547,7 +547,9 @@ def inspect(
     if as_json:
         _print_json(report.to_json())
     else:
-        inspection.show(report, _stdout())
+        from lieq_gguf.cli.tables import show_inspection
+
+        show_inspection(report, _stdout())
 
 
 @app.command()

@@ -9,13 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lieq_gguf.quant_types import QUANT_TYPES
-from lieq_gguf.records.bits import BitMeter
+from lieq_gguf.records.bits import BitMeter, layer_bpw
 from lieq_gguf.records.spec import TensorSpec
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lieq_gguf.allocation.decode_costs import DecodeCosts
     from lieq_gguf.evaluation.benchmark import Benchmark
     from lieq_gguf.evaluation.divergence import Estimate, Evaluation
+    from lieq_gguf.evaluation.inspection import Inspection
     from lieq_gguf.evaluation.tasks import Answers
     from lieq_gguf.records.scores import LayerScores
 
@@ -31,6 +34,7 @@ _COLOURS = (
 )
 _ROLE_NAMES = {"attn_output": "o", "attn_q": "q", "attn_k": "k", "attn_v": "v"}
 _BAR_WIDTH = 8
+_REFERENCE_BYTES_PER_SEC = 10e9  # what a Raspberry Pi 5 reads from memory; published K-type speeds follow it
 
 
 def layer_map(tensors: Sequence[TensorSpec], types: Mapping[str, str], scores: Sequence[float] = ()) -> Table:
@@ -56,18 +60,6 @@ def layer_map(tensors: Sequence[TensorSpec], types: Mapping[str, str], scores: S
     return table
 
 
-def layer_bpw(tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> dict[int, float]:
-    """Stored bits per weight of every layer's matrices."""
-    stored: dict[int, int] = {}
-    weights: dict[int, int] = {}
-    for tensor in tensors:
-        if tensor.layer is not None and tensor.is_matrix:
-            n_bytes = QUANT_TYPES[types[tensor.name]].tensor_bytes(tensor.shape)
-            stored[tensor.layer] = stored.get(tensor.layer, 0) + n_bytes
-            weights[tensor.layer] = weights.get(tensor.layer, 0) + tensor.n_weights
-    return {layer: 8 * stored[layer] / weights[layer] for layer in stored}
-
-
 def outer_types(tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> Text:
     """Types of the matrices outside of the layers, in one line."""
     line = Text()
@@ -89,6 +81,23 @@ def meter_lines(meter: BitMeter, target: str = "") -> Text:
     share = meter.embedding_bytes / meter.file_bytes
     text.append(f"\n{meter.file_bytes / 1e6:.1f} MB", style="bold")
     return text.append(f", {share:.0%} of it embedding and output", style="dim")
+
+
+def show_inspection(report: Inspection, out: Console) -> None:
+    """Print a report for people."""
+    out.print(layer_map(report.tensors, report.types, report.layer_scores))
+    out.print(outer_types(report.tensors, report.types))
+    out.print(meter_lines(report.meter))
+    memory = (report.meter.file_bytes + report.kv_cache_bytes) / 1e6
+    speed = _REFERENCE_BYTES_PER_SEC / report.bytes_per_token
+    out.print(
+        f"needs {memory:.0f} MB of memory with {report.n_ctx} tokens of context; reads "
+        f"{report.bytes_per_token / 1e6:.0f} MB per token, at most about {speed:.0f} tokens/s from 10 GB/s of memory",
+        style="dim",
+        highlight=False,
+    )
+    if "command_line" in report.provenance:
+        out.print(f"made by {report.provenance['command_line']}", style="dim", highlight=False)
 
 
 def forecast_line(expected_kld: float | None, tokens_per_sec: float | None, costs: DecodeCosts | None) -> Text:

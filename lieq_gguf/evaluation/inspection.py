@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lieq_gguf.cli.tables import layer_bpw, layer_map, meter_lines, outer_types
 from lieq_gguf.formats.gguf_file import GgufFile
-from lieq_gguf.records.bits import BitMeter
+from lieq_gguf.records.bits import BitMeter, layer_bpw
 from lieq_gguf.records.files import SCHEMA_VERSION
 from lieq_gguf.records.spec import TensorSpec
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 _CONTEXT = 4096
-_REFERENCE_BYTES_PER_SEC = 10e9  # what a Raspberry Pi 5 reads from memory; published K-type speeds follow it
 
 
 @dataclass(frozen=True)
@@ -128,20 +123,3 @@ def _cache_width(content: GgufFile) -> int:
     n_heads = max(heads) if isinstance(heads, list) else heads
     usual = content.value(f"{content.architecture}.embedding_length", 0) // max(1, n_heads)
     return int(n_kv_heads * (attention("key_length", usual) + attention("value_length", usual)))
-
-
-def show(report: Inspection, out: Console) -> None:
-    """Print a report for people."""
-    out.print(layer_map(report.tensors, report.types, report.layer_scores))
-    out.print(outer_types(report.tensors, report.types))
-    out.print(meter_lines(report.meter))
-    memory = (report.meter.file_bytes + report.kv_cache_bytes) / 1e6
-    speed = _REFERENCE_BYTES_PER_SEC / report.bytes_per_token
-    out.print(
-        f"needs {memory:.0f} MB of memory with {report.n_ctx} tokens of context; reads "
-        f"{report.bytes_per_token / 1e6:.0f} MB per token, at most about {speed:.0f} tokens/s from 10 GB/s of memory",
-        style="dim",
-        highlight=False,
-    )
-    if "command_line" in report.provenance:
-        out.print(f"made by {report.provenance['command_line']}", style="dim", highlight=False)

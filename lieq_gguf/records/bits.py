@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -142,6 +142,18 @@ def measure_bits(tensors: Iterable[TensorSpec], types: Mapping[str, str], file_b
         layers_bytes=layers_bytes,
         embedding_bytes=sum(q.tensor_bytes(t.shape) for t, q in matrices if t.layer is None),
     )
+
+
+def layer_bpw(tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> dict[int, float]:
+    """Stored bits per weight of every layer's matrices."""
+    stored: dict[int, int] = {}
+    weights: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.layer is not None and tensor.is_matrix:
+            n_bytes = QUANT_TYPES[types[tensor.name]].tensor_bytes(tensor.shape)
+            stored[tensor.layer] = stored.get(tensor.layer, 0) + n_bytes
+            weights[tensor.layer] = weights.get(tensor.layer, 0) + tensor.n_weights
+    return {layer: 8 * stored[layer] / weights[layer] for layer in stored}
 
 
 def padded(n_bytes: int) -> int:
