@@ -21,9 +21,10 @@ from lieq_gguf.records.bits import BitBudget
 
 
 @pytest.fixture(autouse=True)
-def cache_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test sees what another has kept, nor the user's own cache."""
-    monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path_factory.mktemp("cache")))
+def folders_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test sees what another has kept, nor the user's own cache and data."""
+    for variable in ("LIEQ_GGUF_CACHE", "LIEQ_GGUF_DATA"):
+        monkeypatch.setenv(variable, str(tmp_path_factory.mktemp("folder")))
 
 
 @pytest.fixture(autouse=True)

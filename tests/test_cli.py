@@ -451,9 +451,8 @@ def test_tensor_type_file_anchors_and_escapes_every_name(
 
 
 def test_costs_measured_here_are_used_from_then_on(
-    run_cli: RunCli, tiny_model: Path, cheap: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path))
     monkeypatch.setattr("lieq_gguf.quant_types.DEFAULT_LADDER", parse_types(["Q2_K", "Q3_K", "Q4_K", "Q6_K"]))
     document = json.loads(succeed(run_cli("bench", "--types", "-t", 1, "-q", "--json")).stdout)
     assert document["picoseconds_per_weight"].keys() == {"Q2_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0"}

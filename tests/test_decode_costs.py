@@ -9,14 +9,9 @@ import pytest
 from test_allocation import COSTS, make_spec
 
 from lieq_gguf.allocation.decode_costs import DecodeCosts, decode_costs
-from lieq_gguf.errors import FormatError
+from lieq_gguf.errors import FormatError, OutputError
 from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES
-
-
-@pytest.fixture(autouse=True)
-def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path))
-    return tmp_path
+from lieq_gguf.records.folders import cache_root, data_root
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64", "arm64", "riscv64"])
@@ -29,12 +24,32 @@ def test_a_table_comes_along_for_every_machine(monkeypatch: pytest.MonkeyPatch, 
     assert ("ARM" in costs.machine) == (machine in ("aarch64", "arm64"))
 
 
-def test_own_table_comes_first(own_folder: Path) -> None:
-    COSTS.save()
+def test_own_table_comes_first() -> None:
+    kept = COSTS.save()
     assert decode_costs() == replace(COSTS, is_own=True)
-    (own_folder / "decode-costs.json").write_text(json.dumps(COSTS.to_json() | {"picoseconds_per_weight": {"Q2_K": 1}}))
+    kept.write_text(json.dumps(COSTS.to_json() | {"picoseconds_per_weight": {"Q2_K": 1}}))
     with pytest.raises(FormatError, match="Q8_0"):
         decode_costs()
+
+
+def test_own_table_is_no_cache() -> None:
+    assert COSTS.save().parent == data_root() != cache_root()
+    assert list(cache_root().iterdir()) == []
+
+
+def test_table_that_was_kept_in_the_cache_folder_is_still_read() -> None:
+    (cache_root() / "decode-costs.json").write_text(json.dumps(COSTS.to_json()))
+    assert decode_costs() == replace(COSTS, is_own=True)
+    newer = replace(COSTS, machine="this machine, measured again")
+    newer.save()
+    assert decode_costs() == replace(newer, is_own=True)
+
+
+def test_data_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setenv("LIEQ_GGUF_DATA", str(tmp_path / "file" / "below"))
+    with pytest.raises(OutputError, match="LIEQ_GGUF_DATA"):
+        COSTS.save()
 
 
 def test_a_token_reads_every_matrix_once_but_an_embedding_that_is_no_output() -> None:

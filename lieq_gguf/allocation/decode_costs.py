@@ -1,7 +1,8 @@
 """What it costs to decode a weight of each type: a token reads all weights once, and types differ in more than bytes.
 
-A table comes along for each class of processor; ``bench --types`` measures this machine and keeps its own. Speeds
-foretold from a table of another machine are good for comparing files, not as promises.
+A table comes along for each class of processor; ``bench --types`` measures this machine and keeps its own in the user's
+data folder, since a cache may be emptied at any time. Speeds foretold from a table of another machine are good for
+comparing files, not as promises.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lieq_gguf.errors import FormatError
-from lieq_gguf.measure.cache import cache_folder
+from lieq_gguf.errors import FormatError, OutputError
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
+from lieq_gguf.records.folders import cache_root, data_root
 from lieq_gguf.records.spec import TensorSpec
 
 _OWN_FILE = "decode-costs.json"
@@ -76,9 +77,18 @@ class DecodeCosts:
         }
 
     def save(self) -> Path:
-        """Keep it as this machine's own."""
-        target = cache_folder() / _OWN_FILE
-        target.parent.mkdir(parents=True, exist_ok=True)
+        """Keep it as this machine's own.
+
+        Raises:
+            OutputError: if the data folder cannot be made or written.
+        """
+        target = data_root() / _OWN_FILE
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make the folder {target.parent}: {error.strerror}; name another with LIEQ_GGUF_DATA"
+            ) from None
         write_json(target, self.to_json())
         return target
 
@@ -107,9 +117,15 @@ class DecodeCosts:
 
 def decode_costs() -> DecodeCosts:
     """This machine's own table if there is one, or that of its class of processor."""
-    own = cache_folder() / _OWN_FILE
-    if own.is_file():
+    own = _own_file()
+    if own is not None:
         return DecodeCosts.from_json(read_json(own, "decode-costs"), str(own), is_own=True)
     name = "arm64" if platform.machine().lower() in _ARM_NAMES else "x86-64"
     file = resources.files("lieq_gguf") / "data" / "decode_costs.json"
     return DecodeCosts.from_json(json.loads(file.read_text(encoding="utf-8"))[name], file.name, is_own=False)
+
+
+def _own_file() -> Path | None:
+    """This machine's own table: in the data folder, or in the cache folder, where it was kept before."""
+    places = (data_root() / _OWN_FILE, cache_root() / _OWN_FILE)
+    return next((file for file in places if file.is_file()), None)
