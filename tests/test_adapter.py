@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from lieq_gguf import pipeline
 from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.errors import SourceError
-from lieq_gguf.measure.cache import cache_folder
+from lieq_gguf.measure.cache import passes_folder
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import parse_types
@@ -353,7 +353,7 @@ def test_scores_and_importance_are_of_the_merged_model_and_kept_apart(
         )
     assert lim[1] == lim[3]
     assert len({tuple(scores) for scores in lim}) == 3
-    assert len(list(cache_folder().iterdir())) == 6
+    assert len(list(passes_folder().iterdir())) == 6
     matrices = [(tmp_path / f"{i}.gguf").read_bytes() for i in (1, 2, 3, 4)]
     assert matrices[1] == matrices[3]
     assert len(set(matrices)) == 3
@@ -634,4 +634,4 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing_behind(
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert list((tmp_path / "out").iterdir()) == []
-    assert not list(cache_folder().iterdir())
+    assert not passes_folder().exists()

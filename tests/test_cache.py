@@ -11,8 +11,10 @@ import pytest
 from conftest import RunCli
 from safetensors.torch import load_file, save_file
 
-from lieq_gguf.measure import forward_pass
-from lieq_gguf.measure.cache import _MAX_ENTRIES, CacheEntry, cache_folder
+from lieq_gguf.errors import OutputError
+from lieq_gguf.measure import cache, forward_pass
+from lieq_gguf.measure.cache import _MAX_ENTRIES, CacheEntry, passes_folder
+from lieq_gguf.records.folders import cache_root
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -89,7 +91,7 @@ def test_other_weights_make_a_pass_anew(
 
 def test_no_cache_keeps_nothing(run_cli: RunCli, model: Path, options: list[object]) -> None:
     assert run_cli("plan", model, "--bits", 3.4, "--no-cache", *options).exit_code == 0
-    assert not any(cache_folder().iterdir())
+    assert not any(cache_root().iterdir())
 
 
 def test_scores_of_the_model_before_it_was_changed_are_refused_by_name(
@@ -138,7 +140,7 @@ def test_entries_used_longest_ago_are_dropped() -> None:
     for n in range(1, _MAX_ENTRIES + 1):
         CacheEntry.of(n=n).save(None, IMPORTANCE)
     assert first.load() is None
-    assert len(list(cache_folder().iterdir())) == _MAX_ENTRIES
+    assert len(list(passes_folder().iterdir())) == _MAX_ENTRIES
 
 
 def test_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,3 +148,140 @@ def test_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setenv("LIEQ_GGUF_CACHE", str(tmp_path / "file"))
     CacheEntry.of(model="a").save(SCORES, IMPORTANCE)
     assert CacheEntry.of(model="a").load() is None
+
+
+def fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Save three entries where two are kept; the folders of all three, oldest first."""
+    monkeypatch.setattr(cache, "_MAX_ENTRIES", 2)
+    entries = [CacheEntry.of(n=n) for n in range(3)]
+    for n, entry in enumerate(entries):
+        entry.save(SCORES, IMPORTANCE)
+        os.utime(entry.folder, (n, n))
+    CacheEntry.of(n=2).save(SCORES, IMPORTANCE)
+    return [entry.folder for entry in entries]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder, links not followed."""
+    below = [file for file in folder.rglob("*") if not file.is_dir() or file.is_symlink()]
+    return {str(f.relative_to(folder)): os.fsencode(f.readlink()) if f.is_symlink() else f.read_bytes() for f in below}
+
+
+def with_another_file(entry: Path) -> None:
+    (entry / "notes.txt").write_text("mine", encoding="utf-8")
+
+
+def with_a_folder(entry: Path) -> None:
+    (entry / "photographs").mkdir()
+    (entry / "photographs" / "one.jpg").write_bytes(b"mine")
+
+
+def with_scores_of_another_kind(entry: Path) -> None:
+    (entry / "scores.json").write_text('{"player": 12}', encoding="utf-8")
+
+
+def with_another_name(entry: Path) -> None:
+    entry.rename(entry.with_name("experiment-7"))
+
+
+def with_a_link_for_a_file(entry: Path) -> None:
+    elsewhere = entry.parent.parent / "elsewhere.json"
+    (entry / "scores.json").rename(elsewhere)
+    (entry / "scores.json").symlink_to(elsewhere)
+
+
+def as_a_link(entry: Path) -> None:
+    elsewhere = entry.parent.parent / "elsewhere"
+    entry.rename(elsewhere)
+    entry.symlink_to(elsewhere, target_is_directory=True)
+
+
+def emptied(entry: Path) -> None:
+    for file in entry.iterdir():
+        file.unlink()
+
+
+CHANGES = (
+    with_another_file, with_a_folder, with_scores_of_another_kind, with_another_name, with_a_link_for_a_file, as_a_link,
+    emptied,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_is_not_certainly_an_entry_is_never_removed(
+    change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = CacheEntry.of(n="changed")
+    entry.save(SCORES, IMPORTANCE)
+    change(entry.folder)
+    for folder in passes_folder().iterdir():
+        os.utime(folder, (0, 0))
+    folders, before = set(passes_folder().iterdir()), content(cache_root())
+    oldest, *_ = fill_the_cache(monkeypatch)
+    assert not oldest.exists()  # so the folder was looked through
+    assert folders < set(passes_folder().iterdir())
+    assert before.items() <= content(cache_root()).items()
+
+
+def test_a_folder_that_is_the_users_own_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its folders have the names and files of entries, as the cache itself had before it got its own folder."""
+    for n in range(45):
+        folder = cache_root() / f"{n:032x}"
+        folder.mkdir()
+        SCORES.save(folder / "scores.json", "lim")
+        (folder / "diary.txt").write_text("mine", encoding="utf-8")
+        os.utime(folder, (0, 0))
+    before = content(cache_root())
+    fill_the_cache(monkeypatch)
+    assert before.items() <= content(cache_root()).items()
+    assert {path.name for path in cache_root().iterdir()} == {*(f"{n:032x}" for n in range(45)), "passes"}
+
+
+def test_behind_a_link_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    passes_folder().symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert all(folder.is_dir() for folder in fill_the_cache(monkeypatch))
+    assert CacheEntry.of(n=0).load() is not None
+
+
+def test_nothing_is_written_into_a_links_target(tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text("mine", encoding="utf-8")
+    entry = CacheEntry.of(n=0)
+    passes_folder().mkdir()
+    entry.folder.symlink_to(tmp_path, target_is_directory=True)
+    entry.save(SCORES, IMPORTANCE)
+    assert content(tmp_path) == {"scores.json": b"mine"}
+
+
+def fail(*_arguments: object) -> None:
+    raise OutputError("the disk is full")
+
+
+def test_failed_save_leaves_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImportanceMatrix, "save", fail)
+    entry = CacheEntry.of(n=0)
+    entry.save(SCORES, IMPORTANCE)
+    assert not entry.folder.exists()
+
+
+@pytest.mark.parametrize("change", [with_another_file, with_a_folder, with_a_link_for_a_file])
+def test_failed_save_removes_nothing_but_an_entry(
+    change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = CacheEntry.of(n=0)
+    entry.save(None, IMPORTANCE)
+    SCORES.save(entry.folder / "scores.json", "lim")
+    change(entry.folder)
+    before = content(entry.folder)
+    monkeypatch.setattr(ImportanceMatrix, "save", fail)
+    entry.save(None, IMPORTANCE)
+    assert content(entry.folder) == before
+
+
+def test_what_a_killed_process_leaves_goes_with_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = CacheEntry.of(n="killed")
+    entry.folder.mkdir(parents=True)
+    (entry.folder / ".imatrix.gguf.k3_x9a.partial").write_bytes(b"")
+    os.utime(entry.folder, (0, 0))
+    fill_the_cache(monkeypatch)
+    assert not entry.folder.exists()
