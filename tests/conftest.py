@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare_with_converter import CACHE
+from llama_cpp_source import llama_cpp_source
 from models import write_model
 
 from lieq_gguf import pipeline
@@ -46,6 +48,15 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "short.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. Numbers: 1 2 3 5 8 13 21.\n" * 60, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Path:
+    """Folder with llama.cpp's converter, which neither comes with its package nor can be made without the network."""
+    try:
+        return llama_cpp_source(CACHE)
+    except LookupError as error:
+        pytest.skip(str(error))
 
 
 @dataclass(frozen=True)

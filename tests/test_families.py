@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from families import TINY_MODELS, edit_config
-from llama_cpp_source import llama_cpp_source
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf import pipeline
@@ -127,15 +126,6 @@ def test_same_file_as_llama_cpps_converter(
     assert (result.tensors, result.keys) == ({}, {})
     assert result.n_tensors == len(ModelDirectory(written(name).path).spec.tensors)
     assert result.n_keys > 20
-
-
-@pytest.fixture(scope="session")
-def llama_cpp() -> Path:
-    """Folder with llama.cpp's converter."""
-    try:
-        return llama_cpp_source(compare_with_converter.CACHE)
-    except LookupError as error:
-        pytest.skip(str(error))
 
 
 def convert(source: Path, target: Path, bits: float, types: tuple[str, ...] | None = None) -> Path:

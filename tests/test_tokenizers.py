@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 import gguf
 import pytest
 import tokenizer_fixtures as fixtures
+import transformers
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordPiece
 
@@ -479,7 +480,7 @@ def test_preparation_of_texts_matters(change: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["gemma_model_only", "unigram_model_only", "llama_2_model_only"])
 def test_fields_of_the_sentencepiece_model(name: str, tmp_path: Path) -> None:
-    reference = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    reference = sentencepiece_model_pb2.ModelProto()
     WRITERS[name](tmp_path)
     reference.ParseFromString((tmp_path / "tokenizer.model").read_bytes())
     model = open_sentencepiece(tmp_path / "tokenizer.model")
@@ -541,8 +542,7 @@ def test_keys_of_the_llama_family(architecture: str, written: bool | None, tmp_p
 
 def test_transformers_gives_the_same_ids(tmp_path: Path) -> None:
     """Its own classes are built from the vocabulary and ignore most of tokenizer.json."""
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     for name in FAMILIES:
         model_dir = tmp_path / name
         vocab_size = WRITERS[name](model_dir)
@@ -666,10 +666,8 @@ for model_dir, out in jobs:
 """
 
 
-def test_same_keys_as_llama_cpps_converter(tmp_path: Path) -> None:
-    source = os.environ.get("LLAMA_CPP_SOURCE")
-    if not source:
-        pytest.skip("LLAMA_CPP_SOURCE does not name a llama.cpp source tree")
+@pytest.mark.slow
+def test_same_keys_as_llama_cpps_converter(tmp_path: Path, llama_cpp: Path) -> None:
     ours, jobs = {}, []
     for name, write in WRITERS.items():
         model_dir = tmp_path / name
@@ -684,7 +682,7 @@ def test_same_keys_as_llama_cpps_converter(tmp_path: Path) -> None:
         vocabulary = read_vocabulary(model_dir, vocab_size, architecture=architecture)
         ours[name] = read_keys(write_gguf(vocabulary, tmp_path / f"{name}.ours"))
         jobs.append((str(model_dir), str(tmp_path / f"{name}.theirs")))
-    command = [sys.executable, "-c", CONVERTER, source, json.dumps(jobs)]
+    command = [sys.executable, "-c", CONVERTER, str(llama_cpp), json.dumps(jobs)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for name, expected in ours.items():
