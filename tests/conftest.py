@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from compare_with_converter import CACHE
-from llama_cpp_source import llama_cpp_source
-from models import write_model
+from support.command import CliResult, RunCli
+from support.converter import CACHE
+from support.llama_cpp_source import llama_cpp_source
+from support.models import write_model
 
 from lieq_gguf import pipeline
 from lieq_gguf.allocation.allocate import Allocation
@@ -57,18 +57,6 @@ def llama_cpp() -> Path:
         return llama_cpp_source(CACHE)
     except LookupError as error:
         pytest.skip(str(error))
-
-
-@dataclass(frozen=True)
-class CliResult:
-    """What a command left behind in this process."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
-
-
-RunCli = Callable[..., CliResult]
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import CliResult, RunCli
-from models import write_model
 from safetensors.torch import load_file, save_file
+from support.command import CliResult, RunCli
+from support.models import write_model
 
 from lieq_gguf import pipeline
 from lieq_gguf.errors import SourceError, VerificationError

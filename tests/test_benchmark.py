@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import RunCli
+from support.command import RunCli
 
 from lieq_gguf import pipeline
 from lieq_gguf.evaluation.benchmark import Benchmark, Rate, bench, read_bandwidth

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RunCli
 from safetensors.torch import load_file, save_file
+from support.command import RunCli
 
 from lieq_gguf.errors import OutputError
 from lieq_gguf.measure import cache, forward_pass

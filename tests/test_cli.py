@@ -9,9 +9,9 @@ from typing import Any
 
 import gguf
 import pytest
-from conftest import CliResult, RunCli
-from models import write_model
-from tokenizer_fixtures import write_smollm2
+from support.command import CliResult, RunCli
+from support.models import write_model
+from support.tokenizer_fixtures import write_smollm2
 from typer.main import get_command
 
 import lieq_gguf

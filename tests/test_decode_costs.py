@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_allocation import COSTS, make_spec
+from support.specs import COSTS, make_spec
 
 from lieq_gguf.allocation.decode_costs import DecodeCosts, decode_costs
 from lieq_gguf.errors import FormatError, OutputError

@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import compare_with_converter
 import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from families import TINY_MODELS, edit_config
+from support import converter
+from support.families import TINY_MODELS, edit_config
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf import pipeline
@@ -122,7 +122,7 @@ def test_cache_and_bytes_of_a_token_are_those_of_the_model(
 def test_same_file_as_llama_cpps_converter(
     name: str, written: Callable[[str], Written], tmp_path: Path, llama_cpp: Path
 ) -> None:
-    result = compare_with_converter.compare(written(name).path, llama_cpp, tmp_path)
+    result = converter.compare(written(name).path, llama_cpp, tmp_path)
     assert (result.tensors, result.keys) == ({}, {})
     assert result.n_tensors == len(ModelDirectory(written(name).path).spec.tensors)
     assert result.n_keys > 20

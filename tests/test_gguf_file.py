@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import RunCli
-from models import write_model
+from support.command import RunCli
+from support.models import write_model
 
 from lieq_gguf import pipeline
 from lieq_gguf.errors import FormatError

@@ -14,9 +14,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import RunCli
-from families import TINY_MODELS
-from models import write_model
+from support.command import RunCli
+from support.families import TINY_MODELS
+from support.models import write_model
 
 from lieq_gguf import pipeline
 from lieq_gguf.allocation.allocate import Allocation, allocate

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import RunCli
+from support.command import RunCli
 
 from lieq_gguf import pipeline
 from lieq_gguf.evaluation.health import N_CTX, check, check_file, repetition

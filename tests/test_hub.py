@@ -14,8 +14,8 @@ from typing import Any
 
 import gguf
 import pytest
-from hub_server import TOKEN, HubServer, ServedModel, serving
-from models import write_model
+from support.hub_server import TOKEN, HubServer, ServedModel, serving
+from support.models import write_model
 
 import lieq_gguf
 from lieq_gguf.pipeline import Conversion

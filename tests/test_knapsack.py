@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from plain_solvers import greedy, lagrangian, totals
+from support.plain_solvers import greedy, lagrangian, totals
 
 from lieq_gguf.allocation.knapsack import GAP, Option, solve
 from lieq_gguf.errors import BudgetError

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import RunCli
-from families import TINY_MODELS
-from models import write_model
 from safetensors.torch import load_file, save_file
+from support.command import RunCli
+from support.families import TINY_MODELS
+from support.models import write_model
 
 from lieq_gguf.native.llama_cpp import llama_cpp
 from lieq_gguf.quant_types import QUANT_TYPES

@@ -11,9 +11,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from models import write_model
 from safetensors.torch import load_file, save_file
-from tokenizer_fixtures import write_smollm2
+from support.models import write_model
+from support.tokenizer_fixtures import write_smollm2
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

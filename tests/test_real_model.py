@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plain_solvers import greedy, lagrangian, totals
+from support.plain_solvers import greedy, lagrangian, totals
+from support.whole_model import lieq_scores
 from transformers import AutoModelForCausalLM
-from whole_model import lieq_scores
 
 from lieq_gguf.allocation.allocate import Allocation, make_problem
 from lieq_gguf.allocation.decode_costs import decode_costs

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import RunCli
+from support.command import RunCli
 
 from lieq_gguf import pipeline
 from lieq_gguf.errors import EvaluationError

@@ -8,9 +8,9 @@ from typing import Any
 
 import gguf
 import pytest
-import tokenizer_fixtures as fixtures
 import transformers
 from sentencepiece import sentencepiece_model_pb2
+from support import tokenizer_fixtures as fixtures
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordPiece
 

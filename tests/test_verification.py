@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import RunCli
+from support.command import RunCli
 
 from lieq_gguf import pipeline
 from lieq_gguf.errors import FormatError, VerificationError

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from plain_solvers import greedy, lagrangian, totals
 
 from lieq_gguf.allocation.allocate import Allocation, make_problem
 from lieq_gguf.allocation.knapsack import Option, solve
@@ -19,6 +18,9 @@ from lieq_gguf.allocation.time_limit import options
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from support.plain_solvers import greedy, lagrangian, totals
 
 N_LAYERS, N_MATRICES, N_TYPES = 80, 7, 14
 

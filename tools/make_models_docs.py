@@ -11,9 +11,12 @@ from pathlib import Path
 from lieq_gguf.architectures import FAMILIES
 from lieq_gguf.tokenizers.pre_tokenizers import TABLE
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from support.families import TINY_MODELS
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
-HEAD = """<!-- Made by tools/make_models_docs.py from tests/families.py; run `make docs` after changing either. -->
+HEAD = """<!-- Made by tools/make_models_docs.py from tests/support/families.py; after changes run `make docs`. -->
 
 # Models
 
@@ -47,9 +50,6 @@ Byte-level BPE is recognised by the steps in `tokenizer.json`: """
 
 def render() -> str:
     """The page."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from families import TINY_MODELS
-
     rows = []
     for family in FAMILIES:
         about = (inspect.getdoc(inspect.getmodule(type(family))) or "").partition("\n")[0].partition(": ")[2]

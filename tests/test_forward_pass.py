@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from models import write_model
 from safetensors.torch import load_file, save_file
-from tokenizer_fixtures import write_llama_3
+from support.models import write_model
+from support.tokenizer_fixtures import write_llama_3
+from support.whole_model import MODULES, OuterReference, WholeModel, lieq_scores
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import LlamaForCausalLM
-from whole_model import MODULES, OuterReference, WholeModel, lieq_scores
 
 from lieq_gguf.errors import CalibrationError
 from lieq_gguf.measure import forward_pass, layer_model

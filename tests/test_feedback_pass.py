@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import RunCli
-from models import write_model
+from support.command import RunCli
+from support.models import write_model
 from transformers import LlamaForCausalLM
 
 from lieq_gguf.allocation.allocate import Allocation

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RunCli
-from models import write_model
-from tokenizer_fixtures import ALL_TEXTS, write_llama_3
+from support.command import RunCli
+from support.models import write_model
+from support.tokenizer_fixtures import ALL_TEXTS, write_llama_3
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf.evaluation.divergence import TokenFigures, compare_logits, evaluate, read_text

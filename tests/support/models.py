@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizer_fixtures import write_smollm2
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from support.tokenizer_fixtures import write_smollm2
 
 
 def write_model(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise, product
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.specs import COSTS, make_spec, spec_of
 
 from lieq_gguf.allocation.allocate import (
     METHODS,
@@ -23,44 +23,17 @@ from lieq_gguf.allocation.allocate import (
     make_problem,
     offered_types,
 )
-from lieq_gguf.allocation.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError, FormatError
 from lieq_gguf.native.silence import silenced_native_stdout
 from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES, QuantType, parse_types
 from lieq_gguf.records.bits import BitBudget, BudgetKind
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.scores import LayerScores
-from lieq_gguf.records.spec import ModelSpec, TensorSpec
+from lieq_gguf.records.spec import ModelSpec
 
 K_TYPES = parse_types(["Q2_K", "Q3_K", "Q4_K", "Q6_K"])
 BITS = BitBudget("bits", 3.0)
 LEAST, MOST = 2.0625, 16.0  # bits per weight of the default ladder's IQ2_XXS and F16
-
-
-def make_spec(n_layers: int, width: int = 256, n_ff: int = 512, n_kv: int = 128, tied: bool = True) -> ModelSpec:
-    """A Llama's tensors, without a model behind them."""
-    shapes = {
-        "attn_norm": (width,),
-        "attn_q": (width, width),
-        "attn_k": (n_kv, width),
-        "attn_v": (n_kv, width),
-        "attn_output": (width, width),
-        "ffn_norm": (width,),
-        "ffn_gate": (n_ff, width),
-        "ffn_up": (n_ff, width),
-        "ffn_down": (width, n_ff),
-    }
-    return spec_of([shapes] * n_layers, width, tied)
-
-
-def spec_of(layers: Sequence[Mapping[str, tuple[int, ...]]], width: int = 256, tied: bool = True) -> ModelSpec:
-    tensors = [TensorSpec("token_embd.weight", "e", (1000, width))]
-    for layer, shapes in enumerate(layers):
-        tensors += [TensorSpec(f"blk.{layer}.{role}.weight", role, shape, layer) for role, shape in shapes.items()]
-    tensors.append(TensorSpec("output_norm.weight", "n", (width,)))
-    if not tied:
-        tensors.append(TensorSpec("output.weight", "o", (1000, width)))
-    return ModelSpec("synthetic", "llama", {}, len(layers), tuple(tensors), tied)
 
 
 def make_scores(spec: ModelSpec, seed: int = 0, monotone: bool = True) -> LayerScores:
@@ -585,12 +558,6 @@ def test_pins_that_cannot_hold_are_refused(pattern: str, name: str, message: str
 def test_a_pin_that_breaks_the_budget_is_refused() -> None:
     with pytest.raises(BudgetError, match="out of reach"):
         check_reachable(make_spec(3), BITS, Allocation(pins=(Pin("ffn", QUANT_TYPES["Q8_0"]),)))
-
-
-COSTS = DecodeCosts(
-    "a test", "made up",
-    {"Q2_K": 25, "Q3_K": 40, "Q4_K": 28, "Q5_K": 33, "Q6_K": 40, "Q8_0": 45, "IQ2_XXS": 55, "IQ3_XXS": 60},
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["bits", "file-bits"])

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tokenizer_fixtures as fixtures
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from support import tokenizer_fixtures as fixtures
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3",

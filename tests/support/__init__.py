@@ -1,0 +1,1 @@
+"""What tests and tools share. Tools may import it; it imports no tool."""
