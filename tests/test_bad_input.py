@@ -784,7 +784,7 @@ def wait(*_arguments):
     time.sleep(60)
 
 pipeline.verify = wait
-cli.main()
+commands.main()
 """
 
 
