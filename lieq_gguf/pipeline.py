@@ -22,6 +22,7 @@ from lieq_gguf.allocation.allocate import (
 )
 from lieq_gguf.allocation.decode_costs import DecodeCosts
 from lieq_gguf.errors import BudgetError, CalibrationError, ScoringError, TokenizerError
+from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.measure.cache import CacheEntry
 from lieq_gguf.measure.text import CalibrationTokens, read_calibration_text, tokenize
 from lieq_gguf.native import ggml
@@ -441,7 +442,7 @@ def learn(
             f"{_run_by_llama_cpp(source)}, here on the CPU only; leave out --device {options.device}"
         )
     given_scores = LayerScores.load(options.scores_file) if scores and options.scores_file else None
-    given = ImportanceMatrix.load(options.imatrix_file) if options.imatrix_file else None
+    given = load_importance(options.imatrix_file) if options.imatrix_file else None
     if given_scores is not None:
         given_scores.check(source.spec, source.fingerprint)
     if given is not None:

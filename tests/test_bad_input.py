@@ -19,6 +19,7 @@ from support.models import write_model
 
 from lieq_gguf import pipeline
 from lieq_gguf.errors import SourceError, VerificationError
+from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory
 
@@ -54,7 +55,7 @@ def documents(conversion: pipeline.Conversion, tmp_path: Path) -> Path:
     planned = conversion.planned
     assert planned.importance is not None
     planned.plan.save(path / "plan.json", {})
-    planned.importance.save(path / "imatrix.gguf")
+    save_importance(planned.importance, path / "imatrix.gguf")
     errors = {t: {"Q2_K": 0.1, "Q4_K": 0.01} for t in planned.importance.in_sum2}
     by_scorer = {"lim": (0.3, 0.2, 0.1), "energy-gain": (0.3, 0.2, 0.1)}
     scores = LayerScores("tiny", 512, "text", 0, by_scorer, errors, dict.fromkeys(errors, 1.0))

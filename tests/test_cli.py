@@ -17,10 +17,10 @@ from typer.main import get_command
 import lieq_gguf
 from lieq_gguf import pipeline
 from lieq_gguf.cli.commands import app
+from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.measure import forward_pass
 from lieq_gguf.measure.type_errors import probe_matrix, relative_errors
 from lieq_gguf.quant_types import parse_types
-from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory
 
@@ -274,7 +274,7 @@ def test_progress_is_on_stderr_beside_the_json(
 def test_scores_weigh_errors_by_importance(tiny_model: Path, knowledge: list[object]) -> None:
     source = ModelDirectory(tiny_model)
     scores = LayerScores.load(Path(str(knowledge[1])))
-    importance = ImportanceMatrix.load(Path(str(knowledge[3])))
+    importance = load_importance(Path(str(knowledge[3])))
     types = parse_types(["Q2_K", "Q3_K", "Q4_K"])
     for tensor in (t for layer in source.spec.layer_matrices for t in layer):
         probe = probe_matrix(source.read(tensor).float().numpy(), importance.mean(tensor.name))

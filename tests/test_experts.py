@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
 from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.formats.imatrix_file import load_importance, save_importance
 from lieq_gguf.measure.experts import Experts, separate_experts
 from lieq_gguf.measure.forward_pass import Calibration, PassOptions, calibrate
 from lieq_gguf.measure.llama_cpp_pass import calibrate_in_llama_cpp
@@ -126,8 +127,8 @@ def test_an_expert_without_tokens_gets_the_importance_of_the_others() -> None:
 
 
 def test_importance_of_experts_survives_its_file(streamed: Calibration, model: Path, tmp_path: Path) -> None:
-    streamed.importance.save(tmp_path / "imatrix.gguf")
-    loaded = ImportanceMatrix.load(tmp_path / "imatrix.gguf")
+    save_importance(streamed.importance, tmp_path / "imatrix.gguf")
+    loaded = load_importance(tmp_path / "imatrix.gguf")
     assert loaded.digest() == streamed.importance.digest()
     loaded.check(ModelDirectory(model).spec)
 
@@ -189,7 +190,7 @@ def test_scores_leave_experts_out(streamed: Calibration) -> None:
 def test_experts_are_written_one_behind_the_other(
     run_cli: RunCli, model: Path, streamed: Calibration, tmp_path: Path
 ) -> None:
-    streamed.importance.save(tmp_path / "imatrix.gguf")
+    save_importance(streamed.importance, tmp_path / "imatrix.gguf")
     output = tmp_path / "small.gguf"
     done = run_cli(
         "convert", model, "--types", "Q2_K", "--bits", 2.625, "--imatrix", tmp_path / "imatrix.gguf", "-q", "-o", output

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.text import tokenize
 from lieq_gguf.native import ggml
@@ -52,7 +53,7 @@ def test_only_the_values_differ(refined: Conversion, run_cli: RunCli, tiny_model
     plan, plain = tmp_path / "plan.json", tmp_path / "plain.gguf"
     refined.planned.plan.save(plan, {})
     assert refined.planned.importance is not None
-    refined.planned.importance.save(tmp_path / "imatrix.gguf")
+    save_importance(refined.planned.importance, tmp_path / "imatrix.gguf")
     done = run_cli(
         "convert",
         tiny_model,

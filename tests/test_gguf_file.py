@@ -15,6 +15,7 @@ from support.models import write_model
 from lieq_gguf import pipeline
 from lieq_gguf.errors import FormatError
 from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 
@@ -158,7 +159,7 @@ def test_refuses_a_type_without_a_name_here(tmp_path: Path) -> None:
 
 def test_an_importance_matrix_is_no_language_model(conversion: pipeline.Conversion, tmp_path: Path) -> None:
     assert conversion.planned.importance is not None
-    conversion.planned.importance.save(tmp_path / "imatrix.gguf")
+    save_importance(conversion.planned.importance, tmp_path / "imatrix.gguf")
     with pytest.raises(FormatError, match=r"imatrix\.gguf"):
         GgufFile(tmp_path / "imatrix.gguf").bit_meter()
 

@@ -24,13 +24,13 @@ from lieq_gguf.errors import FormatError, OutputError, QuantizationError, Source
 from lieq_gguf.evaluation.inspection import inspect
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.gguf_header import HeaderWriter
+from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.native import ggml
 from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES, parse_types
 from lieq_gguf.records.bits import BitBudget
-from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources import open_source
@@ -577,7 +577,7 @@ def test_scores_of_an_unknown_architecture_take_no_pass_again(
     scores, imatrix = tmp_path / "scores.json", tmp_path / "imatrix.gguf"
     assert run_cli("score", gemma_file, "-o", scores, *options).exit_code == 0
     assert run_cli("imatrix", gemma_file, "-o", imatrix, *options[:-2]).exit_code == 0
-    assert ImportanceMatrix.load(imatrix).in_sum2.keys() == {
+    assert load_importance(imatrix).in_sum2.keys() == {
         t.name for layer in GgufSource(gemma_file).spec.layer_matrices for t in layer
     }
     for method in ("weighted-error", "lim", "zd", "lieq-ladder --scorer lim"):

@@ -18,8 +18,8 @@ from support.hub_server import TOKEN, HubServer, ServedModel, serving
 from support.models import write_model
 
 import lieq_gguf
+from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.pipeline import Conversion
-from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.sources.hub import is_hub_name
 from lieq_gguf.sources.model_directory import ModelDirectory, model_name, repository_of
 
@@ -237,7 +237,7 @@ def test_score_and_imatrix_and_eval_take_names(
     ]
     assert [d.returncode for d in done] == [0] * 3, [d.stderr for d in done]
     assert json.loads((tmp_path / "scores.json").read_text())["model"] == "Tiny-0.8M-Chat"
-    assert ImportanceMatrix.load(tmp_path / "imatrix.gguf").n_tokens == 512
+    assert load_importance(tmp_path / "imatrix.gguf").n_tokens == 512
     assert 0 < json.loads(done[2].stdout)["kld"]["mean"] < 1
     assert len(hub.sent) == len(set(hub.sent))
 

@@ -21,6 +21,7 @@ from lieq_gguf.allocation.time_limit import options
 from lieq_gguf.evaluation.divergence import evaluate, read_text
 from lieq_gguf.evaluation.generation import stream
 from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.measure.forward_pass import PassOptions, calibrate
 from lieq_gguf.measure.layer_model import has_fast_bfloat16
 from lieq_gguf.measure.text import CHUNK_SIZE, read_calibration_text, tokenize
@@ -57,7 +58,7 @@ def known(model: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationO
     assert knowledge.scores is not None
     assert knowledge.importance is not None
     knowledge.scores.save(folder / "scores.json", "lieq")
-    knowledge.importance.save(folder / "imatrix.gguf")
+    save_importance(knowledge.importance, folder / "imatrix.gguf")
     return CalibrationOptions(
         scores_file=folder / "scores.json",
         imatrix_file=folder / "imatrix.gguf",
@@ -187,7 +188,7 @@ def test_a_gguf_file_is_scored_and_planned_as_its_directory(model: Path, tmp_pat
     for path, known in ((model, from_directory), (file, from_file)):
         assert known.scores is not None and known.importance is not None
         known.scores.save(tmp_path / "scores.json", "lieq")
-        known.importance.save(tmp_path / "imatrix.gguf")
+        save_importance(known.importance, tmp_path / "imatrix.gguf")
         files = replace(options, scores_file=tmp_path / "scores.json", imatrix_file=tmp_path / "imatrix.gguf")
         plans.append(make_plan(open_source(path), BitBudget("bits", 2.7), Allocation(), files, Progress()))
     expected_plan, found_plan = plans

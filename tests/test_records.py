@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lieq_gguf.errors import BudgetError, CalibrationError, FormatError, OutputError
+from lieq_gguf.formats.imatrix_file import load_importance, save_importance
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.bits import BitBudget, measure_bits, padded, parse_size
 from lieq_gguf.records.files import SCHEMA_VERSION, check_output, replaced_when_complete
@@ -244,8 +245,8 @@ def test_scores_of_other_matrices_are_refused() -> None:
 
 
 def test_importance_is_the_same_after_a_round_trip(tmp_path: Path) -> None:
-    IMPORTANCE.save(tmp_path / "i.gguf")
-    loaded = ImportanceMatrix.load(tmp_path / "i.gguf")
+    save_importance(IMPORTANCE, tmp_path / "i.gguf")
+    loaded = load_importance(tmp_path / "i.gguf")
     assert (loaded.n_tokens, loaded.chunk_size, loaded.n_chunks, loaded.dataset) == (1024, 512, 2, "text")
     assert loaded.in_sum2.keys() == IMPORTANCE.in_sum2.keys()
     for name, sums in IMPORTANCE.in_sum2.items():
@@ -253,7 +254,7 @@ def test_importance_is_the_same_after_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_importance_file_has_the_metadata_of_llama_imatrix(tmp_path: Path) -> None:
-    IMPORTANCE.save(tmp_path / "i.gguf")
+    save_importance(IMPORTANCE, tmp_path / "i.gguf")
     fields = gguf.GGUFReader(tmp_path / "i.gguf").fields
     found = {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
     assert found == {
@@ -265,7 +266,7 @@ def test_importance_file_has_the_metadata_of_llama_imatrix(tmp_path: Path) -> No
 
 
 def test_importance_file_has_the_tensors_of_llama_imatrix(tmp_path: Path) -> None:
-    IMPORTANCE.save(tmp_path / "i.gguf")
+    save_importance(IMPORTANCE, tmp_path / "i.gguf")
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "i.gguf").tensors}
     assert {name: t.shape.tolist() for name, t in tensors.items()} == {  # innermost first, as ggml counts
         "blk.0.attn_q.weight.counts": [1, 1],
@@ -301,7 +302,7 @@ def test_matrices_with_different_counts_keep_their_means(tmp_path: Path) -> None
         tmp_path / "i.gguf",
         {"a.in_sum2": [8.0, 16.0], "a.counts": [4.0], "b.in_sum2": [8.0, 16.0], "b.counts": [8.0]},
     )
-    loaded = ImportanceMatrix.load(file)
+    loaded = load_importance(file)
     means = {name: loaded.mean(name) for name in "ab"}
     np.testing.assert_allclose(np.array(means["a"]), [2.0, 4.0])
     np.testing.assert_allclose(np.array(means["b"]), [1.0, 2.0])
@@ -322,29 +323,53 @@ def test_matrices_with_different_counts_keep_their_means(tmp_path: Path) -> None
     ids=["nothing", "no counts", "other counts", "zero", "experts", "no number", "sums no number", "negative sums"],
 )
 def test_unusable_importance_is_refused(tmp_path: Path, arrays: dict[str, list[float]]) -> None:
-    one_line_refusal(ImportanceMatrix.load, write_importance(tmp_path / "i.gguf", arrays))
+    one_line_refusal(load_importance, write_importance(tmp_path / "i.gguf", arrays))
+
+
+def test_importance_of_another_type_than_llama_imatrix_writes_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "i.gguf", "")
+    writer.add_type("imatrix")
+    writer.add_tensor("a.in_sum2", np.ones((1, 4), dtype=np.float16))
+    writer.add_tensor("a.counts", np.ones((1, 1), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "a.in_sum2 is F16, expected F32" in one_line_refusal(load_importance, tmp_path / "i.gguf")
+
+
+@pytest.mark.parametrize("chunk_size", [0, 0.5])
+def test_importance_without_a_usable_chunk_size_is_refused(tmp_path: Path, chunk_size: float) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "i.gguf", "")
+    writer.add_type("imatrix")
+    writer.add_key_value("imatrix.chunk_size", chunk_size, gguf.GGUFValueType.get_type(chunk_size))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "imatrix.chunk_size is 0" in one_line_refusal(load_importance, tmp_path / "i.gguf")
 
 
 def test_gguf_of_another_kind_is_no_importance_matrix(tmp_path: Path) -> None:
     file = write_importance(tmp_path / "i.gguf", {"a.in_sum2": [1.0], "a.counts": [1.0]}, kind="model")
-    assert "not an importance matrix" in one_line_refusal(ImportanceMatrix.load, file)
+    assert "not an importance matrix" in one_line_refusal(load_importance, file)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no gguf at all", b"GGUF\x03\0\0\0" + b"\xff" * 16])
 def test_damaged_importance_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "i.gguf").write_bytes(content)
-    one_line_refusal(ImportanceMatrix.load, tmp_path / "i.gguf")
+    one_line_refusal(load_importance, tmp_path / "i.gguf")
 
 
 def test_importance_file_cut_short_is_refused(tmp_path: Path) -> None:
-    IMPORTANCE.save(tmp_path / "i.gguf")
+    save_importance(IMPORTANCE, tmp_path / "i.gguf")
     content = (tmp_path / "i.gguf").read_bytes()
     (tmp_path / "i.gguf").write_bytes(content[: len(content) // 2])
-    one_line_refusal(ImportanceMatrix.load, tmp_path / "i.gguf")
+    one_line_refusal(load_importance, tmp_path / "i.gguf")
 
 
 def test_missing_importance_file_is_refused(tmp_path: Path) -> None:
-    assert "does not exist" in one_line_refusal(ImportanceMatrix.load, tmp_path / "none.gguf")
+    assert "does not exist" in one_line_refusal(load_importance, tmp_path / "none.gguf")
 
 
 def test_importance_belongs_to_its_model() -> None:
@@ -453,7 +478,7 @@ def test_older_importance_matrix_is_read(tmp_path: Path) -> None:
     file = tmp_path / "imatrix.dat"
     tail = struct.pack("<ii", 4, 8) + b"wiki.raw"
     file.write_bytes(dat_file({"blk.0.attn_q.weight": (4, [8.0, 4.0]), "blk.0.ffn_up.weight": (2, [8.0])}, tail))
-    found = ImportanceMatrix.load(file)
+    found = load_importance(file)
     assert (found.n_chunks, found.dataset) == (4, "wiki.raw")
     for name, means in (("blk.0.attn_q.weight", [2.0, 1.0]), ("blk.0.ffn_up.weight", [4.0])):
         assert np.array_equal(np.asarray(found.mean(name)), means)
@@ -462,7 +487,7 @@ def test_older_importance_matrix_is_read(tmp_path: Path) -> None:
 def test_oldest_importance_matrix_ends_after_its_entries(tmp_path: Path) -> None:
     file = tmp_path / "imatrix.dat"
     file.write_bytes(dat_file({"a.weight": (3, [3.0])}))
-    found = ImportanceMatrix.load(file)
+    found = load_importance(file)
     assert (found.n_chunks, found.dataset) == (3, "unknown")
     assert np.array_equal(np.asarray(found.mean("a.weight")), [1.0])
 
@@ -472,14 +497,14 @@ def test_every_cut_of_an_older_importance_matrix_is_refused(tmp_path: Path) -> N
     for n_bytes in range(len(content)):
         (tmp_path / "cut.dat").write_bytes(content[:n_bytes])
         with pytest.raises(FormatError, match="is not an importance matrix"):
-            ImportanceMatrix.load(tmp_path / "cut.dat")
+            load_importance(tmp_path / "cut.dat")
 
 
 @pytest.mark.parametrize("values", [[float("nan")], [-1.0], []])
 def test_older_importance_matrix_of_no_squares_is_refused(tmp_path: Path, values: list[float]) -> None:
     (tmp_path / "bad.dat").write_bytes(dat_file({"a.weight": (3, values)}))
     with pytest.raises(FormatError, match=r"a\.weight"):
-        ImportanceMatrix.load(tmp_path / "bad.dat")
+        load_importance(tmp_path / "bad.dat")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from support.models import write_model
 
 from lieq_gguf import __version__, pipeline
 from lieq_gguf.errors import OutputError, QuantizationError
+from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
@@ -119,7 +120,7 @@ def test_given_imatrix_is_named_in_the_metadata(
 ) -> None:
     imatrix, file = tmp_path / "mine.gguf", tmp_path / "out.gguf"
     assert conversion.planned.importance is not None
-    conversion.planned.importance.save(imatrix)
+    save_importance(conversion.planned.importance, imatrix)
     done = run_cli("convert", tiny_model, "--types", "Q4_K", "--bits", 4.5, "--imatrix", imatrix, "-q", "-o", file)
     assert done.exit_code == 0, done.stderr
     assert keys(file)["quantize.imatrix.file"] == "mine.gguf"

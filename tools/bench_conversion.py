@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.sources.model_directory import ModelDirectory
 
@@ -113,7 +113,7 @@ def compare_importance(model: Path, text: Path, theirs_file: Path, ours_file: Pa
         head.write_text(characters[:low], encoding="utf-8")
         command = [*lieq, "imatrix", model, "--calibration", head, "--n-tokens", N_TOKENS, "--no-cache", "-q"]
         subprocess.run([*map(str, command), "-o", str(ours_file)], check=True, stdout=subprocess.DEVNULL)
-    ours, theirs = ImportanceMatrix.load(ours_file), ImportanceMatrix.load(theirs_file)
+    ours, theirs = load_importance(ours_file), load_importance(theirs_file)
     differences = []
     for name in ours.in_sum2:
         a, b = ours.mean(name), theirs.mean(name)

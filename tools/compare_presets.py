@@ -26,8 +26,8 @@ from typing import Any
 from make_preset import quantize
 
 from lieq_gguf.evaluation.inspection import inspect
+from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.native.llama_cpp import open_model
-from lieq_gguf.records.importance import ImportanceMatrix
 
 PRESETS = ("Q4_K_M", "Q3_K_M", "Q3_K_S", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")
 K_PRESETS = ("Q4_K_M", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S")
@@ -67,7 +67,7 @@ def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
     """Preset to column to file."""
     folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
     f16, scores, imatrix = known_files(arguments)
-    importance = ImportanceMatrix.load(imatrix)
+    importance = load_importance(imatrix)
     files: dict[str, dict[str, Path]] = {}
     wanted = arguments.presets.split(",")
     for preset in dict.fromkeys([*wanted, *K_PRESETS]):

@@ -13,6 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.native.llama_cpp import llama_cpp
 from lieq_gguf.records.importance import ImportanceMatrix
 
@@ -36,7 +37,7 @@ def quantize(source: Path, target: Path, preset: str, importance: ImportanceMatr
 def main() -> None:
     """Make every preset asked for."""
     source, imatrix, folder = (Path(argument) for argument in sys.argv[1:4])
-    importance = ImportanceMatrix.load(imatrix)
+    importance = load_importance(imatrix)
     for preset in sys.argv[4:]:
         target = folder / f"{preset}.gguf"
         quantize(source, target, preset, importance)

@@ -18,9 +18,9 @@ from scipy.stats import pearsonr, spearmanr
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf.evaluation.divergence import compare_logits, read_text
+from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
-from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
@@ -33,7 +33,7 @@ def main() -> None:
     path, scores_file, imatrix_file, text_file = map(Path, sys.argv[1:5])
     n_chunks = int(sys.argv[5]) if len(sys.argv) > 5 else 6
     source, scores = ModelDirectory(path), LayerScores.load(scores_file)
-    importance = ImportanceMatrix.load(imatrix_file)
+    importance = load_importance(imatrix_file)
     ids = load_source_tokenizer(path).encode(read_text(text_file)[: n_chunks * N_CTX * 10], add_special_tokens=False)
     chunks = torch.tensor(ids[: n_chunks * N_CTX]).reshape(n_chunks, N_CTX)
     targets = chunks[:, N_CTX // 2 + 1 :].reshape(-1).numpy()

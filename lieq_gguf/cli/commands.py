@@ -20,6 +20,7 @@ import typer
 
 from lieq_gguf import __version__
 from lieq_gguf.errors import LieqError, ScoringError
+from lieq_gguf.formats.imatrix_file import save_importance
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -442,7 +443,7 @@ def imatrix(
     options, progress = _calibration(context.params), _progress(quiet)
     known = pipeline.learn(_open(source, revision, progress, context.params), (), options, progress, scores=False)
     assert known.importance is not None
-    known.importance.save(output)
+    save_importance(known.importance, output)
     matrix = known.importance
     print(f"{output}: {len(matrix.in_sum2)} matrices, {matrix.n_tokens} tokens of {matrix.dataset}")
 

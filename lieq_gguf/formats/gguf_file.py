@@ -9,12 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf.errors import FormatError
-from lieq_gguf.formats.gguf_header import TensorInfo, read_header
+from lieq_gguf.formats.gguf_header import TensorInfo, read_header, type_name
 from lieq_gguf.quant_types import BY_GGML_ID, QuantType
 from lieq_gguf.records.bits import BitMeter, measure_bits
 from lieq_gguf.records.spec import TensorSpec
@@ -141,7 +140,7 @@ class GgufFile:
     def _stored(self, tensor: TensorInfo) -> StoredTensor:
         quant_type = BY_GGML_ID.get(tensor.ggml_id)
         if quant_type is None:
-            raise FormatError(f"{tensor.name} has the type {_type_name(tensor.ggml_id)}, which is not supported")
+            raise FormatError(f"{tensor.name} has the type {type_name(tensor.ggml_id)}, which is not supported")
         if not tensor.shape or 0 in tensor.shape:
             raise FormatError(f"{tensor.name} has the shape {tensor.shape}; expected at least one weight")
         if not quant_type.fits(tensor.shape[-1]):
@@ -175,10 +174,3 @@ def _require_counts(values: Mapping[str, Any]) -> None:
 def is_never_quantised(name: str) -> bool:
     """Whether llama-quantize leaves a tensor as it is, whatever its shape."""
     return not name.endswith("weight") or name in _KEPT_NAMES or any(part in name for part in _KEPT_PARTS)
-
-
-def _type_name(ggml_id: int) -> str:
-    try:
-        return gguf.GGMLQuantizationType(ggml_id).name
-    except ValueError:
-        return f"number {ggml_id}"

@@ -111,6 +111,14 @@ class _Bytes:
     content: bytes
 
 
+def type_name(ggml_id: int) -> str:
+    """Name of a tensor type, for people; llama.cpp can be ahead of gguf."""
+    try:
+        return gguf.GGMLQuantizationType(ggml_id).name
+    except ValueError:
+        return f"number {ggml_id}"
+
+
 def read_header(content: memoryview) -> GgufHeader:
     """Read the header of a mapped file.
 

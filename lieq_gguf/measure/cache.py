@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lieq_gguf.errors import LieqError
+from lieq_gguf.formats.imatrix_file import load_importance, save_importance
 from lieq_gguf.records.folders import cache_root
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
@@ -52,7 +53,7 @@ class CacheEntry:
     def load(self) -> tuple[LayerScores | None, ImportanceMatrix] | None:
         """What was kept, or None. A damaged entry is as good as none."""
         try:
-            importance = ImportanceMatrix.load(self._imatrix)
+            importance = load_importance(self._imatrix)
             scores = LayerScores.load(self._scores) if self._scores.is_file() else None
         except LieqError:
             return None
@@ -68,7 +69,7 @@ class CacheEntry:
             self.folder.mkdir(parents=True, exist_ok=True)
             if scores is not None:
                 scores.save(self._scores, next(iter(scores.by_scorer)))
-            importance.save(self._imatrix)
+            save_importance(importance, self._imatrix)
         except (OSError, LieqError):
             _remove(self.folder)
         else:
