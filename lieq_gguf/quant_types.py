@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from lieq_gguf.errors import BudgetError
+
+Family = Literal["float", "legacy", "K", "IQ", "trained"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,10 @@ class QuantType:
         block_bytes: Stored bytes of a block.
         nominal_bits: The digit in the name, the papers' accounting.
         file_type: ``enum llama_ftype`` of a file that is mostly of this type.
+        family: How the type stores weights: plain numbers, blocks with one scale (legacy), blocks of blocks (K), a grid
+            of vectors (IQ), or a grid that weights were trained to lie on.
         needs_imatrix: Whether the type is of use only with an importance matrix.
+        has_tables: Whether its encoder needs tables that take seconds to make.
     """
 
     name: str
@@ -32,7 +38,9 @@ class QuantType:
     block_bytes: int
     nominal_bits: int
     file_type: int
+    family: Family
     needs_imatrix: bool = False
+    has_tables: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -62,33 +70,33 @@ class QuantType:
 
 # fmt: off
 _TABLE = (
-    #         name     id block bytes digit ftype
-    QuantType("F32",     0,   1,   4, 32,  0),
-    QuantType("F16",     1,   1,   2, 16,  1),
-    QuantType("BF16",   30,   1,   2, 16, 32),
-    QuantType("Q4_0",    2,  32,  18,  4,  2),
-    QuantType("Q4_1",    3,  32,  20,  4,  3),
-    QuantType("Q5_0",    6,  32,  22,  5,  8),
-    QuantType("Q5_1",    7,  32,  24,  5,  9),
-    QuantType("Q8_0",    8,  32,  34,  8,  7),
-    QuantType("Q2_0",   42,  64,  18,  2, 41),
-    QuantType("Q2_K",   10, 256,  84,  2, 10),
-    QuantType("Q3_K",   11, 256, 110,  3, 12),
-    QuantType("Q4_K",   12, 256, 144,  4, 15),
-    QuantType("Q5_K",   13, 256, 176,  5, 17),
-    QuantType("Q6_K",   14, 256, 210,  6, 18),
-    QuantType("IQ1_S",  19, 256,  50,  1, 24, needs_imatrix=True),
-    QuantType("IQ1_M",  29, 256,  56,  1, 31, needs_imatrix=True),
-    QuantType("IQ2_XXS", 16, 256,  66,  2, 19, needs_imatrix=True),
-    QuantType("IQ2_XS", 17, 256,  74,  2, 20, needs_imatrix=True),
-    QuantType("IQ2_S",  22, 256,  82,  2, 28, needs_imatrix=True),
-    QuantType("IQ3_XXS", 18, 256,  98,  3, 23, needs_imatrix=True),
-    QuantType("IQ3_S",  21, 256, 110,  3, 26),
-    QuantType("IQ4_NL", 20,  32,  18,  4, 25),
-    QuantType("IQ4_XS", 23, 256, 136,  4, 30),
-    QuantType("TQ1_0",  34, 256,  54,  1, 36),
-    QuantType("TQ2_0",  35, 256,  66,  2, 37),
-    QuantType("MXFP4",  39,  32,  17,  4, 38),
+    #         name     id block bytes digit ftype family
+    QuantType("F32",     0,   1,   4, 32,  0, "float"),
+    QuantType("F16",     1,   1,   2, 16,  1, "float"),
+    QuantType("BF16",   30,   1,   2, 16, 32, "float"),
+    QuantType("Q4_0",    2,  32,  18,  4,  2, "legacy"),
+    QuantType("Q4_1",    3,  32,  20,  4,  3, "legacy"),
+    QuantType("Q5_0",    6,  32,  22,  5,  8, "legacy"),
+    QuantType("Q5_1",    7,  32,  24,  5,  9, "legacy"),
+    QuantType("Q8_0",    8,  32,  34,  8,  7, "legacy"),
+    QuantType("Q2_0",   42,  64,  18,  2, 41, "legacy"),
+    QuantType("Q2_K",   10, 256,  84,  2, 10, "K"),
+    QuantType("Q3_K",   11, 256, 110,  3, 12, "K"),
+    QuantType("Q4_K",   12, 256, 144,  4, 15, "K"),
+    QuantType("Q5_K",   13, 256, 176,  5, 17, "K"),
+    QuantType("Q6_K",   14, 256, 210,  6, 18, "K"),
+    QuantType("IQ1_S",  19, 256,  50,  1, 24, "IQ", needs_imatrix=True, has_tables=True),
+    QuantType("IQ1_M",  29, 256,  56,  1, 31, "IQ", needs_imatrix=True, has_tables=True),
+    QuantType("IQ2_XXS", 16, 256,  66,  2, 19, "IQ", needs_imatrix=True, has_tables=True),
+    QuantType("IQ2_XS", 17, 256,  74,  2, 20, "IQ", needs_imatrix=True, has_tables=True),
+    QuantType("IQ2_S",  22, 256,  82,  2, 28, "IQ", needs_imatrix=True, has_tables=True),
+    QuantType("IQ3_XXS", 18, 256,  98,  3, 23, "IQ", needs_imatrix=True, has_tables=True),
+    QuantType("IQ3_S",  21, 256, 110,  3, 26, "IQ", has_tables=True),
+    QuantType("IQ4_NL", 20,  32,  18,  4, 25, "IQ"),
+    QuantType("IQ4_XS", 23, 256, 136,  4, 30, "IQ"),
+    QuantType("TQ1_0",  34, 256,  54,  1, 36, "trained"),
+    QuantType("TQ2_0",  35, 256,  66,  2, 37, "trained"),
+    QuantType("MXFP4",  39,  32,  17,  4, 38, "trained"),
 )
 # fmt: on
 

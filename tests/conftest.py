@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,10 @@ from support.command import CliResult, RunCli
 from support.converter import CACHE
 from support.llama_cpp_source import llama_cpp_source
 from support.models import write_model
+from support.requests import on_text, request_of
 
 from lieq_gguf import pipeline
-from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.cli.commands import main
-from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import parse_types
-from lieq_gguf.records.bits import BitBudget
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +82,7 @@ def conversion(
     tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> pipeline.Conversion:
     """``tiny_model`` converted to a mix of Q2_K, Q3_K and Q4_K, every block by itself; its file is read-only."""
-    return pipeline.convert(
-        tiny_model,
-        tmp_path_factory.mktemp("converted") / "tiny.gguf",
-        BitBudget("bits", 3.4),
-        Allocation(types=parse_types(["Q2_K", "Q3_K", "Q4_K"]), granularity="tensor"),
-        pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2, refine="none"),
-        Progress(silent=True),
-        command_line="lieq-gguf convert tiny --bits 3.4",
-    )
+    output, text = tmp_path_factory.mktemp("converted") / "tiny.gguf", on_text(calibration_text, 512)
+    request = request_of(tiny_model, 3.4, output, "Q2_K,Q3_K,Q4_K", text, error_feedback=False)
+    writing = replace(request.writing, command_line="lieq-gguf convert tiny --bits 3.4")
+    return pipeline.convert(replace(request, writing=writing))

@@ -19,18 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command import RunCli
 from support.models import write_model
+from support.requests import convert_plainly
 
-from lieq_gguf import pipeline
-from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.errors import SourceError
 from lieq_gguf.measure.cache import passes_folder
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import parse_types
-from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.options import SourceOptions
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.sources.source import SourceOptions
 
 PREFIX = "base_model.model."
 RANK, ALPHA = 4, 8
@@ -283,15 +279,7 @@ def save_merged(base: Path, adapter: Path, path: Path, dtype: torch.dtype) -> Pa
 
 
 def f16_tensors(source: Path, output: Path, adapter: Path | None = None) -> dict[str, np.ndarray[Any, Any]]:
-    pipeline.convert(
-        source,
-        output,
-        BitBudget("bits", 16),
-        Allocation(types=parse_types(["F16"])),
-        pipeline.CalibrationOptions(use_imatrix=False, n_threads=2),
-        Progress(silent=True),
-        source_options=SourceOptions(adapter),
-    )
+    convert_plainly(source, output, source=SourceOptions(adapter=adapter))
     return {t.name: np.array(t.data) for t in gguf.GGUFReader(output).tensors}
 
 
@@ -365,7 +353,7 @@ def test_scores_of_the_base_are_refused_with_an_adapter(
     adapter, scores = write_adapter(tmp_path / "lora", pair(UP_PROJ)), tmp_path / "scores.json"
     cheap = ("--calibration", calibration_text, "--n-tokens", 256, "--types", "Q2_K,Q4_K")
     assert run_cli("score", tiny_model, "-o", scores, *cheap).exit_code == 0
-    done = run_cli("plan", tiny_model, "--bits", 3.4, "--scores", scores, "--adapter", adapter, *cheap[-2:])
+    done = run_cli("plan", tiny_model, "--bits", 3.4, "--scores-file", scores, "--adapter", adapter, *cheap[-2:])
     assert done.exit_code == 1
     assert "scores are of another tiny: its weights are not those of tiny now" in done.stderr
 

@@ -52,11 +52,11 @@ def documents(conversion: pipeline.Conversion, tmp_path: Path) -> Path:
     """A folder with good scores.json, plan.json and imatrix.gguf of the tiny model."""
     path = tmp_path / "documents"
     path.mkdir()
-    planned = conversion.planned
-    assert planned.importance is not None
-    planned.plan.save(path / "plan.json", {})
-    save_importance(planned.importance, path / "imatrix.gguf")
-    errors = {t: {"Q2_K": 0.1, "Q4_K": 0.01} for t in planned.importance.in_sum2}
+    prepared = conversion.prepared
+    assert prepared.measured.importance is not None
+    prepared.plan.save(path / "plan.json", {})
+    save_importance(prepared.measured.importance, path / "imatrix.gguf")
+    errors = {t: {"Q2_K": 0.1, "Q4_K": 0.01} for t in prepared.measured.importance.in_sum2}
     by_scorer = {"lim": (0.3, 0.2, 0.1), "energy-gain": (0.3, 0.2, 0.1)}
     scores = LayerScores("tiny", 512, "text", 0, by_scorer, errors, dict.fromkeys(errors, 1.0))
     scores.save(path / "scores.json", "lim")
@@ -294,11 +294,11 @@ def test_one_matrix_cannot_have_two_types(run_cli: RunCli, tiny_model: Path, fol
     assert_refused(done, "cannot be both Q4_0 and Q8_0", folder)
 
 
-@pytest.mark.parametrize("given", [("--seed", 3), ("--refine", "none", "--n-tokens", 512)])
+@pytest.mark.parametrize("given", [("--seed", 3), ("--no-error-feedback", "--n-tokens", 512)])
 def test_options_of_a_pass_that_is_not_made_are_refused(
     run_cli: RunCli, tiny_model: Path, given: tuple[object, ...]
 ) -> None:
-    done = run_cli("convert", tiny_model, "--bits", 4.5, "--scores", "s.json", "--imatrix", "i.gguf", *given)
+    done = run_cli("convert", tiny_model, "--bits", 4.5, "--scores-file", "s.json", "--imatrix", "i.gguf", *given)
     assert done.exit_code == 2
     assert str(given[-2]) in done.stderr
 
@@ -563,19 +563,19 @@ def test_plan_that_gives_the_embedding_a_type_that_needs_importance(
 def test_bad_scores(run_cli: RunCli, tiny_model: Path, documents: Path, folder: Path, name: str) -> None:
     change, words = BAD_SCORES[name]
     change(documents / "scores.json")
-    done = run_cli("plan", tiny_model, "--scores", documents / "scores.json", "--no-imatrix", "-q",
+    done = run_cli("plan", tiny_model, "--scores-file", documents / "scores.json", "--no-imatrix", "-q",
                    "--types", "Q2_K,Q4_K", "--bits", 3, "-o", folder / "plan.json")  # fmt: skip
     assert_refused(done, words, folder)
 
 
 def test_scores_lack_a_type_on_offer(run_cli: RunCli, tiny_model: Path, documents: Path, folder: Path) -> None:
-    done = run_cli("plan", tiny_model, "--scores", documents / "scores.json", "--no-imatrix", "-q",
+    done = run_cli("plan", tiny_model, "--scores-file", documents / "scores.json", "--no-imatrix", "-q",
                    "--types", "Q2_K,Q6_K", "--bits", 3, "-o", folder / "plan.json")  # fmt: skip
     assert_refused(done, "the scores have no errors for Q6_K; score again with --types Q2_K,Q4_K,Q6_K", folder)
 
 
 def test_scores_of_another_model(run_cli: RunCli, small_model: Path, documents: Path, folder: Path) -> None:
-    done = run_cli("plan", small_model, "--scores", documents / "scores.json", "--no-imatrix", "-q",
+    done = run_cli("plan", small_model, "--scores-file", documents / "scores.json", "--no-imatrix", "-q",
                    "--types", "Q2_K,Q4_K", "--bits", 3, "-o", folder / "plan.json")  # fmt: skip
     assert_refused(done, "the scores are of tiny with 3 layers; small has 2", folder)
 
@@ -714,7 +714,7 @@ WRONG_USAGE: dict[str, tuple[object, ...]] = {
     "nominal without bits": (*CONVERT, "--nominal"),
     "imatrix and none": (*CONVERT, "--bits", 4, "--imatrix", "i.gguf", "--no-imatrix"),
     "unknown method": (*CONVERT, "--bits", 4, "--method", "magic"),
-    "unknown scorer": (*CONVERT, "--bits", 4, "--scorer", "magic"),
+    "unknown scorer": (*CONVERT, "--bits", 4, "--layer-score", "magic"),
     "unknown granularity": (*CONVERT, "--bits", 4, "--granularity", "block"),
     "negative threads": (*CONVERT, "--bits", 4, "--threads", -1),
     "few tokens": (*CONVERT, "--bits", 4, "--n-tokens", 3),
@@ -723,7 +723,7 @@ WRONG_USAGE: dict[str, tuple[object, ...]] = {
     "plan without bits": ("plan", "MODEL"),
     "plan, bits nan": ("plan", "MODEL", "--bits", "nan"),
     "imatrix without output": ("imatrix", "MODEL"),
-    "score, unknown scorer": ("score", "MODEL", "--scorer", "magic"),
+    "score, unknown scorer": ("score", "MODEL", "--layer-score", "magic"),
     "bench without file": ("bench",),
     "bench, no tokens": ("bench", "FILE", "-n", 0),
     "run, negative temperature": ("run", "FILE", "hi", "--temperature", -1),

@@ -27,13 +27,13 @@ SCORES = LayerScores("tiny", 16, "text", 0, {"lim": (0.5,)}, {"blk.0.attn_q.weig
 def n_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How many passes were made so far."""
     made: list[object] = []
-    real = forward_pass.calibrate
+    real = forward_pass.run_pass
 
     def counted(*arguments: object, **options: object) -> object:
         made.append(arguments)
         return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(forward_pass, "calibrate", counted)
+    monkeypatch.setattr(forward_pass, "run_pass", counted)
     return lambda: len(made)
 
 
@@ -102,7 +102,7 @@ def test_scores_of_the_model_before_it_was_changed_are_refused_by_name(
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= 2
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    done = run_cli("plan", model, "--bits", 3.4, "--scores", scores, "--types", "Q2_K,Q4_K")
+    done = run_cli("plan", model, "--bits", 3.4, "--scores-file", scores, "--types", "Q2_K,Q4_K")
     assert done.exit_code == 1
     assert "scores are of another model" in done.stderr
 

@@ -19,6 +19,7 @@ from lieq_gguf import pipeline
 from lieq_gguf.cli.commands import app
 from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.measure import forward_pass
+from lieq_gguf.measure.passes import PassResult
 from lieq_gguf.measure.type_errors import probe_matrix, relative_errors
 from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.scores import LayerScores
@@ -55,7 +56,7 @@ def knowledge(run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: 
     succeed(run_cli("score", tiny_model, "-o", tmp_path / "scores.json", *cheap))
     without_types = [*cheap[:4], *cheap[6:]]
     succeed(run_cli("imatrix", tiny_model, "-o", tmp_path / "imatrix.gguf", *without_types))
-    return ["--scores", tmp_path / "scores.json", "--imatrix", tmp_path / "imatrix.gguf"]
+    return ["--scores-file", tmp_path / "scores.json", "--imatrix", tmp_path / "imatrix.gguf"]
 
 
 def succeed(result: CliResult) -> CliResult:
@@ -128,7 +129,7 @@ def test_wrong_usage_exits_with_2_and_says_so_on_stderr(run_cli: RunCli, argumen
         ["convert", "none", "--bits", "3"],
         ["convert", "MODEL", "--bits", "1"],
         ["convert", "MODEL", "--bits", "3", "--adapter", "none"],
-        ["plan", "MODEL", "--bits", "3", "--scores", "none.json"],
+        ["plan", "MODEL", "--bits", "3", "--scores-file", "none.json"],
         ["inspect", "none.gguf"],
         ["verify", "none.gguf"],
         ["bench", "none.gguf"],
@@ -195,7 +196,7 @@ def test_convert_json(run_cli: RunCli, tiny_model: Path, cheap: list[object], tm
 
 
 def test_score_json(run_cli: RunCli, tiny_model: Path, cheap: list[object]) -> None:
-    found = document(run_cli("score", tiny_model, "--scorer", "lim", "--json", *cheap))
+    found = document(run_cli("score", tiny_model, "--layer-score", "lim", "--json", *cheap))
     assert found.keys() >= {"schema_version", "model", "scorer", "layers"}
     assert (found["schema_version"], found["model"], found["scorer"]) == (1, tiny_model.name, "lim")
     assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2]
@@ -287,12 +288,12 @@ def test_unweighted_conversion_measures_unweighted_errors(
 ) -> None:
     asked: list[object] = []
 
-    def calibrate(*arguments: Any, **options: Any) -> forward_pass.Calibration:
+    def run_pass(*arguments: Any, **options: Any) -> PassResult:
         asked.append(arguments[2].weigh_errors)
         return real(*arguments, **options)
 
-    real = forward_pass.calibrate
-    monkeypatch.setattr(forward_pass, "calibrate", calibrate)
+    real = forward_pass.run_pass
+    monkeypatch.setattr(forward_pass, "run_pass", run_pass)
     for options in ([], ["--no-imatrix"]):
         succeed(run_cli("plan", tiny_model, "--bits", 3.4, "-o", tmp_path / "p.json", "--force", *cheap, *options))
     assert asked == [True, False]
@@ -301,7 +302,7 @@ def test_unweighted_conversion_measures_unweighted_errors(
 def test_knowledge_from_files_makes_the_same_tensors(
     run_cli: RunCli, tiny_model: Path, cheap: list[object], knowledge: list[object], tmp_path: Path
 ) -> None:
-    plain = ("--refine", "none")
+    plain = ("--no-error-feedback",)
     succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "measured.gguf", *cheap, *plain))
     succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "known.gguf", *KNOWN, *knowledge, *plain))
     assert tensors(tmp_path / "known.gguf") == tensors(tmp_path / "measured.gguf")
@@ -314,14 +315,14 @@ def test_knowledge_from_files_needs_no_forward_pass(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(forward_pass, "calibrate", no_pass)
+    monkeypatch.setattr(forward_pass, "run_pass", no_pass)
     succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "out.gguf", *KNOWN, *knowledge))
 
 
 def test_plan_from_scores_alone_needs_no_forward_pass(
     run_cli: RunCli, tiny_model: Path, knowledge: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward_pass, "calibrate", no_pass)
+    monkeypatch.setattr(forward_pass, "run_pass", no_pass)
     succeed(run_cli("plan", tiny_model, "--bits", 3.4, *KNOWN, *knowledge[:2]))
     succeed(run_cli("convert", tiny_model, "--bits", 3.4, "--dry-run", *KNOWN, *knowledge[:2]))
 
@@ -343,7 +344,7 @@ def no_pass(*_arguments: object, **_options: object) -> None:
 def test_what_cannot_be_is_refused_before_the_forward_pass(
     run_cli: RunCli, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
-    monkeypatch.setattr(forward_pass, "calibrate", no_pass)
+    monkeypatch.setattr(forward_pass, "run_pass", no_pass)
     result = run_cli("convert", tiny_model, "-o", tmp_path / "out.gguf", *options)
     assert result.exit_code == 1
 
@@ -470,7 +471,7 @@ def test_a_type_of_two_bits_for_widths_that_k_types_do_not_fit(
     assert refused.exit_code == 1
     assert "--types +Q2_0" in refused.stderr
     made = document(
-        run_cli("convert", model, "--bits", 3, "--types", "+Q2_0", "-o", output, "--json", "--refine", "feedback",
+        run_cli("convert", model, "--bits", 3, "--types", "+Q2_0", "-o", output, "--json", "--error-feedback",
                 *cheap_pass)
     )  # fmt: skip
     assert "Q2_0" in made["types"].values()

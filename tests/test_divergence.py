@@ -8,12 +8,14 @@ import pytest
 import torch
 from support.command import RunCli
 from support.models import write_model
+from support.requests import request_of
 from support.tokenizer_fixtures import ALL_TEXTS, write_llama_3
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf.evaluation.divergence import TokenFigures, compare_logits, evaluate, read_text
 from lieq_gguf.measure.text import read_calibration_text
 from lieq_gguf.native.llama_cpp import open_model
+from lieq_gguf.records.options import MeasuringOptions
 
 N_CTX = 64
 TEXT = "\n".join(ALL_TEXTS) * 3
@@ -29,20 +31,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny model in F16, Q8_0 and Q2_K."""
-    from lieq_gguf.allocation.allocate import Allocation
-    from lieq_gguf.pipeline import CalibrationOptions, convert
-    from lieq_gguf.progress import Progress
-    from lieq_gguf.quant_types import parse_types
-    from lieq_gguf.records.bits import BitBudget
+    from lieq_gguf.pipeline import convert
 
     folder = tmp_path_factory.mktemp("files")
     made = {}
     for name, bits in (("F16", 16), ("Q8_0", 8.5), ("Q2_K", 2.625)):
         made[name] = folder / f"{name}.gguf"
-        options = CalibrationOptions(use_imatrix=False)
-        convert(
-            tiny_model, made[name], BitBudget("bits", bits), Allocation(types=parse_types([name])), options, Progress()
-        )
+        without = MeasuringOptions(use_imatrix=False)
+        convert(request_of(tiny_model, bits, made[name], name, without))
     return made
 
 
@@ -220,7 +216,7 @@ def test_a_file_of_another_architecture_is_refused(
 def test_text_that_comes_along_is_no_part_of_the_calibration_text(run_cli: RunCli, files: dict[str, Path]) -> None:
     paragraphs = [p for p in read_text(None).split("\n\n") if len(p) > 40]
     assert len(paragraphs) > 20
-    assert not any(p in read_calibration_text(None)[0] for p in paragraphs)
+    assert not any(p in read_calibration_text(None).content for p in paragraphs)
     done = run_cli("eval", files["Q2_K"], "--reference", files["F16"], "--n-ctx", N_CTX, "--chunks", 2, "--json")
     assert json.loads(done.stdout)["n_chunks"] == 2
 

@@ -16,15 +16,18 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.imatrix_file import load_importance, save_importance
+from lieq_gguf.measure import llama_cpp_pass
 from lieq_gguf.measure.experts import Experts, separate_experts
-from lieq_gguf.measure.forward_pass import Calibration, PassOptions, calibrate
-from lieq_gguf.measure.llama_cpp_pass import calibrate_in_llama_cpp
+from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.observers.quantization_damage import relative_change
+from lieq_gguf.measure.passes import PassOptions, PassResult
 from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.measure.type_errors import probe_matrix
 from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.measurement import measured
+from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
 
@@ -44,9 +47,10 @@ def tokens(model: Path) -> CalibrationTokens:
 
 
 @pytest.fixture(scope="module")
-def streamed(model: Path, tokens: CalibrationTokens) -> Calibration:
+def streamed(model: Path, tokens: CalibrationTokens) -> PassResult:
     types = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"])
-    return calibrate(ModelDirectory(model), tokens, PassOptions(error_types=types, in_float32=True, n_threads=2))
+    exact = ComputeOptions(n_threads=2, in_float32=True)
+    return run_pass(ModelDirectory(model), tokens, PassOptions(error_types=types, compute=exact))
 
 
 class Whole:
@@ -89,7 +93,7 @@ def test_experts_with_modules_compute_what_stacked_ones_do(whole: Whole) -> None
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_importance_is_by_expert(streamed: Calibration, whole: Whole, layer: int) -> None:
+def test_importance_is_by_expert(streamed: PassResult, whole: Whole, layer: int) -> None:
     importance = streamed.importance
     for expert in range(N_EXPERTS):
         inputs = whole.expert_inputs(layer, expert).double()
@@ -104,11 +108,12 @@ def test_importance_is_by_expert(streamed: Calibration, whole: Whole, layer: int
 
 
 def test_llama_cpps_own_pass_sees_the_same_of_each_expert(
-    streamed: Calibration, model: Path, tokens: CalibrationTokens, run_cli: RunCli, tmp_path: Path
+    streamed: PassResult, model: Path, tokens: CalibrationTokens, run_cli: RunCli, tmp_path: Path
 ) -> None:
     done = run_cli("convert", model, "--types", "F16", "--bits", 16, "--no-imatrix", "-q", "-o", tmp_path / "f16.gguf")
     assert done.exit_code == 0, done.stderr
-    found = calibrate_in_llama_cpp(GgufSource(tmp_path / "f16.gguf"), tokens, PassOptions(measure=False)).importance
+    nothing_else = PassOptions(statistics=frozenset())
+    found = llama_cpp_pass.run_pass(GgufSource(tmp_path / "f16.gguf"), tokens, nothing_else).importance
     ours = streamed.importance
     assert found.counts.keys() == ours.counts.keys()
     for name, counts in ours.counts.items():
@@ -126,7 +131,7 @@ def test_an_expert_without_tokens_gets_the_importance_of_the_others() -> None:
     np.testing.assert_allclose(importance.expert_shares("a", 3), [0.5, 0.0, 0.5])
 
 
-def test_importance_of_experts_survives_its_file(streamed: Calibration, model: Path, tmp_path: Path) -> None:
+def test_importance_of_experts_survives_its_file(streamed: PassResult, model: Path, tmp_path: Path) -> None:
     save_importance(streamed.importance, tmp_path / "imatrix.gguf")
     loaded = load_importance(tmp_path / "imatrix.gguf")
     assert loaded.digest() == streamed.importance.digest()
@@ -135,7 +140,7 @@ def test_importance_of_experts_survives_its_file(streamed: Calibration, model: P
 
 @pytest.mark.parametrize("role", ROLES)
 def test_damage_is_that_of_all_experts_at_once(
-    role: str, streamed: Calibration, model: Path, whole: Whole, tokens: CalibrationTokens
+    role: str, streamed: PassResult, model: Path, whole: Whole, tokens: CalibrationTokens
 ) -> None:
     name, source = f"blk.1.{role}.weight", ModelDirectory(model)
     tensor = next(t for t in source.spec.tensors if t.name == name)
@@ -166,7 +171,7 @@ def test_damage_is_that_of_all_experts_at_once(
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_errors_by_type_are_near_the_true_ones(role: str, streamed: Calibration, model: Path) -> None:
+def test_errors_by_type_are_near_the_true_ones(role: str, streamed: PassResult, model: Path) -> None:
     name, source = f"blk.0.{role}.weight", ModelDirectory(model)
     tensor = next(t for t in source.spec.tensors if t.name == name)
     means = np.array(streamed.importance.mean(name))
@@ -181,14 +186,14 @@ def test_errors_by_type_are_near_the_true_ones(role: str, streamed: Calibration,
         assert estimate == pytest.approx(error / energy, rel=0.1)
 
 
-def test_scores_leave_experts_out(streamed: Calibration) -> None:
+def test_scores_leave_experts_out(streamed: PassResult) -> None:
     for measurement in streamed.measurements:
-        assert set(measurement.spectra) == {"attn_q", "attn_k", "attn_v", "attn_output"}
-        assert set(ROLES) < set(measurement.block_errors)
+        assert set(measured(measurement.spectra)) == {"attn_q", "attn_k", "attn_v", "attn_output"}
+        assert set(ROLES) < set(measured(measurement.block_errors))
 
 
 def test_experts_are_written_one_behind_the_other(
-    run_cli: RunCli, model: Path, streamed: Calibration, tmp_path: Path
+    run_cli: RunCli, model: Path, streamed: PassResult, tmp_path: Path
 ) -> None:
     save_importance(streamed.importance, tmp_path / "imatrix.gguf")
     output = tmp_path / "small.gguf"

@@ -15,19 +15,19 @@ import pytest
 import torch
 from support import converter
 from support.families import TINY_MODELS, edit_config
+from support.requests import request_of
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf import pipeline
-from lieq_gguf.allocation.allocate import Allocation
+from lieq_gguf.allocation.problem import AllocationOptions
 from lieq_gguf.architectures import FAMILIES
 from lieq_gguf.errors import ArchitectureError, LieqError, SourceError
 from lieq_gguf.evaluation.inspection import inspect
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.native.llama_cpp import open_model
-from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES
-from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.options import MeasuringOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_TOKENS = 128  # more than the windows of the tiny models
@@ -74,7 +74,7 @@ def test_streamed_layers_are_the_whole_model(name: str, written: Callable[[str],
             layer.load(source, index)
             hidden = layer.forward(hidden)
         output = tensors.get("output.weight", source.spec.embedding)
-        logits = layer.head(source.read(tensors["output_norm.weight"]), source.read(output)).logits(hidden)
+        logits = layer.output_head(source.read(tensors["output_norm.weight"]), source.read(output)).logits(hidden)
     np.testing.assert_allclose(logits.numpy(), model.logits, atol=1e-4 * model.logits.std())
 
 
@@ -132,13 +132,13 @@ def convert(source: Path, target: Path, bits: float, types: tuple[str, ...] | No
     """Convert all matrices; with ``types`` also the embedding and without any measurement."""
     if types is None:
         quick = tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "IQ2_XXS"))
-        allocation = Allocation("best", types=quick)
-        options = pipeline.CalibrationOptions(n_tokens=1024, n_threads=2)
+        request = request_of(source, bits, target, ",".join(q.name for q in quick))
     else:
         offered = tuple(QUANT_TYPES[name] for name in types)
-        allocation = Allocation("block-error", types=offered, embedding_type=offered[0], output_type=offered[0])
-        options = pipeline.CalibrationOptions(use_imatrix=False, n_threads=2)
-    return pipeline.convert(source, target, BitBudget("bits", bits), allocation, options, Progress(silent=True)).output
+        allocation = AllocationOptions("block-error", types=offered, embedding_type=offered[0], output_type=offered[0])
+        without = MeasuringOptions(use_imatrix=False)
+        request = request_of(source, bits, target, measuring=without, allocation=allocation)
+    return pipeline.convert(request).output
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}

@@ -10,34 +10,26 @@ import pytest
 import torch
 from support.command import RunCli
 from support.models import write_model
+from support.requests import on_text, request_of
 from transformers import LlamaForCausalLM
 
-from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.measure.text import tokenize
+from lieq_gguf.measure.text import CalibrationText, tokenize
 from lieq_gguf.native import ggml
-from lieq_gguf.pipeline import CalibrationOptions, Conversion, convert
-from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import QUANT_TYPES, parse_types
-from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.pipeline import Conversion, convert
+from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.row_order import rotary_order
 from lieq_gguf.tokenizers import load_source_tokenizer
 from lieq_gguf.writing import error_feedback
-from lieq_gguf.writing.feedback_pass import Refinement
+from lieq_gguf.writing.feedback_pass import FeedbackPass
 
 
 def converted(source: Path, output: Path, text: Path, types: str = "Q2_K,IQ3_XXS") -> Conversion:
-    return convert(
-        source,
-        output,
-        BitBudget("bits", 2.8),
-        Allocation(types=parse_types(types.split(",")), granularity="tensor"),
-        CalibrationOptions(text_file=text, n_tokens=1024, n_threads=2),
-        Progress(),
-    )
+    return convert(request_of(source, 2.8, output, types, on_text(text, 1024)))
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +43,9 @@ def decoded(file: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 def test_only_the_values_differ(refined: Conversion, run_cli: RunCli, tiny_model: Path, tmp_path: Path) -> None:
     plan, plain = tmp_path / "plan.json", tmp_path / "plain.gguf"
-    refined.planned.plan.save(plan, {})
-    assert refined.planned.importance is not None
-    save_importance(refined.planned.importance, tmp_path / "imatrix.gguf")
+    refined.prepared.plan.save(plan, {})
+    assert refined.prepared.measured.importance is not None
+    save_importance(refined.prepared.measured.importance, tmp_path / "imatrix.gguf")
     done = run_cli(
         "convert",
         tiny_model,
@@ -61,8 +53,7 @@ def test_only_the_values_differ(refined: Conversion, run_cli: RunCli, tiny_model
         plan,
         "--imatrix",
         tmp_path / "imatrix.gguf",
-        "--refine",
-        "none",
+        "--no-error-feedback",
         "-q",
         "-o",
         plain,
@@ -82,8 +73,8 @@ def test_only_the_values_differ(refined: Conversion, run_cli: RunCli, tiny_model
         if not np.array_equal(a.data, b.data)
     }
     # a row of 256 weights is one block of IQ3_XXS: there is no later one
-    matrices = [t for layer in refined.planned.spec.layer_matrices for t in layer]
-    types = refined.planned.plan.types
+    matrices = [t for layer in refined.prepared.job.source.spec.layer_matrices for t in layer]
+    types = refined.prepared.plan.types
     assert differ == {t.name for t in matrices if types[t.name] == "Q2_K" or t.shape[1] > 256}
 
 
@@ -99,11 +90,11 @@ def test_file_holds_what_the_layers_were_run_with(
 
     monkeypatch.setattr(LayerModel, "assign", assign)
     source = ModelDirectory(tiny_model)
-    planned = refined.planned
-    tokens = tokenize("some words to run on " * 400, "test", load_source_tokenizer(tiny_model), 512)
+    prepared = refined.prepared
+    tokens = tokenize(CalibrationText("some words to run on " * 400, "test"), load_source_tokenizer(tiny_model), 512)
     written = {}
-    for rows in Refinement(source, planned.plan, tokens, planned.importance).encoded():
-        quant_type = QUANT_TYPES[planned.plan.types[rows.tensor.name]]
+    for rows in FeedbackPass(source, prepared.plan, tokens, prepared.measured.importance, ComputeOptions()).encoded():
+        quant_type = QUANT_TYPES[prepared.plan.types[rows.tensor.name]]
         written[rows.tensor.name] = (rows, ggml.dequantize(rows.data, quant_type))
     assert assigned.keys() == {t.name for layer in source.spec.layer_matrices for t in layer}
     for name, weight in assigned.items():
@@ -126,12 +117,13 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
         return original(moments)
 
     monkeypatch.setattr(error_feedback, "coupling", coupling)
-    source, planned = ModelDirectory(tiny_model), refined.planned
-    tokens = tokenize("some words to run on " * 400, "test", load_source_tokenizer(tiny_model), 512)
-    refinement = Refinement(source, planned.plan, tokens, planned.importance, in_float32=True)
+    source, prepared = ModelDirectory(tiny_model), refined.prepared
+    tokens = tokenize(CalibrationText("some words to run on " * 400, "test"), load_source_tokenizer(tiny_model), 512)
+    exact = ComputeOptions(in_float32=True)
+    feedback = FeedbackPass(source, prepared.plan, tokens, prepared.measured.importance, exact)
     parts: dict[str, list[npt.NDArray[np.float32]]] = {}
-    for rows in refinement.encoded():
-        decoded = ggml.dequantize(rows.data, QUANT_TYPES[planned.plan.types[rows.tensor.name]])
+    for rows in feedback.encoded():
+        decoded = ggml.dequantize(rows.data, QUANT_TYPES[prepared.plan.types[rows.tensor.name]])
         parts.setdefault(rows.tensor.name, []).append(decoded)
     written = {name: np.concatenate(of_tensor) for name, of_tensor in parts.items()}
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -175,7 +167,7 @@ def test_untied_output_and_biases(calibration_text: Path, tmp_path: Path) -> Non
 
 def test_nothing_to_feed_back_in_plain_numbers(tiny_model: Path, tmp_path: Path, run_cli: RunCli) -> None:
     done = run_cli(
-        "convert", tiny_model, "--bits", 16, "--types", "F16", "--refine", "feedback", "-q", "-o", tmp_path / "a.gguf",
+        "convert", tiny_model, "--bits", 16, "--types", "F16", "--error-feedback", "-q", "-o", tmp_path / "a.gguf",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert gguf.GGUFReader(tmp_path / "a.gguf").fields["lieq.refine"].contents() == "none"

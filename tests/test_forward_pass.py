@@ -19,17 +19,29 @@ from transformers import LlamaForCausalLM
 
 from lieq_gguf.errors import CalibrationError
 from lieq_gguf.measure import forward_pass, layer_model
-from lieq_gguf.measure.forward_pass import Calibration, PassOptions, calibrate
-from lieq_gguf.measure.text import CHUNK_SIZE, SHIPPED_TEXT, CalibrationTokens, read_calibration_text, tokenize
+from lieq_gguf.measure.forward_pass import run_pass
+from lieq_gguf.measure.output_head import OutputHead
+from lieq_gguf.measure.passes import PassOptions, PassResult
+from lieq_gguf.measure.text import (
+    CHUNK_SIZE,
+    SHIPPED_TEXT,
+    CalibrationText,
+    CalibrationTokens,
+    read_calibration_text,
+    tokenize,
+)
 from lieq_gguf.measure.type_errors import probe_matrix, relative_errors
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.measurement import STATISTICS, measured
+from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.scorers import lieq
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
 
 N_SCORE_TOKENS = 256
+EXACT = ComputeOptions(n_threads=1, in_float32=True)
 
 
 def random_tokens(n_vocab: int, shape: tuple[int, int] = (5, 512)) -> CalibrationTokens:
@@ -37,10 +49,10 @@ def random_tokens(n_vocab: int, shape: tuple[int, int] = (5, 512)) -> Calibratio
     return CalibrationTokens(np.random.default_rng(0).integers(0, n_vocab, shape), "random")
 
 
-def run(model_dir: Path, tokens: CalibrationTokens | None = None, seed: int = 0) -> Calibration:
+def run(model_dir: Path, tokens: CalibrationTokens | None = None, seed: int = 0) -> PassResult:
     source = ModelDirectory(model_dir)
     tokens = tokens or random_tokens(source.spec.config["vocab_size"])
-    return calibrate(source, tokens, PassOptions(n_score_tokens=N_SCORE_TOKENS, seed=seed, in_float32=True))
+    return run_pass(source, tokens, PassOptions(n_score_tokens=N_SCORE_TOKENS, seed=seed, compute=EXACT))
 
 
 def errors_of(
@@ -54,7 +66,7 @@ def small_tokens(model_dir: Path) -> CalibrationTokens:
 
 
 @pytest.fixture(scope="module")
-def streamed(tiny_model: Path) -> Calibration:
+def streamed(tiny_model: Path) -> PassResult:
     return run(tiny_model)
 
 
@@ -77,7 +89,7 @@ def write_shards(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Pair:
-    streamed: Calibration
+    streamed: PassResult
     whole: WholeModel
 
 
@@ -91,7 +103,7 @@ def pair(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pyt
 
 
 def test_cosines_are_those_of_the_whole_model(pair: Pair) -> None:
-    cosines = [m.cosine for m in pair.streamed.measurements]
+    cosines = [measured(m.cosine) for m in pair.streamed.measurements]
     np.testing.assert_allclose(cosines, [pair.whole.cosine(layer) for layer in range(pair.whole.n_layers)], atol=1e-5)
 
 
@@ -104,13 +116,13 @@ def test_importance_is_the_squared_input_of_the_whole_model(pair: Pair) -> None:
 
 def test_spectra_are_those_of_the_whole_models_projections(pair: Pair) -> None:
     for m in pair.streamed.measurements:
-        assert m.spectra.keys() == m.twin_spectra.keys() == MODULES.keys()
-        for role, spectrum in m.spectra.items():
+        assert measured(m.spectra).keys() == measured(m.twin_spectra).keys() == MODULES.keys()
+        for role, spectrum in measured(m.spectra).items():
             expected = pair.whole.spectrum(f"blk.{m.layer}.{role}.weight")
             np.testing.assert_allclose(spectrum, expected, rtol=1e-3, atol=1e-7, err_msg=f"{m.layer} {role}")
 
 
-def test_z_shares_are_those_of_the_files_weights(streamed: Calibration, tiny_model: Path) -> None:
+def test_z_shares_are_those_of_the_files_weights(streamed: PassResult, tiny_model: Path) -> None:
     tensors = load_file(tiny_model / "model.safetensors")
     for m in streamed.measurements:
         names = [f"model.layers.{m.layer}.{module}.weight" for module in MODULES.values()]
@@ -119,30 +131,30 @@ def test_z_shares_are_those_of_the_files_weights(streamed: Calibration, tiny_mod
         assert m.z_share == pytest.approx(share, abs=1e-6)
 
 
-def test_importance_knows_how_many_tokens_it_saw(streamed: Calibration) -> None:
+def test_importance_knows_how_many_tokens_it_saw(streamed: PassResult) -> None:
     matrix = streamed.importance
     assert (matrix.n_tokens, matrix.n_chunks, matrix.chunk_size, matrix.dataset) == (2560, 5, 512, "random")
 
 
-def test_same_seed_gives_the_same_twin(streamed: Calibration, tiny_model: Path) -> None:
+def test_same_seed_gives_the_same_twin(streamed: PassResult, tiny_model: Path) -> None:
     again = run(tiny_model)
     for first, second in zip(streamed.measurements, again.measurements, strict=True):
-        for role, spectrum in first.twin_spectra.items():
-            np.testing.assert_array_equal(spectrum, second.twin_spectra[role])
+        for role, spectrum in measured(first.twin_spectra).items():
+            np.testing.assert_array_equal(spectrum, measured(second.twin_spectra)[role])
 
 
-def test_another_seed_changes_the_twin_alone(streamed: Calibration, tiny_model: Path) -> None:
+def test_another_seed_changes_the_twin_alone(streamed: PassResult, tiny_model: Path) -> None:
     other = run(tiny_model, seed=1)
     for first, second in zip(streamed.measurements, other.measurements, strict=True):
-        for role, spectrum in first.twin_spectra.items():
-            assert not np.allclose(spectrum, second.twin_spectra[role], rtol=1e-3)
-            np.testing.assert_array_equal(first.spectra[role], second.spectra[role])
+        for role, spectrum in measured(first.twin_spectra).items():
+            assert not np.allclose(spectrum, measured(second.twin_spectra)[role], rtol=1e-3)
+            np.testing.assert_array_equal(measured(first.spectra)[role], measured(second.spectra)[role])
 
 
-def test_the_twin_is_not_the_trained_model(streamed: Calibration) -> None:
+def test_the_twin_is_not_the_trained_model(streamed: PassResult) -> None:
     for m in streamed.measurements:
-        for role, spectrum in m.spectra.items():
-            assert not np.allclose(spectrum, m.twin_spectra[role], rtol=1e-3)
+        for role, spectrum in measured(m.spectra).items():
+            assert not np.allclose(spectrum, measured(m.twin_spectra)[role], rtol=1e-3)
 
 
 @pytest.mark.parametrize("initializer_range", [0.05, 0.005])
@@ -178,19 +190,22 @@ def test_the_callers_random_numbers_are_left_alone(tiny_model: Path) -> None:
 def test_result_does_not_depend_on_threads(tiny_model: Path) -> None:
     source = ModelDirectory(tiny_model)
     tokens = random_tokens(source.spec.config["vocab_size"])
-    one, two = (calibrate(source, tokens, PassOptions(n_score_tokens=64, n_threads=n, in_float32=True)) for n in (1, 2))
+    one, two = (
+        run_pass(source, tokens, PassOptions(n_score_tokens=64, compute=ComputeOptions(n_threads=n, in_float32=True)))
+        for n in (1, 2)
+    )
     for name, sums in one.importance.in_sum2.items():
         np.testing.assert_allclose(two.importance.in_sum2[name], sums, rtol=1e-6)
     for first, second in zip(one.measurements, two.measurements, strict=True):
         assert second.cosine == pytest.approx(first.cosine, rel=1e-6)
-        for role, spectrum in first.spectra.items():
-            np.testing.assert_allclose(second.spectra[role], spectrum, rtol=1e-6, atol=1e-9)
+        for role, spectrum in measured(first.spectra).items():
+            np.testing.assert_allclose(measured(second.spectra)[role], spectrum, rtol=1e-6, atol=1e-9)
 
 
-def test_importance_alone_is_the_same_and_measures_nothing(streamed: Calibration, tiny_model: Path) -> None:
+def test_importance_alone_is_the_same_and_measures_nothing(streamed: PassResult, tiny_model: Path) -> None:
     source = ModelDirectory(tiny_model)
-    alone = calibrate(
-        source, random_tokens(source.spec.config["vocab_size"]), PassOptions(measure=False, in_float32=True)
+    alone = run_pass(
+        source, random_tokens(source.spec.config["vocab_size"]), PassOptions(statistics=frozenset(), compute=EXACT)
     )
     assert alone.measurements == ()
     for name, sums in streamed.importance.in_sum2.items():
@@ -199,7 +214,7 @@ def test_importance_alone_is_the_same_and_measures_nothing(streamed: Calibration
 
 def test_type_errors_are_weighted_by_the_importance_of_the_pass(tiny_model: Path) -> None:
     source, types = ModelDirectory(tiny_model), [QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"]]
-    result = calibrate(source, small_tokens(tiny_model), PassOptions(measure=False, error_types=types))
+    result = run_pass(source, small_tokens(tiny_model), PassOptions(statistics=frozenset(), error_types=tuple(types)))
     for tensor in (t for layer in source.spec.layer_matrices for t in layer):
         mean = result.importance.mean(tensor.name)
         assert result.type_errors[tensor.name] == errors_of(source, tensor, mean, types)
@@ -211,26 +226,26 @@ def test_type_errors_are_weighted_by_a_given_importance_matrix(tiny_model: Path)
     numbers = np.random.default_rng(0)
     sums = {t.name: numbers.lognormal(0, 3, t.shape[1]).astype(np.float32) for t in matrices}
     given = ImportanceMatrix(sums, 10, 10, "given")
-    options = PassOptions(measure=False, error_types=types, importance=given)
-    result = calibrate(source, small_tokens(tiny_model), options)
+    options = PassOptions(statistics=frozenset(), error_types=tuple(types), importance=given)
+    result = run_pass(source, small_tokens(tiny_model), options)
     for tensor in matrices:
         assert result.type_errors[tensor.name] == errors_of(source, tensor, given.mean(tensor.name), types)
 
 
 def test_type_errors_can_be_unweighted(tiny_model: Path) -> None:
     source, types = ModelDirectory(tiny_model), [QUANT_TYPES["Q2_K"]]
-    options = PassOptions(measure=False, error_types=types, weigh_errors=False)
-    result = calibrate(source, small_tokens(tiny_model), options)
+    options = PassOptions(statistics=frozenset(), error_types=tuple(types), weigh_errors=False)
+    result = run_pass(source, small_tokens(tiny_model), options)
     for tensor in (t for layer in source.spec.layer_matrices for t in layer):
         assert result.type_errors[tensor.name] == errors_of(source, tensor, None, types)
 
 
 def test_block_errors_are_those_of_the_whole_model(pair: Pair) -> None:
     for m in pair.streamed.measurements:
-        assert m.block_errors.keys() == MODULES.keys()
+        assert measured(m.block_errors).keys() == MODULES.keys()
         for role in ("attn_v", "ffn_gate"):
             expected = pair.whole.block_error(m.layer, role, pair.streamed.importance)
-            assert m.block_errors[role] == pytest.approx(expected, rel=1e-3), (m.layer, role)
+            assert measured(m.block_errors)[role] == pytest.approx(expected, rel=1e-3), (m.layer, role)
 
 
 def loaded_layer(path: Path) -> layer_model.LayerModel:
@@ -287,13 +302,13 @@ def test_replaying_runs_nothing_upstream(tiny_model: Path) -> None:
             assert torch.equal(layer.forward(hidden), intact), module
 
 
-def test_sensitivity_is_block_error_by_relative_error(streamed: Calibration, tiny_model: Path) -> None:
+def test_sensitivity_is_block_error_by_relative_error(streamed: PassResult, tiny_model: Path) -> None:
     source = ModelDirectory(tiny_model)
     for m, matrices in zip(streamed.measurements, source.spec.layer_matrices, strict=True):
         for tensor in matrices:
             weights = source.read(tensor).float().numpy()
             probe = probe_matrix(weights, streamed.importance.mean(tensor.name))
-            expected = m.block_errors[tensor.role] / probe.relative_error
+            expected = measured(m.block_errors)[tensor.role] / probe.relative_error
             assert streamed.sensitivities[tensor.name] == pytest.approx(expected, rel=1e-5)
 
 
@@ -303,7 +318,7 @@ def test_outer_sensitivities_are_those_of_whole_models(tmp_path: Path, tied: boo
     tokens = random_tokens(ModelDirectory(path).spec.config["vocab_size"])
     found = run(path, tokens)
     wanted = OuterReference(path, tokens.ids, found.importance)
-    of_decoder = sum(sum(m.block_errors.values()) for m in found.measurements)
+    of_decoder = sum(sum(measured(m.block_errors).values()) for m in found.measurements)
     assert found.kld_per_block_error == pytest.approx(wanted.decoder_kld / of_decoder, rel=1e-3)
 
     counts = np.bincount(tokens.ids.ravel())
@@ -325,7 +340,7 @@ def test_divergence_is_that_of_all_logits_at_once() -> None:
     numbers = torch.Generator().manual_seed(0)
     hidden, other = torch.randn(2, 3, 8, generator=numbers), torch.randn(2, 3, 8, generator=numbers)
     matrix = torch.randn(5000, 8, generator=numbers) * 4
-    head = layer_model.OutputHead(nn.Identity(), matrix, torch.device("cpu"))
+    head = OutputHead(nn.Identity(), matrix, torch.device("cpu"))
     p, q, r = (torch.log_softmax(z.double() @ m.double().T, -1) for z, m in
                ((hidden, matrix), (other, matrix), (hidden, matrix * 0.9)))  # fmt: skip
     assert torch.allclose(head.logits(hidden), hidden @ matrix.T, atol=1e-5)
@@ -338,7 +353,7 @@ def test_divergence_is_that_of_all_logits_at_once() -> None:
 def test_perplexity_drops_are_those_of_the_whole_model_without_a_layer(tiny_model: Path) -> None:
     source = ModelDirectory(tiny_model)
     tokens = random_tokens(source.spec.config["vocab_size"], (3, 64))
-    result = calibrate(source, tokens, PassOptions(removal=True, n_damage_tokens=192, in_float32=True))
+    result = run_pass(source, tokens, PassOptions(statistics=STATISTICS, n_damage_tokens=192, compute=EXACT))
     intact = perplexity_without(tiny_model, None, tokens.ids)
     for m in result.measurements:
         expected = perplexity_without(tiny_model, m.layer, tokens.ids) - intact
@@ -360,19 +375,19 @@ def test_bfloat16_stays_within_a_percent(tiny_model: Path, monkeypatch: pytest.M
     tokens = random_tokens(source.spec.config["vocab_size"])
     options = PassOptions(n_score_tokens=N_SCORE_TOKENS)
     monkeypatch.setattr(forward_pass, "has_fast_bfloat16", lambda _device: False)
-    exact = calibrate(source, tokens, options)
+    exact = run_pass(source, tokens, options)
     monkeypatch.setattr(forward_pass, "has_fast_bfloat16", lambda _device: True)
-    rounded = calibrate(source, tokens, options)
+    rounded = run_pass(source, tokens, options)
     assert any((exact.importance.in_sum2[n] != s).any() for n, s in rounded.importance.in_sum2.items())
     for name, sums in exact.importance.in_sum2.items():
         assert np.median(np.abs(rounded.importance.in_sum2[name] / sums - 1)) < 0.01
     for a, b in zip(exact.measurements, rounded.measurements, strict=True):
         assert b.cosine == pytest.approx(a.cosine, rel=0.01)
         assert lieq.score([b]) == pytest.approx(lieq.score([a]), abs=5e-3)  # of random weights, so near nothing
-        assert sum(b.block_errors.values()) == pytest.approx(sum(a.block_errors.values()), rel=0.01)
+        assert sum(measured(b.block_errors).values()) == pytest.approx(sum(measured(a.block_errors).values()), rel=0.01)
 
 
-def test_lieq_scores_are_those_of_two_whole_models(streamed: Calibration, tiny_model: Path) -> None:
+def test_lieq_scores_are_those_of_two_whole_models(streamed: PassResult, tiny_model: Path) -> None:
     ids = random_tokens(ModelDirectory(tiny_model).spec.config["vocab_size"]).ids
     assert lieq.score(streamed.measurements) == pytest.approx(lieq_scores(tiny_model, ids, seed=0), abs=1e-4)
 
@@ -380,7 +395,7 @@ def test_lieq_scores_are_those_of_two_whole_models(streamed: Calibration, tiny_m
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
 def test_device_that_is_not_there_is_refused(tiny_model: Path, device: str) -> None:
     with pytest.raises(CalibrationError, match=device):
-        calibrate(ModelDirectory(tiny_model), small_tokens(tiny_model), PassOptions(device=device))
+        run_pass(ModelDirectory(tiny_model), small_tokens(tiny_model), PassOptions(compute=ComputeOptions(device)))
 
 
 def test_layer_that_gives_no_numbers_is_named(tmp_path: Path) -> None:
@@ -405,7 +420,7 @@ def test_sequences_are_spread_evenly_over_a_long_text(tiny_model: Path) -> None:
     ids = plain_ids(tiny_model, long_text())
     n_available = len(ids) // CHUNK_SIZE
     assert n_available > 8  # or there is nothing to spread over
-    tokens = tokenize(long_text(), "long", load_source_tokenizer(tiny_model), 4 * CHUNK_SIZE + 100)
+    tokens = tokenize(CalibrationText(long_text(), "long"), load_source_tokenizer(tiny_model), 4 * CHUNK_SIZE + 100)
     chunks = [ids[i * CHUNK_SIZE : (i + 1) * CHUNK_SIZE] for i in range(n_available)]
     places = [chunks.index(row) for row in tokens.ids.tolist()]
     gaps = np.diff(places)
@@ -415,7 +430,7 @@ def test_sequences_are_spread_evenly_over_a_long_text(tiny_model: Path) -> None:
 
 def test_whole_text_is_used_when_it_is_short(tiny_model: Path) -> None:
     ids = plain_ids(tiny_model, long_text())
-    tokens = tokenize(long_text(), "long", load_source_tokenizer(tiny_model), 10**6)
+    tokens = tokenize(CalibrationText(long_text(), "long"), load_source_tokenizer(tiny_model), 10**6)
     assert tokens.ids.ravel().tolist() == ids[: len(ids) // CHUNK_SIZE * CHUNK_SIZE]
 
 
@@ -423,7 +438,7 @@ def test_first_token_of_every_sequence_becomes_bos_where_the_tokenizer_adds_one(
     path = write_model(tmp_path, write_tokenizer=write_llama_3)
     ids = plain_ids(path, long_text())
     bos = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id("<|begin_of_text|>")
-    tokens = tokenize(long_text(), "long", load_source_tokenizer(path), 10**6)
+    tokens = tokenize(CalibrationText(long_text(), "long"), load_source_tokenizer(path), 10**6)
     expected = np.array(ids[: tokens.ids.size]).reshape(-1, CHUNK_SIZE)
     expected[:, 0] = bos
     np.testing.assert_array_equal(tokens.ids, expected)
@@ -431,29 +446,29 @@ def test_first_token_of_every_sequence_becomes_bos_where_the_tokenizer_adds_one(
 
 def test_text_shorter_than_a_sequence_shortens_it(tiny_model: Path) -> None:
     text = long_text()[:300]
-    tokens = tokenize(text, "short", load_source_tokenizer(tiny_model), 10**6)
+    tokens = tokenize(CalibrationText(text, "short"), load_source_tokenizer(tiny_model), 10**6)
     assert tokens.ids.tolist() == [plain_ids(tiny_model, text)]
 
 
 def test_fewer_tokens_than_a_sequence_shorten_it(tiny_model: Path) -> None:
-    assert tokenize(long_text(), "long", load_source_tokenizer(tiny_model), 100).ids.shape == (1, 100)
+    assert tokenize(CalibrationText(long_text(), "long"), load_source_tokenizer(tiny_model), 100).ids.shape == (1, 100)
 
 
 def test_text_of_a_few_words_is_refused(tiny_model: Path) -> None:
     with pytest.raises(CalibrationError, match=r"'words' gives [1-9]"):
-        tokenize("A few words.", "words", load_source_tokenizer(tiny_model), 10**6)
+        tokenize(CalibrationText("A few words.", "words"), load_source_tokenizer(tiny_model), 10**6)
 
 
 def test_shipped_text_is_long_enough() -> None:
-    text, name = read_calibration_text(None)
-    assert name == SHIPPED_TEXT
-    assert len(text.encode("utf-8")) >= 60_000
+    text = read_calibration_text(None)
+    assert text.dataset == SHIPPED_TEXT
+    assert len(text.content.encode("utf-8")) >= 60_000
 
 
 def test_calibration_file_is_read_with_its_name(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("Ünïcode\n", encoding="utf-8")
-    assert read_calibration_text(file) == ("Ünïcode\n", "text.txt")
+    assert read_calibration_text(file) == CalibrationText("Ünïcode\n", "text.txt")
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n", b"abc\xff\xfe"], ids=["missing", "empty", "blank", "not utf-8"])

@@ -57,14 +57,14 @@ def at_most(seconds: int) -> Iterator[None]:
 
 
 def test_reads_what_was_written(conversion: pipeline.Conversion) -> None:
-    file, planned = GgufFile(conversion.output), conversion.planned
+    file, planned = GgufFile(conversion.output), conversion.prepared
     assert (file.architecture, file.n_layers) == ("llama", 3)
     assert file.types == planned.plan.types
     assert file.file_bytes == conversion.output.stat().st_size
 
 
 def test_bit_meter_of_the_file_is_that_of_the_plan(conversion: pipeline.Conversion) -> None:
-    assert GgufFile(conversion.output).bit_meter() == conversion.planned.header.meter
+    assert GgufFile(conversion.output).bit_meter() == conversion.prepared.header.meter
 
 
 def test_computed_tensors_are_no_weights(run_cli: RunCli, tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_refuses_a_type_without_a_name_here(tmp_path: Path) -> None:
 
 
 def test_an_importance_matrix_is_no_language_model(conversion: pipeline.Conversion, tmp_path: Path) -> None:
-    assert conversion.planned.importance is not None
-    save_importance(conversion.planned.importance, tmp_path / "imatrix.gguf")
+    assert conversion.prepared.measured.importance is not None
+    save_importance(conversion.prepared.measured.importance, tmp_path / "imatrix.gguf")
     with pytest.raises(FormatError, match=r"imatrix\.gguf"):
         GgufFile(tmp_path / "imatrix.gguf").bit_meter()
 
@@ -167,7 +167,7 @@ def test_an_importance_matrix_is_no_language_model(conversion: pipeline.Conversi
 def test_inspect_agrees_with_the_plan(run_cli: RunCli, conversion: pipeline.Conversion) -> None:
     done = run_cli("inspect", conversion.output, "--json")
     assert (done.exit_code, done.stderr) == (0, "")
-    report, planned = json.loads(done.stdout), conversion.planned
+    report, planned = json.loads(done.stdout), conversion.prepared
     assert report["types"] == planned.plan.types
     assert {name: report[name] for name in planned.header.meter.to_json()} == planned.header.meter.to_json()
     assert report["n_layers"] == 3
@@ -199,7 +199,7 @@ def test_inspect_counts_the_cache_and_what_a_token_reads(run_cli: RunCli, conver
 def test_inspect_for_people_shows_every_type(run_cli: RunCli, conversion: pipeline.Conversion) -> None:
     done = run_cli("inspect", conversion.output)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert all(kind in done.stdout for kind in set(conversion.planned.plan.types.values()) - {"F32"})
+    assert all(kind in done.stdout for kind in set(conversion.prepared.plan.types.values()) - {"F32"})
 
 
 def test_metadata_is_that_of_ggufs_reader(conversion: pipeline.Conversion) -> None:

@@ -17,9 +17,12 @@ import torch
 from support.command import RunCli
 from support.families import TINY_MODELS
 from support.models import write_model
+from support.requests import convert_plainly, measured, on_text, request_of
 
 from lieq_gguf import pipeline
-from lieq_gguf.allocation.allocate import Allocation, allocate
+from lieq_gguf.allocation.allocate import allocate
+from lieq_gguf.allocation.build import build_problem
+from lieq_gguf.allocation.problem import AllocationOptions
 from lieq_gguf.errors import FormatError, OutputError, QuantizationError, SourceError, TokenizerError
 from lieq_gguf.evaluation.inspection import inspect
 from lieq_gguf.formats.gguf_file import GgufFile
@@ -31,25 +34,17 @@ from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES, parse_types
 from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.options import ComputeOptions, SourceOptions, WritingOptions
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.request import Request
 from lieq_gguf.sources import open_source
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.sources.source import Source, SourceOptions
+from lieq_gguf.sources.source import Source
 from lieq_gguf.writing.writer import encode_tensors
 
 SILENT = Progress(silent=True)
-
-
-def convert_plainly(source: Path, output: Path, type_name: str = "F16") -> Path:
-    """All matrices in one type of plain numbers."""
-    types = parse_types([type_name])
-    options = pipeline.CalibrationOptions(use_imatrix=False, n_threads=2)
-    pipeline.convert(
-        source, output, BitBudget("bits", types[0].bits_per_weight), Allocation(types=types), options, SILENT
-    )
-    return output
 
 
 def rewrite(
@@ -111,7 +106,7 @@ def logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
             layer.load(source, index)
             hidden = layer.forward(hidden)
         matrix = source.read(tensors.get("output.weight", source.spec.embedding))
-        return layer.head(source.read(tensors["output_norm.weight"]), matrix).logits(hidden)
+        return layer.output_head(source.read(tensors["output_norm.weight"]), matrix).logits(hidden)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -150,18 +145,16 @@ def test_rows_are_those_of_the_file_and_weights_those_of_the_model(
 def test_scores_plan_and_file_are_those_of_the_directory(
     f16_model: Path, f16_file: Path, calibration_text: Path, tmp_path: Path
 ) -> None:
-    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2)
-    types = parse_types(["Q2_K", "Q3_K", "Q4_K"])
     made = {
         source: pipeline.convert(
-            source, tmp_path / f"{source.name}.out", BitBudget("bits", 3.4), Allocation(types=types), options, SILENT
+            request_of(source, 3.4, tmp_path / f"{source.name}.out", "Q2_K,Q3_K,Q4_K", on_text(calibration_text, 512))
         )
         for source in (f16_model, f16_file)
     }
-    expected, found = (made[source].planned for source in (f16_model, f16_file))
+    expected, found = (made[source].prepared for source in (f16_model, f16_file))
     assert found.plan.types == expected.plan.types
     assert found.plan.layer_scores == pytest.approx(expected.plan.layer_scores, rel=1e-5)
-    assert found.plan.refine == "feedback"
+    assert found.plan.error_feedback
     # the same header, so every byte of the tensors as well
     assert made[f16_file].output.read_bytes() == made[f16_model].output.read_bytes()
 
@@ -179,12 +172,12 @@ def test_the_twin_is_drawn_as_the_directory_says(
     f16_model: Path, f16_file: Path, calibration_text: Path, tmp_path: Path, run_cli: RunCli
 ) -> None:
     """By a file of ours, which tells, and by a converter's with the option; without it, other scores are the same."""
-    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2)
+    options = on_text(calibration_text, 512)
     types, converters = parse_types(["Q3_K"]), without_initializer_range(f16_file, tmp_path / "plain.gguf")
 
     def scores_of(path: Path, initializer_range: float | None = None) -> LayerScores:
         source = open_source(path, SourceOptions(initializer_range=initializer_range))
-        scores = pipeline.learn(source, types, options).scores
+        scores = measured(source, types, options).scores
         assert scores is not None
         return scores
 
@@ -327,9 +320,9 @@ def test_the_output_matrix_may_come_first(tmp_path: Path, calibration_text: Path
     model = TINY_MODELS["llama"].write(tmp_path / "llama", dtype=torch.float16)
     file = convert_plainly(model, tmp_path / "f16.gguf")
     turned = rewrite(file, tmp_path / "turned.gguf", order=lambda name: name != "output.weight")
-    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=256, n_threads=2)
+    options = on_text(calibration_text, 256)
     types = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"])
-    scores = [pipeline.learn(GgufSource(f), types, options).scores for f in (file, turned)]
+    scores = [measured(GgufSource(f), types, options).scores for f in (file, turned)]
     assert scores[0] is not None
     assert scores[1] is not None
     assert scores[0].sensitivities == scores[1].sensitivities
@@ -351,7 +344,7 @@ def test_quantised_source(conversion: pipeline.Conversion, tmp_path: Path, run_c
     options = ("--bits", 3, "--types", "Q2_K,Q3_K,Q4_K", "--no-imatrix", "--method", "zd", "-q")
     made = run_cli("convert", conversion.output, "-o", output, *options, "--allow-requantize", "--n-tokens", 64)
     assert made.exit_code == 0, made.stderr
-    bpw = conversion.planned.header.meter.layer_bpw
+    bpw = conversion.prepared.header.meter.layer_bpw
     assert f"{bpw:.2f} bits per weight" in made.stderr
     assert "errors add" in made.stderr
     assert GgufFile(output).bit_meter().layer_bpw <= 3
@@ -443,9 +436,7 @@ def test_a_damaged_file_and_wrong_wishes(f16_file: Path, tmp_path: Path) -> None
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(f16_file.read_bytes())
     with pytest.raises(OutputError, match="is the model to read"):
-        pipeline.convert(
-            copy, copy, BitBudget("bits", 16), Allocation(), pipeline.CalibrationOptions(), SILENT, force=True
-        )
+        pipeline.convert(Request(str(copy), BitBudget("bits", 16), writing=WritingOptions(copy, force=True)))
     assert copy.read_bytes() == f16_file.read_bytes()
 
 
@@ -512,9 +503,9 @@ def test_llama_cpp_sees_the_inputs_that_transformers_sees(
     """The same Llama in both, one of them as a file with a value that nobody knows."""
     odd = GgufSource(rewrite(f16_file, tmp_path / "odd.gguf", with_unheard_of_value))
     assert not odd.has_transformers_model
-    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=1024, n_threads=2, in_float32=True)
+    options, exact = on_text(calibration_text, 1024), ComputeOptions(n_threads=2, in_float32=True)
     types = parse_types(["Q3_K", "Q4_K"])
-    expected, found = (pipeline.learn(source, types, options) for source in (GgufSource(f16_file), odd))
+    expected, found = (measured(source, types, options, exact) for source in (GgufSource(f16_file), odd))
     assert expected.importance is not None and found.importance is not None
     assert expected.scores is not None and found.scores is not None
     assert found.importance.n_tokens == expected.importance.n_tokens
@@ -553,11 +544,11 @@ def test_unknown_architecture_is_planned_and_written(
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (("convert", "--bits", 3, "--refine", "feedback"), "--refine none"),
-        (("plan", "--bits", 3, "--scorer", "lieq"), "expected zd or lim"),
+        (("convert", "--bits", 3, "--error-feedback"), "--no-error-feedback"),
+        (("plan", "--bits", 3, "--layer-score", "lieq"), "expected zd or lim"),
         (("plan", "--bits", 3, "--method", "block-error"), "expected --method weighted-error, lim or zd"),
         (("plan", "--bits", 3, "--method", "lieq"), "expected --method weighted-error, lim or zd"),
-        (("score", "--scorer", "energy-gain"), "expected zd or lim"),
+        (("score", "--layer-score", "energy-gain"), "expected zd or lim"),
         (("imatrix", "--device", "meta", "-o", "x.gguf"), "leave out --device meta"),
     ],
 )
@@ -580,8 +571,8 @@ def test_scores_of_an_unknown_architecture_take_no_pass_again(
     assert load_importance(imatrix).in_sum2.keys() == {
         t.name for layer in GgufSource(gemma_file).spec.layer_matrices for t in layer
     }
-    for method in ("weighted-error", "lim", "zd", "lieq-ladder --scorer lim"):
-        wanted = ("--bits", 3.4, "--method", *method.split(), "--types", "Q2_K,Q4_K", "--scores", scores)
+    for method in ("weighted-error", "lim", "zd", "lieq-ladder --layer-score lim"):
+        wanted = ("--bits", 3.4, "--method", *method.split(), "--types", "Q2_K,Q4_K", "--scores-file", scores)
         made = run_cli("plan", gemma_file, *wanted, "-q", "--json")
         assert made.exit_code == 0, made.stderr
         assert json.loads(made.stdout)["layer_bpw"] <= 3.4
@@ -607,7 +598,8 @@ def test_what_llama_quantize_leaves_alone_keeps_type_and_bytes(tmp_path: Path) -
     assert [tensors[n].fixed_type for n in ("blk.0.ffn_gate_inp.weight", "blk.0.ssm_a", "position_embd.weight")] == [
         "IQ2_XXS", "F32", "F16",
     ]  # fmt: skip
-    plan = allocate(source.spec, BitBudget("bits", 2.625), None, Allocation(types=parse_types(["Q2_K"])))
+    options = AllocationOptions(types=parse_types(["Q2_K"]))
+    plan = allocate(build_problem(source.spec, BitBudget("bits", 2.625), options), None)
     plan.check(source.spec)
     encoded = list(encode_tensors(source, [tensors["blk.0.ffn_gate_inp.weight"]], plan, None))
     assert np.array_equal(np.concatenate([rows.data for rows in encoded]), router)
@@ -698,8 +690,8 @@ def test_experts_are_measured_one_by_one(
     file, output = mixture(tmp_path / "experts.gguf"), tmp_path / "out.gguf"
     source = GgufSource(file)
     assert not source.has_transformers_model
-    options = pipeline.CalibrationOptions(text_file=calibration_text, n_tokens=512, n_threads=2)
-    importance = pipeline.learn(source, (), options, scores=False).importance
+    options = on_text(calibration_text, 512)
+    importance = measured(source, (), options, scores=False).importance
     assert importance is not None
     gate, up = (importance.in_sum2[f"blk.1.ffn_{part}_exps.weight"] for part in ("gate", "up"))
     assert np.array_equal(gate, up)

@@ -98,7 +98,20 @@ def compare(
     for command in (
         ("imatrix", model, "--calibration", calibration_text, "--n-tokens", 512, "-q", "-o", imatrix),
         ("convert", model, "--types", unquantised, "--bits", bits, "--no-imatrix", "-q", "-o", plain),
-        ("convert", model, "--plan", plan, "--imatrix", imatrix, "--refine", "none", "--threads", 2, "-q", "-o", ours),
+        (
+            "convert",
+            model,
+            "--plan",
+            plan,
+            "--imatrix",
+            imatrix,
+            "--no-error-feedback",
+            "--threads",
+            2,
+            "-q",
+            "-o",
+            ours,
+        ),
     ):
         done = run_cli(*command)
         assert done.exit_code == 0, done.stderr

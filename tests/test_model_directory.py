@@ -13,17 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import write_model
+from support.requests import convert_plainly
 from support.tokenizer_fixtures import write_smollm2
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lieq_gguf import pipeline
-from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.errors import ArchitectureError
 from lieq_gguf.native.llama_cpp import open_model
-from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import parse_types
-from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_TEST_TOKENS = 100
@@ -129,14 +125,7 @@ class Converted:
 
 
 def convert_to_f16(source: Path) -> Path:
-    return pipeline.convert(
-        source,
-        source.parent / "f16.gguf",
-        BitBudget("bits", 16),
-        Allocation(types=parse_types(["F16"])),
-        pipeline.CalibrationOptions(use_imatrix=False, n_threads=2),
-        Progress(silent=True),
-    ).output
+    return convert_plainly(source, source.parent / "f16.gguf")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,17 @@
 import re
+from typing import get_args
 
 import gguf
 import pytest
 
+from lieq_gguf.allocation.decode_costs import decode_costs
+from lieq_gguf.allocation.problem import PROFILES
+from lieq_gguf.cli.tables import _COLOURS
 from lieq_gguf.errors import BudgetError
+from lieq_gguf.measure.type_errors import probe_type
 from lieq_gguf.native import ggml
-from lieq_gguf.quant_types import BY_GGML_ID, DEFAULT_LADDER, QUANT_TYPES, QuantType, parse_types
+from lieq_gguf.native.code_layouts import code_layout
+from lieq_gguf.quant_types import BY_GGML_ID, DEFAULT_LADDER, QUANT_TYPES, Family, QuantType, parse_types
 
 ALL_TYPES = pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=lambda t: t.name)
 GGML_IDS = {t.value for t in gguf.GGMLQuantizationType}
@@ -84,6 +90,39 @@ def test_a_row_fits_only_in_whole_blocks(quant_type: QuantType) -> None:
 
 def test_only_plain_numbers_are_not_quantized() -> None:
     assert [t.name for t in QUANT_TYPES.values() if not t.is_quantized] == ["F32", "F16", "BF16"]
+
+
+# What a type of each family looks like by name; the family itself is a column of the table.
+FAMILY_NAMES: dict[Family, str] = {
+    "float": r"B?F\d+", "legacy": r"Q\d_[01]", "K": r"Q\d_K", "IQ": r"IQ\d_\w+", "trained": r"TQ\d_0|MXFP4",
+}  # fmt: skip
+# ggml_quantize_init in llama.cpp's ggml-quants.c builds grids for these
+WITH_TABLES = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}
+
+
+@ALL_TYPES
+def test_family_is_that_of_the_name(quant_type: QuantType) -> None:
+    assert [f for f, pattern in FAMILY_NAMES.items() if re.fullmatch(pattern, quant_type.name)] == [quant_type.family]
+
+
+def test_tables_are_made_where_ggml_makes_them() -> None:
+    assert {t.name for t in QUANT_TYPES.values() if t.has_tables} == WITH_TABLES
+
+
+@ALL_TYPES
+def test_a_type_stands_in_every_table_that_it_belongs_to(quant_type: QuantType) -> None:
+    """A new row of the table must not be forgotten elsewhere."""
+    rounds_weight_by_weight = quant_type.family in ("legacy", "K") or quant_type.name.startswith("IQ4")
+    assert (code_layout(quant_type) is not None) == rounds_weight_by_weight
+    if quant_type in DEFAULT_LADDER or quant_type.name == "Q2_0":  # what `bench --types` measures
+        assert decode_costs().picoseconds[quant_type.name] > 0
+    assert any(quant_type.family in profile.families for profile in PROFILES.values())
+    assert any(quant_type.bits_per_weight <= limit for limit, _ in _COLOURS)
+    assert probe_type(quant_type.block_size).fits(quant_type.block_size)
+
+
+def test_every_profile_has_families_of_the_table() -> None:
+    assert all(set(profile.families) <= set(get_args(Family)) for profile in PROFILES.values())
 
 
 def test_types_are_found_by_their_id() -> None:

@@ -6,31 +6,35 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.plain_solvers import greedy, lagrangian, totals
+from support.requests import TWO_THREADS, convert_plainly, measured, on_text, request_of
 from support.whole_model import lieq_scores
 from transformers import AutoModelForCausalLM
 
-from lieq_gguf.allocation.allocate import Allocation, make_problem
-from lieq_gguf.allocation.decode_costs import decode_costs
+from lieq_gguf.allocation.build import build_problem
 from lieq_gguf.allocation.knapsack import GAP, solve
-from lieq_gguf.allocation.time_limit import options
+from lieq_gguf.allocation.problem import AllocationOptions
+from lieq_gguf.allocation.time_limit import options as choices
 from lieq_gguf.evaluation.divergence import evaluate, read_text
 from lieq_gguf.evaluation.generation import stream
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.imatrix_file import save_importance
-from lieq_gguf.measure.forward_pass import PassOptions, calibrate
-from lieq_gguf.measure.layer_model import has_fast_bfloat16
+from lieq_gguf.measure.forward_pass import run_pass
+from lieq_gguf.measure.passes import PassOptions
 from lieq_gguf.measure.text import CHUNK_SIZE, read_calibration_text, tokenize
+from lieq_gguf.measure.torch_setup import has_fast_bfloat16
 from lieq_gguf.native.llama_cpp import open_model
-from lieq_gguf.pipeline import CalibrationOptions, convert, learn, make_plan
-from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import parse_types
+from lieq_gguf.pipeline import convert, plan
+from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types
 from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.options import ComputeOptions, MeasuringOptions
 from lieq_gguf.records.scores import LayerScores
+from lieq_gguf.request import Request
 from lieq_gguf.scorers import lieq, score_layers
 from lieq_gguf.sources import open_source
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -51,46 +55,43 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="module")
-def known(model: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
+def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> MeasuringOptions:
     """Scores and importance matrix from one pass, as files."""
-    folder = tmp_path_factory.mktemp("known")
-    knowledge = learn(ModelDirectory(model), options=CalibrationOptions(n_tokens=2048, n_threads=N_THREADS))
-    assert knowledge.scores is not None
-    assert knowledge.importance is not None
-    knowledge.scores.save(folder / "scores.json", "lieq")
-    save_importance(knowledge.importance, folder / "imatrix.gguf")
-    return CalibrationOptions(
-        scores_file=folder / "scores.json",
-        imatrix_file=folder / "imatrix.gguf",
-        n_tokens=4096,
-        n_threads=N_THREADS,
-        refine="none",  # half the time, and the same to the tests that look at sizes and types
-    )
+    folder = tmp_path_factory.mktemp("files")
+    found = measured(ModelDirectory(model), DEFAULT_LADDER, on_text(None, 2048))
+    assert found.scores is not None
+    assert found.importance is not None
+    found.scores.save(folder / "scores.json", "lieq")
+    save_importance(found.importance, folder / "imatrix.gguf")
+    return on_text(None, 4096, scores_file=folder / "scores.json", imatrix_file=folder / "imatrix.gguf")
+
+
+def plain_request(model: Path, files: MeasuringOptions, output: Path, bits: float, **options: Any) -> Request:
+    """Without error feedback: half the time, and the same to the tests that look at sizes and types."""
+    allocation = AllocationOptions(**options)
+    return request_of(model, bits, output, measuring=files, error_feedback=False, allocation=allocation)
 
 
 @pytest.fixture(scope="module")
 def f16_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("f16") / "f16.gguf"
-    options = CalibrationOptions(use_imatrix=False, n_threads=N_THREADS)
-    convert(model, output, BitBudget("bits", 16), Allocation(types=parse_types(["F16"])), options, Progress())
-    return output
+    return convert_plainly(model, tmp_path_factory.mktemp("f16") / "f16.gguf")
 
 
 @pytest.mark.parametrize("bits", [2.1, 2.7, 3.5, 4.5])
 def test_every_budget_is_met_within_one_percent_and_speaks(
-    model: Path, known: CalibrationOptions, tmp_path: Path, bits: float
+    model: Path, files: MeasuringOptions, tmp_path: Path, bits: float
 ) -> None:
     output = tmp_path / "out.gguf"
-    result = convert(model, output, BitBudget("bits", bits), Allocation(), known, Progress())
+    result = convert(plain_request(model, files, output, bits))
     meter = GgufFile(output).bit_meter()
-    assert meter == result.planned.header.meter
+    assert meter == result.prepared.header.meter
     assert 0.99 * bits <= meter.layer_bpw <= bits
     assert "".join(stream(output, "The capital of France is", 8, 0.0, True, 0, N_THREADS)).strip()
 
 
-def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, known: CalibrationOptions, tmp_path: Path) -> None:
+def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, files: MeasuringOptions, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
-    convert(model, output, BitBudget("bits", 2.7), Allocation(method="lieq"), known, Progress())
+    convert(plain_request(model, files, output, 2.7, method="lieq"))
     layers: dict[int, set[str]] = {}
     for tensor in GgufFile(output).tensors:
         if tensor.spec.layer is not None and tensor.spec.is_matrix:
@@ -102,23 +103,23 @@ def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, known: Cali
 
 @pytest.mark.parametrize("quant_type", ["Q2_K", "IQ2_XXS"])
 def test_error_feedback_brings_a_file_closer_to_the_model(
-    model: Path, known: CalibrationOptions, f16_file: Path, tmp_path: Path, quant_type: str
+    model: Path, files: MeasuringOptions, f16_file: Path, tmp_path: Path, quant_type: str
 ) -> None:
     [chosen] = parse_types([quant_type])
-    files = {refine: tmp_path / f"{refine}.gguf" for refine in ("none", "feedback")}
-    for refine, file in files.items():
-        budget = BitBudget("bits", chosen.bits_per_weight)
-        convert(model, file, budget, Allocation(types=(chosen,)), replace(known, refine=refine), Progress())
-    plain, refined = evaluate(list(files.values()), f16_file, read_text(None), 512, 3, N_THREADS)
-    assert refined.kld.value < 0.85 * plain.kld.value
+    made = {fed: tmp_path / f"{fed}.gguf" for fed in (False, True)}
+    for fed, file in made.items():
+        convert(request_of(model, chosen.bits_per_weight, file, quant_type, files, error_feedback=fed))
+    without, with_feedback = evaluate(list(made.values()), f16_file, read_text(None), 512, 3, N_THREADS)
+    assert with_feedback.kld.value < 0.85 * without.kld.value
 
 
 @pytest.mark.parametrize("size", [70_000_000, 90_000_000, 120_000_000])
-def test_no_plain_solver_finds_better_types(model: Path, known: CalibrationOptions, size: int) -> None:
-    assert known.scores_file is not None
-    scores = LayerScores.load(known.scores_file)
-    problem = make_problem(ModelDirectory(model).spec, BitBudget("size", size), Allocation("block-error"), 2_000_000)
-    groups = options(problem, lambda group, quant_type: group.block_error(scores, quant_type))
+def test_no_plain_solver_finds_better_types(model: Path, files: MeasuringOptions, size: int) -> None:
+    assert files.scores_file is not None
+    scores = LayerScores.load(files.scores_file)
+    options = AllocationOptions("block-error")
+    problem = build_problem(ModelDirectory(model).spec, BitBudget("size", size), options, header_bytes=2_000_000)
+    groups = choices(problem, lambda group, quant_type: group.block_error(scores, quant_type))
     chosen = solve(groups, problem.limit)
     best, used, _ = totals(groups, chosen)
     assert 0.999 * problem.limit < used <= problem.limit
@@ -128,27 +129,25 @@ def test_no_plain_solver_finds_better_types(model: Path, known: CalibrationOptio
 
 @pytest.mark.parametrize("profile", ["cpu", "quality", "edge"])
 def test_file_of_a_given_size_is_no_larger_and_speaks(
-    model: Path, known: CalibrationOptions, tmp_path: Path, profile: str
+    model: Path, files: MeasuringOptions, tmp_path: Path, profile: str
 ) -> None:
     output, size = tmp_path / "out.gguf", 85_000_000
-    allocation = Allocation(profile=profile, costs=decode_costs())
-    result = convert(model, output, BitBudget("size", size), allocation, known, Progress())
+    request = plain_request(model, files, output, 1, profile=profile)
+    result = convert(replace(request, target=BitBudget("size", size)))
     assert 0.999 * size < output.stat().st_size <= size
-    types = {name for name in result.planned.plan.types.values() if name.startswith("IQ")}
+    types = {name for name in result.prepared.plan.types.values() if name.startswith("IQ")}
     assert bool(types) == (profile != "edge")
     assert "".join(stream(output, "The capital of France is", 8, 0.0, True, 0, N_THREADS)).strip()
 
 
 def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(model: Path) -> None:
     source = ModelDirectory(model)
-    text, dataset = read_calibration_text(None)
-    tokens = tokenize(text, dataset, load_source_tokenizer(model), 5 * CHUNK_SIZE)
-    options = PassOptions(n_threads=N_THREADS, in_float32=True)
-    exact = calibrate(source, tokens, options)
+    tokens = tokenize(read_calibration_text(None), load_source_tokenizer(model), 5 * CHUNK_SIZE)
+    exact = run_pass(source, tokens, PassOptions(compute=ComputeOptions(n_threads=N_THREADS, in_float32=True)))
     assert lieq.score(exact.measurements) == pytest.approx(lieq_scores(model, tokens.ids, seed=0), abs=1e-4)
     if not has_fast_bfloat16(torch.device("cpu")):
         pytest.skip("the processor has no bfloat16; emulation takes minutes")
-    rounded = calibrate(source, tokens, replace(options, in_float32=False))
+    rounded = run_pass(source, tokens, PassOptions(compute=TWO_THREADS))
     by_scorer, expected = score_layers(rounded.measurements), score_layers(exact.measurements)
     for name, values in expected.items():
         spread = max(values) - min(values)  # a score that is nearly nothing has no percent to stay within
@@ -156,8 +155,8 @@ def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(model: Path) 
 
 
 def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None:
-    text, _ = read_calibration_text(None)
-    ids = load_source_tokenizer(model).encode(text, add_special_tokens=False)[:2000]
+    text = read_calibration_text(None)
+    ids = load_source_tokenizer(model).encode(text.content, add_special_tokens=False)[:2000]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     n_same, largest = 0, 0.0
     with open_model(f16_file, n_ctx=500, n_threads=N_THREADS) as ours, torch.inference_mode():
@@ -174,11 +173,10 @@ def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None
 @pytest.mark.parametrize("type_name", ["F16", "BF16"])
 def test_a_gguf_file_is_scored_and_planned_as_its_directory(model: Path, tmp_path: Path, type_name: str) -> None:
     """The directory's weights are F16; BF16 rounds them, and then choices that nearly tie can fall otherwise."""
-    file, [chosen] = tmp_path / "model.gguf", parse_types([type_name])
-    plain = CalibrationOptions(use_imatrix=False, n_threads=N_THREADS)
-    convert(model, file, BitBudget("bits", 16), Allocation(types=(chosen,)), plain, Progress())
-    options = CalibrationOptions(n_tokens=2048, n_threads=N_THREADS)
-    from_directory, from_file = (learn(open_source(path), options=options) for path in (model, file))
+    file = convert_plainly(model, tmp_path / "model.gguf", type_name)
+    from_directory, from_file = (
+        measured(open_source(path), DEFAULT_LADDER, on_text(None, 2048)) for path in (model, file)
+    )
     assert from_directory.scores is not None and from_file.scores is not None
     for name, expected in from_directory.scores.by_scorer.items():
         spread = max(expected) - min(expected)
@@ -189,8 +187,8 @@ def test_a_gguf_file_is_scored_and_planned_as_its_directory(model: Path, tmp_pat
         assert known.scores is not None and known.importance is not None
         known.scores.save(tmp_path / "scores.json", "lieq")
         save_importance(known.importance, tmp_path / "imatrix.gguf")
-        files = replace(options, scores_file=tmp_path / "scores.json", imatrix_file=tmp_path / "imatrix.gguf")
-        plans.append(make_plan(open_source(path), BitBudget("bits", 2.7), Allocation(), files, Progress()))
+        files = MeasuringOptions(scores_file=tmp_path / "scores.json", imatrix_file=tmp_path / "imatrix.gguf")
+        plans.append(plan(request_of(path, 2.7, measuring=files)))
     expected_plan, found_plan = plans
     assert found_plan.header.meter.file_bytes == expected_plan.header.meter.file_bytes
     if type_name == "F16":

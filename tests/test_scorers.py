@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from lieq_gguf.allocation.allocate import METHODS
-from lieq_gguf.cli import commands
+from lieq_gguf.allocation.methods import METHODS
+from lieq_gguf.allocation.problem import PROFILES
+from lieq_gguf.cli import options
 from lieq_gguf.errors import ScoringError
 from lieq_gguf.records.measurement import LayerMeasurement, Spectrum
 from lieq_gguf.scorers import ENTRY_POINTS, score_layers, scorers
@@ -138,19 +139,19 @@ def test_top_energy_sums_the_strongest_twentieth(rank: int, k: int) -> None:
 def test_energy_gain_is_the_mean_difference_over_projections() -> None:
     trained = {"attn_q": np.array([0.9, 0.1]), "ffn_up": np.array([0.7, 0.3])}
     twin = {"attn_q": np.array([0.6, 0.4]), "ffn_up": np.array([0.5, 0.5])}
-    (score,) = scorers()["energy-gain"]([measurement(spectra=trained, twin_spectra=twin)])
+    (score,) = scorers()["energy-gain"].load()([measurement(spectra=trained, twin_spectra=twin)])
     assert score == pytest.approx((0.3 + 0.2) / 2)
 
 
 def test_lieq_is_the_mean_gain_over_all_projections() -> None:
     spectra = dict.fromkeys(ROLES, flat(2)) | {"ffn_down": flat(4)}
-    (score,) = scorers()["lieq"]([measurement(spectra=spectra)])
+    (score,) = scorers()["lieq"].load()([measurement(spectra=spectra)])
     assert score == pytest.approx((6 * 0.5 + 0.0) / 7)
 
 
 def test_lieq_qkv_is_the_mean_gain_over_query_key_and_value() -> None:
     spectra = {"attn_q": flat(1), "attn_k": flat(2), "attn_v": flat(4)} | dict.fromkeys(ROLES[3:], flat(1))
-    (score,) = scorers()["lieq-qkv"]([measurement(spectra=spectra)])
+    (score,) = scorers()["lieq-qkv"].load()([measurement(spectra=spectra)])
     assert score == pytest.approx((0.75 + 0.5 + 0.0) / 3)
 
 
@@ -158,7 +159,7 @@ def test_lim_is_minus_the_cosine() -> None:
     before, after = gaussian(6, 16), gaussian(6, 16, seed=1)
     norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
     cosine = float(((before * after).sum(axis=1) / norms).mean())
-    (score,) = scorers()["lim"]([measurement(cosine=cosine)])
+    (score,) = scorers()["lim"].load()([measurement(cosine=cosine)])
     assert score == pytest.approx(-cosine)
 
 
@@ -197,12 +198,12 @@ MORE_IMPORTANT: dict[str, Callable[[], LayerMeasurement]] = {
 
 @pytest.mark.parametrize("scorer", scorers())
 def test_a_more_important_layer_scores_higher(scorer: str) -> None:
-    ordinary, important = scorers()[scorer]([measurement(), MORE_IMPORTANT[scorer]()])
+    ordinary, important = scorers()[scorer].load()([measurement(), MORE_IMPORTANT[scorer]()])
     assert important > ordinary
 
 
 def test_block_error_is_the_sum_over_the_matrices() -> None:
-    (score,) = scorers()["block-error"]([measurement(block_errors={"attn_q": 0.25, "ffn_up": 0.5})])
+    (score,) = scorers()["block-error"].load()([measurement(block_errors={"attn_q": 0.25, "ffn_up": 0.5})])
     assert score == 0.75
 
 
@@ -210,8 +211,8 @@ def test_perplexity_drop_that_was_not_measured_is_left_out() -> None:
     without = measurement(perplexity_drop=None)
     assert "perplexity-drop" not in score_layers([without])
     assert score_layers([measurement()])["perplexity-drop"] == (1.0,)
-    with pytest.raises(ScoringError, match="--scorer perplexity-drop"):
-        scorers()["perplexity-drop"]([without])
+    with pytest.raises(ScoringError, match="has not measured"):
+        scorers()["perplexity-drop"].load()([without])
 
 
 @pytest.fixture
@@ -242,15 +243,17 @@ def test_scorer_of_another_package_is_found(another_package: Callable[[str], Non
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("not_there", "cannot be loaded"), ("without_numbers", "finite numbers")]
+    ("name", "message"),
+    [("not_there", "scorer test_scorers:not_there cannot be loaded"), ("without_numbers", "'mine'.*finite numbers")],
 )
 def test_bad_scorer_of_another_package_is_named(
     another_package: Callable[[str], None], name: str, message: str
 ) -> None:
     another_package(name)
-    with pytest.raises(ScoringError, match=f"'mine'.*{message}"):
+    with pytest.raises(ScoringError, match=message):
         score_layers([measurement()])
 
 
-def test_command_line_names_the_methods() -> None:
-    assert get_args(commands.MethodName) == tuple(METHODS)
+def test_command_line_names_methods_and_profiles() -> None:
+    assert get_args(options.MethodName) == tuple(METHODS)
+    assert get_args(options.ProfileName) == tuple(PROFILES)

@@ -38,12 +38,12 @@ def damage(conversion: pipeline.Conversion, tmp_path: Path) -> Damage:
 
 
 def a_matrix_of(conversion: pipeline.Conversion, quant_type: str) -> str:
-    return next(name for name, kind in conversion.planned.plan.types.items() if kind == quant_type)
+    return next(name for name, kind in conversion.prepared.plan.types.items() if kind == quant_type)
 
 
 def test_a_good_file_passes(conversion: pipeline.Conversion, tiny_model: Path) -> None:
     spec = ModelDirectory(tiny_model).spec
-    result = verify(conversion.output, conversion.planned.plan.types, {t.name: t.shape for t in spec.tensors})
+    result = verify(conversion.output, conversion.prepared.plan.types, {t.name: t.shape for t in spec.tensors})
     assert (result.n_tensors, result.n_weights) == (len(spec.tensors), spec.n_weights)
     assert result.n_vocab == spec.config["vocab_size"]
 
@@ -54,7 +54,7 @@ def test_progress_adds_up_to_all_weights(conversion: pipeline.Conversion) -> Non
 
 
 def test_catches_another_type(conversion: pipeline.Conversion) -> None:
-    types = dict(conversion.planned.plan.types)
+    types = dict(conversion.prepared.plan.types)
     name = a_matrix_of(conversion, "Q2_K")
     types[name] = "Q3_K"
     with pytest.raises(VerificationError, match=f"{name} is Q2_K, planned was Q3_K"):
@@ -62,13 +62,13 @@ def test_catches_another_type(conversion: pipeline.Conversion) -> None:
 
 
 def test_catches_a_missing_tensor(conversion: pipeline.Conversion) -> None:
-    types = dict(conversion.planned.plan.types) | {"output.weight": "Q6_K"}
+    types = dict(conversion.prepared.plan.types) | {"output.weight": "Q6_K"}
     with pytest.raises(VerificationError, match=r"output\.weight is missing, planned was Q6_K"):
         verify(conversion.output, types)
 
 
 def test_catches_a_tensor_too_many(conversion: pipeline.Conversion) -> None:
-    types = dict(conversion.planned.plan.types)
+    types = dict(conversion.prepared.plan.types)
     del types["output_norm.weight"]
     with pytest.raises(VerificationError, match=r"output_norm\.weight is F32, planned was no such tensor"):
         verify(conversion.output, types)
@@ -90,7 +90,7 @@ def test_catches_a_scale_that_is_not_finite(
     for place in SCALES[quant_type]:
         file = damage(name, 5 * QUANT_TYPES[quant_type].block_bytes + place, value)
         with pytest.raises(VerificationError, match=f"{name} .* holds NaN or infinite values as {quant_type}"):
-            verify(file, conversion.planned.plan.types)
+            verify(file, conversion.prepared.plan.types)
 
 
 def test_catches_a_norm_that_is_not_finite(damage: Damage) -> None:
@@ -127,7 +127,7 @@ def test_catches_garbage_behind_a_good_header(conversion: pipeline.Conversion, t
     start = gguf.GGUFReader(conversion.output).data_offset
     file.write_bytes(data[:start] + np.random.default_rng(0).bytes(len(data) - start))
     with pytest.raises(VerificationError, match="holds NaN or infinite"):
-        verify(file, conversion.planned.plan.types)
+        verify(file, conversion.prepared.plan.types)
 
 
 def test_quotes_llama_cpp_when_it_refuses_the_file(conversion: pipeline.Conversion, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_quotes_llama_cpp_when_it_refuses_the_file(conversion: pipeline.Conversi
 def test_command_passes_a_good_file_against_its_plan(
     run_cli: RunCli, conversion: pipeline.Conversion, tmp_path: Path
 ) -> None:
-    conversion.planned.plan.save(tmp_path / "plan.json", {})
+    conversion.prepared.plan.save(tmp_path / "plan.json", {})
     done = run_cli("verify", conversion.output, "--plan", tmp_path / "plan.json", "-q")
     assert (done.exit_code, done.stderr) == (0, "")
     assert "29 tensors read back, all finite" in done.stdout
@@ -150,7 +150,7 @@ def test_command_passes_a_good_file_against_its_plan(
 
 def test_command_fails_on_another_plan(run_cli: RunCli, conversion: pipeline.Conversion, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    conversion.planned.plan.save(plan, {})
+    conversion.prepared.plan.save(plan, {})
     name = a_matrix_of(conversion, "Q4_K")
     plan.write_text(plan.read_text().replace(f'"{name}": "Q4_K"', f'"{name}": "Q2_K"'))
     done = run_cli("verify", conversion.output, "--plan", plan, "-q")

@@ -35,8 +35,8 @@ def encoded(
 
 
 def write_again(source: Path, conversion: pipeline.Conversion, target: Path, n_threads: int = 1) -> bytes:
-    planned = conversion.planned
-    write_file(target, planned.header, encoded(source, planned.plan, planned.importance, n_threads))
+    prepared = conversion.prepared
+    write_file(target, prepared.header, encoded(source, prepared.plan, prepared.measured.importance, n_threads))
     return target.read_bytes()
 
 
@@ -50,7 +50,7 @@ def without_imatrix(run_cli: RunCli, tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def test_planned_size_is_the_size_of_the_file(conversion: pipeline.Conversion) -> None:
-    assert conversion.planned.header.meter.file_bytes == conversion.output.stat().st_size
+    assert conversion.prepared.header.meter.file_bytes == conversion.output.stat().st_size
 
 
 def test_every_tensor_is_aligned(conversion: pipeline.Conversion) -> None:
@@ -70,7 +70,7 @@ def test_tensors_follow_each_other_without_gaps(conversion: pipeline.Conversion)
 
 def test_types_are_those_of_the_plan(conversion: pipeline.Conversion) -> None:
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(conversion.output).tensors}
-    assert types == conversion.planned.plan.types
+    assert types == conversion.prepared.plan.types
     assert {"Q2_K", "Q4_K"} < set(types.values())
 
 
@@ -80,26 +80,26 @@ def test_bit_meter_counts_what_is_in_the_file(conversion: pipeline.Conversion) -
     ]
     assert len(matrices) == 21
     stored_bits = 8 * sum(t.data.nbytes for t in matrices)
-    meter = conversion.planned.header.meter
+    meter = conversion.prepared.header.meter
     assert meter.layer_bpw == stored_bits / sum(int(t.n_elements) for t in matrices)
     assert 0.95 * 3.4 < meter.layer_bpw <= 3.4
 
 
 def test_bit_meter_counts_the_weights_of_the_source(conversion: pipeline.Conversion, tiny_model: Path) -> None:
     n_weights = sum(w.numel() for w in load_file(tiny_model / "model.safetensors").values())
-    meter = conversion.planned.header.meter
+    meter = conversion.prepared.header.meter
     assert meter.n_weights == n_weights
     assert meter.file_bpw == 8 * conversion.output.stat().st_size / n_weights
 
 
 def test_figures_in_the_metadata_are_the_bit_meter(conversion: pipeline.Conversion) -> None:
-    found, meter = keys(conversion.output), conversion.planned.header.meter
+    found, meter = keys(conversion.output), conversion.prepared.header.meter
     for name in ("layer_bpw", "file_bpw", "nominal_bits"):
         assert found[f"lieq.{name}"] == np.float32(getattr(meter, name))
 
 
 def test_provenance_is_in_the_metadata(conversion: pipeline.Conversion) -> None:
-    found, plan = keys(conversion.output), conversion.planned.plan
+    found, plan = keys(conversion.output), conversion.prepared.plan
     assert found["lieq.version"] == __version__
     assert (found["lieq.method"], found["lieq.scorer"]) == ("best", "energy-gain")
     assert (found["lieq.target.kind"], found["lieq.target.value"]) == ("bits", np.float32(3.4))
@@ -119,8 +119,8 @@ def test_given_imatrix_is_named_in_the_metadata(
     run_cli: RunCli, conversion: pipeline.Conversion, tiny_model: Path, tmp_path: Path
 ) -> None:
     imatrix, file = tmp_path / "mine.gguf", tmp_path / "out.gguf"
-    assert conversion.planned.importance is not None
-    save_importance(conversion.planned.importance, imatrix)
+    assert conversion.prepared.measured.importance is not None
+    save_importance(conversion.prepared.measured.importance, imatrix)
     done = run_cli("convert", tiny_model, "--types", "Q4_K", "--bits", 4.5, "--imatrix", imatrix, "-q", "-o", file)
     assert done.exit_code == 0, done.stderr
     assert keys(file)["quantize.imatrix.file"] == "mine.gguf"
@@ -163,26 +163,26 @@ def test_bytes_do_not_depend_on_the_rows_held_at_a_time(
 
 
 def test_progress_adds_up_to_all_weights(conversion: pipeline.Conversion, tiny_model: Path, tmp_path: Path) -> None:
-    planned, steps = conversion.planned, list[float]()
-    tensors = encoded(tiny_model, planned.plan, planned.importance)
-    write_file(tmp_path / "a", planned.header, tensors, advance=steps.append)
-    assert sum(steps) == pytest.approx(planned.spec.n_weights)
+    prepared, steps = conversion.prepared, list[float]()
+    tensors = encoded(tiny_model, prepared.plan, prepared.measured.importance)
+    write_file(tmp_path / "a", prepared.header, tensors, advance=steps.append)
+    assert sum(steps) == pytest.approx(prepared.job.source.spec.n_weights)
 
 
 def test_refuses_a_header_of_another_plan(conversion: pipeline.Conversion, tiny_model: Path, tmp_path: Path) -> None:
-    planned = conversion.planned
-    other = replace(planned.plan, types=dict(planned.plan.types) | {"token_embd.weight": "F32"})
-    with pytest.raises(OutputError, match="bytes, planned were"):
-        write_file(tmp_path / "a", planned.header, encoded(tiny_model, other, planned.importance))
+    prepared = conversion.prepared
+    other = replace(prepared.plan, types=dict(prepared.plan.types) | {"token_embd.weight": "F32"})
+    with pytest.raises(OutputError, match="bytes; planned"):
+        write_file(tmp_path / "a", prepared.header, encoded(tiny_model, other, prepared.measured.importance))
 
 
 def test_names_the_tensor_that_cannot_be_encoded(
     conversion: pipeline.Conversion, tiny_model: Path, tmp_path: Path
 ) -> None:
-    planned = conversion.planned
-    other = replace(planned.plan, types=dict(planned.plan.types) | {"blk.1.ffn_up.weight": "IQ2_XXS"})
+    prepared = conversion.prepared
+    other = replace(prepared.plan, types=dict(prepared.plan.types) | {"blk.1.ffn_up.weight": "IQ2_XXS"})
     with pytest.raises(QuantizationError, match=r"blk\.1\.ffn_up\.weight: IQ2_XXS needs an importance matrix"):
-        write_file(tmp_path / "a", planned.header, encoded(tiny_model, other, None))
+        write_file(tmp_path / "a", prepared.header, encoded(tiny_model, other, None))
 
 
 @pytest.mark.parametrize(("n_rows", "n_heads"), [(2, 1), (64, 1), (256, 4), (96 * 3, 3), (12, 6)])

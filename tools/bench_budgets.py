@@ -27,7 +27,7 @@ def main() -> None:
         lieq("score", model, "--imatrix", imatrix, "-o", scores)
         files = [folder / f"{model.name}-{bits}.gguf" for bits in budgets]
         for bits, file in zip(budgets, files, strict=True):
-            lieq("convert", model, "--bits", bits, "--scores", scores, "--imatrix", imatrix, "-o", file, "--quiet")
+            lieq("convert", model, "--bits", bits, "--scores-file", scores, "--imatrix", imatrix, "-o", file, "--quiet")
         lieq("bench", *files)
 
 

@@ -70,9 +70,9 @@ def main() -> None:
         recipe.write_text(lines, encoding="utf-8")
         for repetition in range(arguments.repetitions):
             print(f"run {repetition + 1}")
-            command = [*lieq, "convert", arguments.model, "--bits", arguments.bits, *pass_options, "-f", "--refine"]
-            ours = timed("lieq-gguf convert", [*command, "none", "-o", folder / "ours"])
-            refined = timed("with error feedback", [*command, "feedback", "-o", folder / "refined"])
+            command = [*lieq, "convert", arguments.model, "--bits", arguments.bits, *pass_options, "-f"]
+            ours = timed("lieq-gguf convert", [*command, "--no-error-feedback", "-o", folder / "ours"])
+            with_feedback = timed("with error feedback", [*command, "-o", folder / "with-feedback"])
             theirs = timed("converter", [
                 sys.executable, source / "convert_hf_to_gguf.py", arguments.model, "--outtype", "f16", "--outfile", f16,
             ], {"PYTHONPATH": str(source / "gguf-py")})  # fmt: skip
@@ -86,11 +86,11 @@ def main() -> None:
             ])  # fmt: skip
             written = timed("convert --plan", [
                 *lieq, "convert", arguments.model, "--plan", plan, "--imatrix", theirs_imatrix, "-o", folder / "w",
-                "-f", "--threads", N_THREADS, "--refine", "none", "-q", "--json",
+                "-f", "--threads", N_THREADS, "--no-error-feedback", "-q", "--json",
             ], printed=folder / "written.json")  # fmt: skip
             stages = json.loads((folder / "written.json").read_text())["seconds"]
             print(f"  whole: {ours:.1f} / {theirs + quantize:.1f} s = {ours / (theirs + quantize):.2f}")
-            print(f"  with error feedback / without: {refined / ours:.2f}")
+            print(f"  with error feedback / without: {with_feedback / ours:.2f}")
             print(f"  reading, quantising and writing tensors / llama-quantize: {stages['write'] / quantize:.2f}")
             print(f"  the whole of convert --plan, verified / llama-quantize: {written / quantize:.2f}")
         compare_importance(arguments.model, arguments.text, theirs_imatrix, ours_imatrix, lieq)

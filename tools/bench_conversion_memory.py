@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Largest memory of a conversion of a 1.2-billion-parameter Llama of random weights, and of one with fewer layers.
 
-Usage: bench_conversion_memory.py [N_LAYERS…] [--refine none]      (16 and 4 layers, with error feedback)
+Usage: bench_conversion_memory.py [N_LAYERS…] [--no-error-feedback]      (16 and 4 layers, with error feedback)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     """Make and convert each, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("n_layers", type=int, nargs="*")
-    parser.add_argument("--refine", default="feedback")
+    parser.add_argument("--no-error-feedback", dest="feedback", action="store_false")
     arguments = parser.parse_args()
     for n_layers in arguments.n_layers or (16, 4):
         with tempfile.TemporaryDirectory() as scratch:
@@ -36,8 +36,9 @@ def main() -> None:
             n_bytes = sum(f.stat().st_size for f in model.glob("*.safetensors"))
             with log.open("w") as out:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "lieq_gguf", "convert", model, "--bits", "2.7", "--refine", arguments.refine,
-                     "-o", Path(scratch) / "o.gguf", "--no-cache", "--quiet", "--json"],
+                    [sys.executable, "-m", "lieq_gguf", "convert", model, "--bits", "2.7",
+                     "--error-feedback" if arguments.feedback else "--no-error-feedback", "-o",
+                     Path(scratch) / "o.gguf", "--no-cache", "--quiet", "--json"],
                     stdout=out,
                 )  # fmt: skip
                 _, status, usage = os.wait4(process.pid, 0)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Our files against llama.cpp's presets at the size of each: KL divergence and speed, as a Markdown table.
 
-Usage: compare_presets.py MODEL_DIR CALIBRATION TEXT FOLDER [--presets A,B] [--profiles quality,cpu,edge] [--refine R]
+Usage: compare_presets.py MODEL_DIR CALIBRATION TEXT FOLDER [--presets A,B] [--profiles quality,cpu,edge]
+       [--no-error-feedback]
 
 Both sides quantise with the same importance matrix, measured on CALIBRATION; TEXT is what they are compared on. The
 presets are made by the installed library. A file of ours is asked for by --size with the bytes of the preset; the
@@ -57,10 +58,10 @@ def known_files(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
     return f16, scores, imatrix
 
 
-def knowledge(arguments: argparse.Namespace, scores: Path, imatrix: Path, refine: str) -> list[object]:
+def knowledge(arguments: argparse.Namespace, scores: Path, imatrix: Path, feedback: bool) -> list[object]:
     """Options of a conversion that measures nothing, but for what error feedback needs."""
-    fed_with = ["--calibration", arguments.calibration] if refine == "feedback" else []
-    return ["--scores", scores, "--imatrix", imatrix, "--refine", refine, *fed_with]
+    fed_with = ["--error-feedback", "--calibration", arguments.calibration] if feedback else ["--no-error-feedback"]
+    return ["--scores-file", scores, "--imatrix", imatrix, *fed_with]
 
 
 def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
@@ -84,7 +85,7 @@ def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
         for name, options in columns.items():
             ours = folder / f"{preset}-{name.replace(' ', '-')}.gguf"
             if not ours.exists():
-                known = knowledge(arguments, scores, imatrix, arguments.refine)
+                known = knowledge(arguments, scores, imatrix, arguments.feedback)
                 lieq("convert", arguments.model, "--size", size, *options, *known, "-o", ours, *threads)
             assert ours.stat().st_size <= size
             files[preset][name] = ours
@@ -133,7 +134,9 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--presets", default=",".join(PRESETS))
     parser.add_argument("--profiles", default="quality,cpu,edge")
-    parser.add_argument("--refine", default="feedback", help="none: every block by itself, as the presets")
+    parser.add_argument(
+        "--no-error-feedback", dest="feedback", action="store_false", help="every block by itself, as the presets"
+    )
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-fixed", dest="fixed", action="store_false", help="leave out the embedding as preset")

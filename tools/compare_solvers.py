@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lieq_gguf.allocation.allocate import Allocation, make_problem
+from lieq_gguf.allocation.build import build_problem
 from lieq_gguf.allocation.knapsack import Option, solve
+from lieq_gguf.allocation.problem import AllocationOptions
 from lieq_gguf.allocation.time_limit import options
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.scores import LayerScores
@@ -28,11 +29,11 @@ N_LAYERS, N_MATRICES, N_TYPES = 80, 7, 14
 def main() -> None:
     """Print both tables."""
     spec, scores = ModelDirectory(Path(sys.argv[1])).spec, LayerScores.load(Path(sys.argv[2]))
-    low, high = make_problem(spec, BitBudget("file-bits", 4.0), Allocation("block-error")).range()
+    low, high = build_problem(spec, BitBudget("file-bits", 4.0), AllocationOptions("block-error")).range()
     print("| bits of the file | exact | greedy | Lagrangian | exact, seconds |\n|---|---|---|---|---|")
     for share in (0.05, 0.1, 0.2, 0.3, 0.4):
         bits = round(low + share * (high - low), 3)
-        problem = make_problem(spec, BitBudget("file-bits", bits), Allocation("block-error"))
+        problem = build_problem(spec, BitBudget("file-bits", bits), AllocationOptions("block-error"))
         groups = options(problem, lambda group, quant_type: group.block_error(scores, quant_type))
         start = time.perf_counter()
         damage = {"exact": totals(groups, solve(groups, problem.limit))[0]}

@@ -15,8 +15,10 @@ import numpy as np
 
 from lieq_gguf.measure.type_errors import FloatArray, probe_matrix, relative_errors
 from lieq_gguf.native import encoders, ggml
-from lieq_gguf.pipeline import CalibrationOptions, learn
+from lieq_gguf.pipeline import imatrix
 from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
+from lieq_gguf.records.options import ComputeOptions, MeasuringOptions
+from lieq_gguf.request import ImatrixRequest
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_THREADS = 2
@@ -30,10 +32,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=7)
     arguments = parser.parse_args()
     source = ModelDirectory(arguments.model)
-    importance = learn(
-        source, (), CalibrationOptions(text_file=arguments.text, n_threads=N_THREADS), scores=False
-    ).importance
-    assert importance is not None
+    measuring, compute = MeasuringOptions(text_file=arguments.text), ComputeOptions(n_threads=N_THREADS)
+    importance = imatrix(ImatrixRequest(str(arguments.model), measuring=measuring, compute=compute))
     deviations: dict[str, list[float]] = {t.name: [] for t in DEFAULT_LADDER}
     layers = np.linspace(0, source.spec.n_layers - 1, arguments.layers).round().astype(int)
     for layer in layers:

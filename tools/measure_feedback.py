@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lieq_gguf.measure.layer_model import LayerModel, has_fast_bfloat16, torch_device
-from lieq_gguf.measure.observers.second_moments import SecondMoments
+from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.text import read_calibration_text, tokenize
+from lieq_gguf.measure.torch_setup import has_fast_bfloat16, torch_device
 from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
 from lieq_gguf.writing.error_feedback import Request, coupling, encode
+from lieq_gguf.writing.second_moments import SecondMoments
 
 TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
 N_TOKENS, N_ROWS, N_THREADS = (16384, 8192), 384, 2
@@ -51,8 +52,7 @@ def main() -> None:
     embedding = source.read(source.spec.embedding)
     ids = []
     for file, n_tokens in zip(sys.argv[2:4], N_TOKENS, strict=True):
-        text, name = read_calibration_text(Path(file))
-        ids.append(torch.from_numpy(tokenize(text, name, tokenizer, n_tokens).ids))
+        ids.append(torch.from_numpy(tokenize(read_calibration_text(Path(file)), tokenizer, n_tokens).ids))
     device = torch_device("cpu")
     layer = LayerModel(source.transformers_config(), device, in_bfloat16=has_fast_bfloat16(device))
     hidden = [layer.embed(embedding[some]) for some in ids]

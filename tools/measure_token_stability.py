@@ -10,7 +10,6 @@ model.
 
 from __future__ import annotations
 
-import os
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -18,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from lieq_gguf.measure.forward_pass import Calibration, PassOptions, calibrate
+from lieq_gguf.measure.forward_pass import run_pass
+from lieq_gguf.measure.passes import PassOptions, PassResult
 from lieq_gguf.measure.text import CHUNK_SIZE, CalibrationTokens, read_calibration_text, tokenize
+from lieq_gguf.records.measurement import measured
 from lieq_gguf.scorers import score_layers
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
@@ -34,9 +35,9 @@ SCORES = ("lieq", "energy-gain")
 def main() -> None:
     """Run the pass with each setting and print three tables."""
     path = Path(sys.argv[1])
-    text, dataset = read_calibration_text(Path(sys.argv[2]))
+    text = read_calibration_text(Path(sys.argv[2]))
     source = ModelDirectory(path)
-    tokens = tokenize(text, dataset, load_source_tokenizer(path), N_CHUNKS * CHUNK_SIZE)
+    tokens = tokenize(text, load_source_tokenizer(path), N_CHUNKS * CHUNK_SIZE)
     by_count = [run(source, tokens, *counts) for counts in zip(SCORE_TOKENS, DAMAGE_TOKENS, strict=True)]
     by_seed = [run(source, tokens, PassOptions.n_score_tokens, DAMAGE_TOKENS[0], seed) for seed in SEEDS]
 
@@ -58,24 +59,22 @@ def main() -> None:
 
 def run(
     source: ModelDirectory, tokens: CalibrationTokens, n_score_tokens: int, n_damage_tokens: int, seed: int = 0
-) -> Calibration:
+) -> PassResult:
     """One pass, announced on stderr."""
     print(f"{n_score_tokens} and {n_damage_tokens} tokens, seed {seed}", file=sys.stderr, flush=True)
-    options = PassOptions(
-        n_score_tokens=n_score_tokens, n_damage_tokens=n_damage_tokens, seed=seed, n_threads=os.cpu_count() or 1
-    )
-    return calibrate(source, tokens, options)
+    options = PassOptions(n_score_tokens=n_score_tokens, n_damage_tokens=n_damage_tokens, seed=seed)
+    return run_pass(source, tokens, options)
 
 
-def agreement(found: Calibration, wanted: Calibration) -> str:
+def agreement(found: PassResult, wanted: PassResult) -> str:
     """Cells of a table row, one for each score."""
     ours, theirs = score_layers(found.measurements), score_layers(wanted.measurements)
     return " | ".join(f"{spearmanr(ours[name], theirs[name]).statistic:.3f}" for name in SCORES)
 
 
-def block_errors(result: Calibration) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def block_errors(result: PassResult) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """``[n_layers, n_roles]``."""
-    return np.array([list(m.block_errors.values()) for m in result.measurements])
+    return np.array([list(measured(m.block_errors).values()) for m in result.measurements])
 
 
 if __name__ == "__main__":

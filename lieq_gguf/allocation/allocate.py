@@ -6,115 +6,69 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lieq_gguf.allocation.methods import METHODS
-from lieq_gguf.allocation.problem import Allocation, Group, Pin, Problem, offered_types, pose
+from lieq_gguf.allocation.problem import Group, Problem
 from lieq_gguf.allocation.time_limit import check_speed
 from lieq_gguf.errors import BudgetError, FormatError
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget
-from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.records.plan import QuantPlan, quantizes_layers
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import ModelSpec
 
-__all__ = [
-    "METHODS",
-    "Allocation",
-    "Pin",
-    "allocate",
-    "check_reachable",
-    "is_decided",
-    "make_problem",
-    "offered_types",
-    "scorer_of",
-]
 
-
-def scorer_of(allocation: Allocation) -> str:
-    """Name of the layer score: the one asked for, or the one the method is made for."""
-    return allocation.scorer or METHODS[allocation.method].scorer
-
-
-def make_problem(spec: ModelSpec, budget: BitBudget, allocation: Allocation, header_bytes: int = 0) -> Problem:
-    """The problem as the method sees it; arguments as for ``allocate``.
+def check_reachable(problem: Problem) -> None:
+    """Refuse a target that cannot be met. Headers are enough to know, so this comes before any work.
 
     Raises:
-        BudgetError: if no type fits a group, or a type asked for does not fit.
+        BudgetError: if the target is outside of what the types can reach, with the range and what would widen it; if
+            the method has no two widths for it; or if no choice is that fast.
     """
-    method = METHODS[allocation.method]
-    return pose(
-        spec,
-        budget,
-        allocation,
-        header_bytes,
-        scorer=scorer_of(allocation),
-        by_layer=(allocation.granularity or method.granularity) == "layer",
-        weighs_outer=method.weighs_outer,
-    )
-
-
-def check_reachable(
-    spec: ModelSpec, budget: BitBudget, allocation: Allocation, header_bytes: int = 0
-) -> tuple[float, float]:
-    """The least and largest average in stored bits that the types reach, and whether the target can be met at all.
-
-    Headers are enough to know, so this comes before any work.
-
-    Raises:
-        BudgetError: if the target is outside, with the range and what would widen it; if the method has no two
-            widths for it; or if a tensor cannot have the type asked for.
-    """
-    problem = make_problem(spec, budget, allocation, header_bytes)
+    budget, options = problem.budget, problem.options
     low, high = problem.range()
     # A target above the largest type is a mistake, not a wish for a smaller file; allow for rounding of the decimal.
     if problem.least > problem.limit or budget.value > high * 1.0001:
         raise BudgetError(
-            f"{budget} is out of reach: {spec.name} can have {_shown_range(budget, low, high)}; {_advice(problem, low)}"
+            f"{budget} is out of reach: {problem.spec.name} can have {_shown_range(budget, low, high)}; "
+            f"{_advice(problem, low)}"
         )
-    method = METHODS[allocation.method]
+    method = METHODS[options.method]
     method.check(problem)
-    if allocation.min_tokens_per_sec is not None and not method.minds_speed:
-        raise BudgetError(f"--method {allocation.method} takes no account of speed; leave out --min-tokens-per-sec")
+    if options.min_tokens_per_sec is not None and not method.minds_speed:
+        raise BudgetError(f"--method {options.method} takes no account of speed; leave out --min-tokens-per-sec")
     check_speed(problem)
-    return make_problem(spec, BitBudget("bits", 1.0), allocation).range()
 
 
-def is_decided(spec: ModelSpec, allocation: Allocation, budget: BitBudget) -> bool:
-    """Whether the types on offer leave no choice, so that no score is needed."""
-    return all(len(g.choices) == 1 for g in make_problem(spec, budget, allocation).groups)
-
-
-def allocate(
-    spec: ModelSpec, budget: BitBudget, scores: LayerScores | None, allocation: Allocation, header_bytes: int = 0
-) -> QuantPlan:
-    """Give every tensor a type.
+def allocate(problem: Problem, scores: LayerScores | None) -> QuantPlan:
+    """Give every tensor a type; the target is met from below.
 
     Args:
-        spec: The model.
-        budget: The target; met from below.
-        scores: Layer scores and type errors of this model; None if the types leave no choice.
-        allocation: Method and choices.
-        header_bytes: What comes before the first tensor of the file.
+        problem: What there is to choose.
+        scores: Layer scores and type errors of this model; None if there is a single choice.
 
     Raises:
         BudgetError: if the target is out of reach.
         FormatError: if the scores lack a type or the scorer.
     """
-    reachable = check_reachable(spec, budget, allocation, header_bytes)
-    problem = make_problem(spec, budget, allocation, header_bytes)
+    check_reachable(problem)
+    spec, options = problem.spec, problem.options
+    if scores is not None and problem.error_feedback:
+        scores = scores.with_feedback(spec)
     if scores is None:
         chosen = tuple(g.choices[0] for g in problem.groups)
     else:
         _check_scores(scores, problem.groups, problem.scorer)
-        chosen = METHODS[allocation.method].solve(problem, scores)
+        chosen = METHODS[options.method].solve(problem, scores)
     types = problem.types(chosen)
     return QuantPlan(
         model=spec.name,
-        method=allocation.method,
+        method=options.method,
         scorer=problem.scorer if scores is not None else "none",
-        budget=budget,
-        reachable_bpw=reachable,
+        budget=problem.budget,
+        reachable_bpw=problem.layer_bpw_range,
         types=types,
         layer_scores=tuple(scores.by_scorer[problem.scorer]) if scores is not None else (),
-        profile=allocation.profile if METHODS[allocation.method].minds_speed else "quality",
+        profile=options.profile if METHODS[options.method].minds_speed else "quality",
+        error_feedback=problem.error_feedback and quantizes_layers(types, spec),
         expected_kld=None if scores is None else expected_kld(spec, types, scores),
     )
 
@@ -139,7 +93,7 @@ def _shown_range(budget: BitBudget, low: float, high: float) -> str:
 
 def _advice(problem: Problem, low: float) -> str:
     """What pushes the range away from a target outside of it, and what would widen it."""
-    budget, allocation, spec = problem.budget, problem.allocation, problem.spec
+    budget, options, spec = problem.budget, problem.options, problem.spec
     is_small = budget.value < low
     parts = []
     if budget.covers_file and is_small:
@@ -151,7 +105,7 @@ def _advice(problem: Problem, low: float) -> str:
     n_pinned = sum(t.name in problem.fixed for layer in spec.layer_matrices for t in layer)
     if n_pinned:
         parts.append(f"{n_pinned} matrices of the layers are pinned")
-    if is_small and allocation.profile == "edge":
+    if is_small and options.profile == "edge":
         parts.append("--profile quality or cpu has smaller types")
     widths = sorted({t.shape[-1] for g in problem.groups for t in g.tensors if t.shape[-1] % 256})
     if is_small and widths:
@@ -159,17 +113,17 @@ def _advice(problem: Problem, low: float) -> str:
         parts.append(f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types")
         fitting = [q for q in QUANT_TYPES.values() if all(q.fits(width) for width in widths)]
         smallest = min(fitting, key=lambda q: q.bits_per_weight)
-        if (allocation.granularity or METHODS[allocation.method].granularity) == "layer":
+        if problem.granularity == "layer":
             parts[-1] += "; --granularity tensor uses those where they fit"
-        elif smallest not in allocation.types:
+        elif smallest not in problem.offered_types:
             parts[-1] += f"; --types +{smallest.name} allows one of {smallest.bits_per_weight:g} bits that they fit"
         return "; ".join(parts)
 
     def bits(quant_type: QuantType) -> float:
         return quant_type.nominal_bits if budget.kind == "nominal" else quant_type.bits_per_weight
 
-    others = sorted((q for q in QUANT_TYPES.values() if q not in allocation.types), key=bits)
-    offered = [bits(q) for q in allocation.types]
+    others = sorted((q for q in QUANT_TYPES.values() if q not in problem.offered_types), key=bits)
+    offered = [bits(q) for q in problem.offered_types]
     if is_small:
         nearest = [q for q in reversed(others) if bits(q) < min(offered)]
     else:
@@ -177,7 +131,7 @@ def _advice(problem: Problem, low: float) -> str:
     if budget.bits_per_weight is not None and not budget.covers_file:  # name one that does reach it
         reaching = [q for q in nearest if (bits(q) <= budget.value if is_small else bits(q) >= budget.value)]
         nearest = reaching
-    if nearest and problem.groups and not (is_small and allocation.profile == "edge"):
+    if nearest and problem.groups and not (is_small and options.profile == "edge"):
         size = "smaller" if is_small else "larger"
         parts.append(f"{size} types can be allowed with --types, for example {nearest[0].name}")
     return "; ".join(parts or ["choose a target inside this range"])

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
-from lieq_gguf.allocation.knapsack import solve
-from lieq_gguf.allocation.problem import Group, Problem
-from lieq_gguf.allocation.time_limit import options, seconds_allowed
+from lieq_gguf.allocation.problem import Granularity, Group, Problem
+from lieq_gguf.allocation.time_limit import least_damage, seconds_allowed
 from lieq_gguf.errors import BudgetError
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.scores import LayerScores
@@ -90,8 +89,7 @@ def full_ladder(
         weight = weights[group.layer] if has_weights and group.layer is not None else mean
         return weight * error(group, scores, quant_type)
 
-    chosen = solve(options(problem, damage), problem.limit, seconds_allowed(problem, damage))
-    return tuple(g.choices[k] for g, k in zip(problem.groups, chosen, strict=True))
+    return least_damage(problem, damage, seconds_allowed(problem, damage))
 
 
 def _layer_weights(layer_scores: Sequence[float]) -> list[float]:
@@ -104,6 +102,7 @@ class Method:
     """A named way to divide bits.
 
     Attributes:
+        summary: What it does, in a line.
         solve: From problem and scores to one type a group.
         granularity: Groups it is made for.
         scorer: Layer score it is made for. For ``best`` the one that won on the table in docs/experiments.md.
@@ -113,8 +112,9 @@ class Method:
         needs_block_errors: Whether its objective is how far the output of a layer moves.
     """
 
+    summary: str
     solve: Callable[[Problem, LayerScores], tuple[QuantType, ...]]
-    granularity: str
+    granularity: Granularity
     scorer: str
     check: Callable[[Problem], object] = lambda _problem: None
     weighs_outer: bool = False
@@ -127,17 +127,21 @@ _BLOCK_ERROR = partial(full_ladder, error=Group.block_error)
 
 def weighted_error(problem: Problem, scores: LayerScores) -> tuple[QuantType, ...]:
     """``full_ladder`` by the weighted error of the weights alone, unless the user names a score to weigh it with."""
-    return full_ladder(problem, scores, has_weights=problem.allocation.scorer is not None)
+    return full_ladder(problem, scores, has_weights=problem.options.scorer is not None)
 
 
 METHODS = {
-    "best": Method(_BLOCK_ERROR, "tensor", "energy-gain", weighs_outer=True, needs_block_errors=True),
-    "block-error": Method(
-        partial(_BLOCK_ERROR, has_weights=False), "tensor", "block-error", weighs_outer=True, needs_block_errors=True
+    "best": Method(
+        "a type per tensor by block error, weighted with LieQ's energy gain",
+        _BLOCK_ERROR, "tensor", "energy-gain", weighs_outer=True, needs_block_errors=True,
     ),
-    "weighted-error": Method(weighted_error, "tensor", "zd"),
-    "lieq-ladder": Method(full_ladder, "layer", "lieq"),
-    "lieq": Method(two_levels, "layer", "lieq", _level_pairs, minds_speed=False),
-    "lim": Method(two_levels, "layer", "lim", _level_pairs, minds_speed=False),
-    "zd": Method(two_levels, "layer", "zd", _level_pairs, minds_speed=False),
-}
+    "block-error": Method(
+        "the same without a layer score",
+        partial(_BLOCK_ERROR, has_weights=False), "tensor", "block-error", weighs_outer=True, needs_block_errors=True,
+    ),
+    "weighted-error": Method("a type per tensor by the error of the weights alone", weighted_error, "tensor", "zd"),
+    "lieq-ladder": Method("a type per layer by error and LieQ's score", full_ladder, "layer", "lieq"),
+    "lieq": Method("LieQ's two widths per layer", two_levels, "layer", "lieq", _level_pairs, minds_speed=False),
+    "lim": Method("two widths in the order of LIM", two_levels, "layer", "lim", _level_pairs, minds_speed=False),
+    "zd": Method("two widths in the order of ZD", two_levels, "layer", "zd", _level_pairs, minds_speed=False),
+}  # fmt: skip

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from lieq_gguf.allocation.knapsack import Option, solve
-from lieq_gguf.allocation.problem import Group, Problem
+from lieq_gguf.allocation.problem import PROFILES, Group, Problem
 from lieq_gguf.errors import BudgetError
-from lieq_gguf.quant_types import QuantType
+from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
+
+if TYPE_CHECKING:
+    from lieq_gguf.allocation.knapsack import Option
 
 Damage: TypeAlias = Callable[[Group, QuantType], float]
 
-_K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
-_LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+_ABOVE_K = ("Q8_0", "F16")
 _TIME_SLACK = 1.05  # where no file of K types is small enough, the fastest one that is may be slowed down by this much
+
+
+def least_damage(problem: Problem, damage: Damage, time_limit: float = math.inf) -> tuple[QuantType, ...]:
+    """One type for each group, with the least damage in sum, within the budget and within seconds of a token."""
+    from lieq_gguf.allocation.knapsack import solve  # numpy takes a while to load; names of methods are listed without
+
+    chosen = solve(options(problem, damage), problem.limit, time_limit)
+    return tuple(g.choices[k] for g, k in zip(problem.groups, chosen, strict=True))
 
 
 def options(problem: Problem, damage: Damage) -> list[list[Option]]:
     """The choices of each group with their damage, bits and seconds."""
+    from lieq_gguf.allocation.knapsack import Option
+
     return [
         [Option(damage(g, q), g.cost(problem.budget, q), problem.seconds(g, q)) for q in g.choices]
         for g in problem.groups
@@ -32,24 +44,24 @@ def seconds_allowed(problem: Problem, damage: Damage) -> float:
     For the profile ``cpu``, those of the best file of K types that is no larger. So that file is always one of the
     possible ones, and what is chosen instead does less damage and is no slower.
     """
-    costs, allocation = problem.allocation.costs, problem.allocation
-    if costs is None or (allocation.profile != "cpu" and allocation.min_tokens_per_sec is None):
-        return float("inf")
-    if allocation.min_tokens_per_sec is not None:
+    costs, min_tokens_per_sec = problem.costs, problem.options.min_tokens_per_sec
+    if costs is None or not (PROFILES[problem.options.profile].limits_time or min_tokens_per_sec is not None):
+        return math.inf
+    if min_tokens_per_sec is not None:
         fixed = {name: q.name for name, q in problem.fixed.items()}
-        return 1 / allocation.min_tokens_per_sec - costs.seconds(problem.spec.tensors, fixed)
+        return 1 / min_tokens_per_sec - costs.seconds(problem.spec.tensors, fixed)
     of_k_types = replace(problem, groups=tuple(replace(g, choices=_k_types(g)) for g in problem.groups))
     if of_k_types.least > problem.limit:  # no such file is that small
         return _TIME_SLACK * _of_groups(problem, fastest(problem))
-    best = solve(options(of_k_types, damage), problem.limit)
-    return _of_groups(of_k_types, [g.choices[k] for g, k in zip(of_k_types.groups, best, strict=True)])
+    return _of_groups(of_k_types, least_damage(of_k_types, damage))
 
 
 def _k_types(group: Group) -> tuple[QuantType, ...]:
     """The K types that a group can have, Q8_0 and F16 above them; legacy types where no K type fits."""
-    legacy = tuple(q for q in group.choices if q.name in _LEGACY)
-    k_types = tuple(q for q in group.choices if q.name in _K_TYPES)
-    fits_k = any(q.name.endswith("_K") for q in k_types)
+    usual = [q for q in group.choices if q in DEFAULT_LADDER]
+    k_types = tuple(q for q in usual if q.family == "K" or q.name in _ABOVE_K)
+    legacy = tuple(q for q in usual if q.family == "legacy" and q not in k_types)
+    fits_k = any(q.family == "K" for q in k_types)
     return (k_types if fits_k else legacy + k_types) or group.choices
 
 
@@ -60,14 +72,13 @@ def _of_groups(problem: Problem, chosen: Sequence[QuantType]) -> float:
 
 def fastest(problem: Problem) -> tuple[QuantType, ...]:
     """The types within the budget that decode fastest."""
-    chosen = solve(options(problem, problem.seconds), problem.limit)
-    return tuple(g.choices[k] for g, k in zip(problem.groups, chosen, strict=True))
+    return least_damage(problem, problem.seconds)
 
 
 def seconds(problem: Problem, chosen: Sequence[QuantType]) -> float:
     """Seconds of a token."""
-    assert problem.allocation.costs is not None
-    return problem.allocation.costs.seconds(problem.spec.tensors, problem.types(chosen))
+    assert problem.costs is not None
+    return problem.costs.seconds(problem.spec.tensors, problem.types(chosen))
 
 
 def check_speed(problem: Problem) -> None:
@@ -76,7 +87,7 @@ def check_speed(problem: Problem) -> None:
     Raises:
         BudgetError: naming the speed that can be had.
     """
-    wanted, costs = problem.allocation.min_tokens_per_sec, problem.allocation.costs
+    wanted, costs = problem.options.min_tokens_per_sec, problem.costs
     if wanted is None:
         return
     if costs is None:

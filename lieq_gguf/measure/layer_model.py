@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lieq_gguf.errors import CalibrationError, SourceError
+from lieq_gguf.errors import SourceError
 from lieq_gguf.measure.experts import separate_experts
+from lieq_gguf.measure.output_head import OutputHead
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.source import Source
 
@@ -191,7 +192,7 @@ class LayerModel:
         for start in range(0, hidden.shape[0], step):
             yield slice(start, start + step)
 
-    def head(self, norm: torch.Tensor, matrix: torch.Tensor) -> OutputHead:
+    def output_head(self, norm: torch.Tensor, matrix: torch.Tensor) -> OutputHead:
         """What comes after the last layer, by the weights of the final norm ``[d_model]`` and of the output matrix."""
         final_norm = self._model.get_submodule("norm")
         final_norm.load_state_dict({"weight": norm})
@@ -265,76 +266,6 @@ class LayerModel:
         return caught
 
 
-class OutputHead:
-    """Final norm and output matrix. The matrix stays where it is and is converted some rows at a time."""
-
-    def __init__(
-        self,
-        norm: nn.Module,
-        matrix: torch.Tensor,
-        device: torch.device,
-        divisor: float = 1.0,
-        cap: float | None = None,
-    ) -> None:
-        """Take ``matrix`` ``[n_vocab, d_model]``; logits are divided by ``divisor``, then bent to stay below ``cap``.
-
-        Both as in transformers: Granite divides, Gemma 2 caps.
-        """
-        self._norm = norm
-        self._matrix = matrix
-        self._device = device
-        self._divisor = divisor
-        self._cap = cap
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of final hidden states ``[…, d_model]``, on the CPU."""
-        normed = self._normed(hidden)
-        return torch.cat([self._products(normed, rows) for rows in self._row_batches()], dim=-1)
-
-    def divergence(
-        self,
-        hidden: torch.Tensor,
-        other: torch.Tensor | None = None,
-        change: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> float:
-        """Mean over tokens of ``KL(p ‖ q)``, ``p`` the next-token distribution of ``hidden`` ``[…, d_model]``.
-
-        Args:
-            hidden: Final hidden states.
-            other: The ones ``q`` comes from; None for the same.
-            change: What is done to rows ``[n, d_model]`` of the output matrix for ``q``; None for nothing.
-
-        The sums over the vocabulary run along with its rows, so no more than a batch of logits is ever held.
-        """
-        normed = self._normed(hidden).flatten(0, -2)
-        other_normed = normed if other is None else self._normed(other).flatten(0, -2)
-        top = torch.full((normed.shape[0],), -torch.inf, dtype=torch.float64)
-        total, other_total, gap = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
-        for rows in self._row_batches():
-            z = self._products(normed, rows).double()
-            other_z = self._products(other_normed, rows if change is None else change(rows)).double()
-            new_top = torch.maximum(top, torch.maximum(z, other_z).amax(dim=-1))
-            shrink = (top - new_top).exp()
-            p = (z - new_top[:, None]).exp()
-            gap = gap * shrink + (p * (z - other_z)).sum(dim=-1)
-            total = total * shrink + p.sum(dim=-1)
-            other_total = other_total * shrink + (other_z - new_top[:, None]).exp().sum(dim=-1)
-            top = new_top
-        return max(0.0, float((gap / total - total.log() + other_total.log()).mean()))
-
-    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self._norm(hidden.to(self._device))
-        return result
-
-    def _products(self, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        logits = (normed @ rows.T).cpu() / self._divisor
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
-
-    def _row_batches(self) -> Iterator[torch.Tensor]:
-        for start in range(0, self._matrix.shape[0], _BATCH_TOKENS):
-            yield self._matrix[start : start + _BATCH_TOKENS].to(self._device, torch.float32)
-
-
 @contextmanager
 def _given_weight(module: nn.Module, weight: nn.Parameter) -> Iterator[None]:
     """Another weight in a module for the length of a ``with``."""
@@ -344,39 +275,6 @@ def _given_weight(module: nn.Module, weight: nn.Parameter) -> Iterator[None]:
         yield
     finally:
         module.weight = kept
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what one batch frees for the next; giving it back and forth costs a quarter of a layer's time.
-
-    It keeps up to twice the largest block it has seen freed, but never looks at blocks above 32 MiB.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices in hardware; elsewhere torch emulates them, slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        return False
-    supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(is_supported() for is_supported in supported if is_supported is not None)
-
-
-def torch_device(name: str) -> torch.device:
-    """A device by name.
-
-    Raises:
-        CalibrationError: if it is not there.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise CalibrationError(f"device '{name}' cannot be used: {first_line}; try --device cpu") from None
-    return device
 
 
 LayerKind: TypeAlias = tuple[str, ...]

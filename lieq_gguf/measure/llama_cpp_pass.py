@@ -1,4 +1,4 @@
-"""What can be learnt of a model that only llama.cpp can run: a pass watched from outside, and a look at the weights.
+"""What can be found out about a model that only llama.cpp runs: a pass watched from outside, a look at the weights.
 
 llama.cpp shows every node of its graph as it is computed. The inputs of the products with a weight give the importance
 matrix, as in llama-imatrix; the outputs of the layers give LIM. The layers cannot be run again with other weights, so
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from lieq_gguf.errors import CalibrationError
-from lieq_gguf.measure.forward_pass import Calibration, PassOptions
+from lieq_gguf.measure.passes import PassOptions, PassResult
 from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.measure.type_errors import errors_of_tensors, probe_tensors
 from lieq_gguf.native.ggml import Node
@@ -32,15 +32,15 @@ _NORM_OF_FIRST = "norm-0"  # what the first one of that name norms is the input 
 _INPUT = -1
 
 
-def calibrate_in_llama_cpp(
+def run_pass(
     source: Source, tokens: CalibrationTokens, options: PassOptions, progress: Progress | None = None
-) -> Calibration:
+) -> PassResult:
     """Run the model in llama.cpp, then look at its weights layer by layer.
 
     Args:
         source: A GGUF file.
         tokens: What to run it on.
-        options: What to learn; what needs layers that can be run again is left out.
+        options: What to find out; what needs layers that can be run again is left out.
         progress: Where to show and time the pass.
 
     Raises:
@@ -49,11 +49,11 @@ def calibrate_in_llama_cpp(
     """
     progress = progress or Progress()
     spec = source.spec
-    watcher = _Watcher(spec, options.measure)
+    watcher = _Watcher(spec, compares_layers=bool(options.statistics))
     n_chunks, chunk_size = tokens.ids.shape
     with (
         progress.stage("calibrate", "Running in llama.cpp", n_chunks) as advance,
-        open_model(source.path, n_ctx=chunk_size, n_threads=options.n_threads, watcher=watcher) as model,
+        open_model(source.path, n_ctx=chunk_size, n_threads=options.compute.n_threads, watcher=watcher) as model,
     ):
         for ids in tokens.ids:
             model.run([int(i) for i in ids])
@@ -82,18 +82,18 @@ def calibrate_in_llama_cpp(
     made_with = (options.importance or measured) if options.weigh_errors else None
     measurements: list[LayerMeasurement] = []
     type_errors: dict[str, dict[str, float]] = {}
-    torch.set_num_threads(options.n_threads)
-    n_looked_at = spec.n_layers if options.measure or options.error_types else 0
+    torch.set_num_threads(options.compute.n_threads)
+    n_looked_at = spec.n_layers if options.statistics or options.error_types else 0
     with progress.stage("calibrate", "Measuring weights", n_looked_at) as advance:
         for layer, matrices in enumerate(spec.layer_matrices[:n_looked_at]):
             weights = [_weights(source, tensor) for tensor in matrices]
-            probes = probe_tensors(list(zip(matrices, weights, strict=True)), made_with, options.n_threads)
-            type_errors |= errors_of_tensors(probes, options.error_types, options.n_threads)
-            if options.measure:
+            probes = probe_tensors(list(zip(matrices, weights, strict=True)), made_with, options.compute.n_threads)
+            type_errors |= errors_of_tensors(probes, options.error_types, options.compute.n_threads)
+            if options.statistics:
                 share = z_share([torch.from_numpy(w) for some in weights for w in some]) if weights else 0.0
-                measurements.append(LayerMeasurement(layer, watcher.cosine(layer), share, {}, {}))
+                measurements.append(LayerMeasurement(layer=layer, cosine=watcher.cosine(layer), z_share=share))
             advance(1)
-    return Calibration(measured, tuple(measurements), type_errors, {})
+    return PassResult(measured, tuple(measurements), type_errors, {})
 
 
 class _Watcher:
@@ -147,9 +147,9 @@ class _Watcher:
         self._n_tokens += len(next(iter(self._hidden.values()), ()))
         self._hidden.clear()
 
-    def cosine(self, layer: int) -> float:
-        """Mean over tokens of the cosine between input and output; NaN if llama.cpp has no node for one of them."""
-        return self._cosines[layer] / self._n_tokens if layer in self._cosines else float("nan")
+    def cosine(self, layer: int) -> float | None:
+        """Mean over tokens of the cosine between input and output; None if llama.cpp has no node for one of them."""
+        return self._cosines[layer] / self._n_tokens if layer in self._cosines else None
 
     def _add_inputs(self, node: Node) -> None:
         weight, x = node.source(0), node.source(1)

@@ -20,6 +20,19 @@ _MIN_CHUNK_SIZE = 16
 
 
 @dataclass(frozen=True)
+class CalibrationText:
+    """Text to calibrate on.
+
+    Attributes:
+        content: The text.
+        dataset: Its name.
+    """
+
+    content: str
+    dataset: str
+
+
+@dataclass(frozen=True)
 class CalibrationTokens:
     """Token sequences to calibrate on.
 
@@ -32,15 +45,15 @@ class CalibrationTokens:
     dataset: str
 
 
-def read_calibration_text(file: Path | None) -> tuple[str, str]:
-    """The text of a file, or the one this package ships, and its name.
+def read_calibration_text(file: Path | None) -> CalibrationText:
+    """The text of a file, or the one this package ships.
 
     Raises:
         CalibrationError: if the file cannot be read, is not UTF-8, or is empty.
     """
     if file is None:
         text = resources.files("lieq_gguf").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
-        return text, SHIPPED_TEXT
+        return CalibrationText(text, SHIPPED_TEXT)
     try:
         text = file.read_bytes().decode("utf-8")  # bytes, since text mode would change line ends
     except FileNotFoundError:
@@ -51,10 +64,10 @@ def read_calibration_text(file: Path | None) -> tuple[str, str]:
         raise CalibrationError(f"the calibration file {file} is not UTF-8 text (byte {error.start})") from None
     if not text.strip():
         raise CalibrationError(f"the calibration file {file} is empty; expected text, at least a few pages")
-    return text, file.name
+    return CalibrationText(text, file.name)
 
 
-def tokenize(text: str, dataset: str, tokenizer: SourceTokenizer, n_tokens: int) -> CalibrationTokens:
+def tokenize(text: CalibrationText, tokenizer: SourceTokenizer, n_tokens: int) -> CalibrationTokens:
     """Cut a text into sequences, evenly spread over it when it is longer than ``n_tokens``.
 
     As in llama-imatrix, the first token of every sequence is replaced by the beginning-of-text token where the
@@ -63,14 +76,14 @@ def tokenize(text: str, dataset: str, tokenizer: SourceTokenizer, n_tokens: int)
     Raises:
         CalibrationError: if the text is too short to fill one sequence.
     """
-    plain = tokenizer.encode(text, add_special_tokens=False)
-    marked = tokenizer.encode(text[:64], add_special_tokens=True)
-    unmarked = tokenizer.encode(text[:64], add_special_tokens=False)
+    plain = tokenizer.encode(text.content, add_special_tokens=False)
+    marked = tokenizer.encode(text.content[:64], add_special_tokens=True)
+    unmarked = tokenizer.encode(text.content[:64], add_special_tokens=False)
     starts_with_bos = len(marked) > len(unmarked) and marked[1 : 1 + len(unmarked)] == unmarked
     chunk_size = min(CHUNK_SIZE, len(plain), n_tokens)
     if chunk_size < _MIN_CHUNK_SIZE:
         raise CalibrationError(
-            f"the calibration text '{dataset}' gives {chunk_size} tokens; expected at least {_MIN_CHUNK_SIZE}, "
+            f"the calibration text '{text.dataset}' gives {chunk_size} tokens; expected at least {_MIN_CHUNK_SIZE}, "
             "better some thousands"
         )
     n_available = len(plain) // chunk_size
@@ -79,4 +92,4 @@ def tokenize(text: str, dataset: str, tokenizer: SourceTokenizer, n_tokens: int)
     ids = ids[np.linspace(0, n_available - 1, n_chunks).round().astype(int)]
     if starts_with_bos:
         ids[:, 0] = marked[0]
-    return CalibrationTokens(ids, dataset)
+    return CalibrationTokens(ids, text.dataset)

@@ -125,7 +125,7 @@ def prepare(types: Sequence[QuantType]) -> None:
 
     All encoders wait for ggml's lock meanwhile, so call this when there is other work to do first.
     """
-    with_tables = [t for t in types if t.name.startswith(("IQ1", "IQ2", "IQ3"))]
+    with_tables = [t for t in types if t.has_tables]
     if with_tables:
         work = partial(_prepare_now, with_tables)
         threading.Thread(target=work, name="ggml-tables", daemon=True).start()

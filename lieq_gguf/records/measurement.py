@@ -1,35 +1,62 @@
-"""``LayerMeasurement``: what one pass over the calibration tokens learns of a layer, the input of every scorer."""
+"""``LayerMeasurement``: what a pass over the calibration tokens finds out about a layer, for every scorer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+from lieq_gguf.errors import ScoringError
 
-Spectrum = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Spectrum: TypeAlias = "npt.NDArray[np.float64]"
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerMeasurement:
-    """Observations of one decoder layer.
+    """The statistics of one decoder layer; None for one that was not measured.
 
     Attributes:
         layer: Index of the layer.
-        cosine: Mean over tokens of the cosine between the layer's input and output; NaN if it was not measured.
+        cosine: Mean over tokens of the cosine between the layer's input and output.
         z_share: Share of the layer's pooled weights more than one standard deviation above their mean.
         spectra: Role of a projection (``attn_q``, …) to its normalised energies ``p_k = s_k² / Σ s_j²``, descending.
-        twin_spectra: The same of the untrained twin. Both are empty where llama.cpp runs the model.
+        twin_spectra: The same of the untrained twin.
         block_errors: Role of a matrix to mean over tokens of ``‖h' − h‖² / ‖h‖²`` of the layer's output, ``h'`` with
             this one matrix quantised with a probe type.
-        perplexity_drop: Perplexity without the layer minus perplexity; None if it was not measured.
+        perplexity_drop: Perplexity without the layer minus perplexity.
     """
 
     layer: int
-    cosine: float
-    z_share: float
-    spectra: Mapping[str, Spectrum]
-    twin_spectra: Mapping[str, Spectrum]
-    block_errors: Mapping[str, float] = field(default_factory=dict)
+    cosine: float | None = None
+    z_share: float | None = None
+    spectra: Mapping[str, Spectrum] | None = None
+    twin_spectra: Mapping[str, Spectrum] | None = None
+    block_errors: Mapping[str, float] | None = None
     perplexity_drop: float | None = None
+
+    def has(self, statistics: frozenset[str]) -> bool:
+        """Whether all of some statistics, by field name, were measured."""
+        return all(getattr(self, name) is not None for name in statistics)
+
+
+STATISTICS = frozenset(field.name for field in fields(LayerMeasurement)) - {"layer"}
+"""Names of everything that a layer can be measured for."""
+
+COSTLY_STATISTICS = frozenset({"perplexity_drop"})
+"""Those that are measured only when a score that needs them is asked for: the model is run without each layer."""
+
+
+def measured(statistic: _T | None) -> _T:
+    """A statistic that a scorer has said it needs.
+
+    Raises:
+        ScoringError: if the pass has not measured it.
+    """
+    if statistic is None:
+        raise ScoringError("the pass has not measured what this score needs; name the score before the pass is made")
+    return statistic

@@ -28,7 +28,7 @@ class QuantPlan:
         types: Tensor name to type name, for every tensor.
         layer_scores: The score of each layer.
         profile: What the file is made for.
-        refine: How the file is to be written, ``feedback`` or ``none``: the types were chosen for that.
+        error_feedback: Whether the file is to be written with error feedback: the types were chosen for that.
         expected_kld: Divergence from the model's next-token distribution that the scores foretell, in nats, or None.
     """
 
@@ -40,7 +40,7 @@ class QuantPlan:
     types: Mapping[str, str]
     layer_scores: tuple[float, ...]
     profile: str = "quality"
-    refine: str = "none"
+    error_feedback: bool = False
     expected_kld: float | None = None
 
     def check(self, spec: ModelSpec) -> None:
@@ -92,7 +92,7 @@ class QuantPlan:
             "method": self.method,
             "scorer": self.scorer,
             "profile": self.profile,
-            "refine": self.refine,
+            "refine": "feedback" if self.error_feedback else "none",
             "expected_kld": self.expected_kld,
             "target": {"kind": self.budget.kind, "value": self.budget.value},
             "reachable": {"min_layer_bpw": self.reachable_bpw[0], "max_layer_bpw": self.reachable_bpw[1]},
@@ -137,7 +137,7 @@ class QuantPlan:
                 types={str(name): str(t).upper() for name, t in document["types"].items()},
                 layer_scores=tuple(float(s) for s in document["layer_scores"]),
                 profile=str(document.get("profile", "quality")),
-                refine=_refine(document.get("refine", "feedback"), file),
+                error_feedback=_error_feedback(document.get("refine", "feedback"), file),
                 expected_kld=None if kld is None else float(kld),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -152,7 +152,12 @@ class QuantPlan:
         return plan
 
 
-def _refine(name: object, file: Path) -> str:
+def quantizes_layers(types: Mapping[str, str], spec: ModelSpec) -> bool:
+    """Whether any matrix of the layers has a type with blocks, and with it a use for importance."""
+    return any(QUANT_TYPES[types[t.name]].is_quantized for layer in spec.layer_matrices for t in layer)
+
+
+def _error_feedback(name: object, file: Path) -> bool:
     if name not in ("feedback", "none"):
         raise FormatError(f"{file} has refine '{name}'; expected feedback or none")
-    return str(name)
+    return name == "feedback"

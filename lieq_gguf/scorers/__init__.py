@@ -1,81 +1,90 @@
-"""Layer scores. Each is one function over the measurements of the pass; higher always means: protect this layer.
+"""The layer scores by name. Each is a function from what the pass has measured to one number a layer.
 
-Another package adds its own by an entry point in the group ``lieq_gguf.scorers``: a function of the same kind.
+Higher always means: protect this layer. Another package adds scores by entry points in the group ``lieq_gguf.scorers``.
+Functions are imported when they are needed, so that the names are there at once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import TypeAlias
 
 from lieq_gguf.errors import ScoringError
-from lieq_gguf.records.measurement import LayerMeasurement
-from lieq_gguf.scorers import block_error, energy_gain, lieq, lim, perplexity_drop, zd
+from lieq_gguf.records.measurement import COSTLY_STATISTICS, STATISTICS, LayerMeasurement
 
 ENTRY_POINTS = "lieq_gguf.scorers"
-Scorer = Callable[[Sequence[LayerMeasurement]], tuple[float, ...]]
+ScoreFunction: TypeAlias = Callable[[Sequence[LayerMeasurement]], tuple[float, ...]]
 
-NEEDS_REMOVAL = "perplexity-drop"
-"""The one score that costs more than the pass: the model is run without each layer."""
+
+@dataclass(frozen=True)
+class Scorer:
+    """A layer score.
+
+    Attributes:
+        place: Where its function is, ``module:function``.
+        needs: Statistics it looks at, by field of ``LayerMeasurement``.
+    """
+
+    place: str
+    needs: frozenset[str] = STATISTICS - COSTLY_STATISTICS
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether a pass measures what it needs only when it is asked for."""
+        return bool(self.needs & COSTLY_STATISTICS)
+
+    def load(self) -> ScoreFunction:
+        """The function.
+
+        Raises:
+            ScoringError: if another package's cannot be loaded.
+        """
+        try:
+            function: ScoreFunction = EntryPoint("", self.place, ENTRY_POINTS).load()
+        except Exception as error:  # whatever another package's import raises
+            raise ScoringError(f"the scorer {self.place} cannot be loaded: {error}") from None
+        return function
+
+
+_SPECTRA = frozenset({"spectra", "twin_spectra"})
+_OWN = {
+    "lieq": Scorer("lieq_gguf.scorers.lieq:score", _SPECTRA),
+    "lieq-qkv": Scorer("lieq_gguf.scorers.lieq:score_qkv", _SPECTRA),
+    "energy-gain": Scorer("lieq_gguf.scorers.energy_gain:score", _SPECTRA),
+    "lim": Scorer("lieq_gguf.scorers.lim:score", frozenset({"cosine"})),
+    "zd": Scorer("lieq_gguf.scorers.zd:score", frozenset({"z_share"})),
+    "block-error": Scorer("lieq_gguf.scorers.block_error:score", frozenset({"block_errors"})),
+    "perplexity-drop": Scorer("lieq_gguf.scorers.perplexity_drop:score", frozenset({"perplexity_drop"})),
+}
 
 
 @lru_cache(maxsize=1)
 def scorers() -> Mapping[str, Scorer]:
-    """All scores by name, our own first.
-
-    Raises:
-        ScoringError: if another package's cannot be loaded.
-    """
-    found: dict[str, Scorer] = {
-        "lieq": lieq.score,
-        "lieq-qkv": lieq.score_qkv,
-        "energy-gain": energy_gain.score,
-        "lim": lim.score,
-        "zd": zd.score,
-        "block-error": block_error.score,
-        NEEDS_REMOVAL: perplexity_drop.score,
-    }
-    for entry in entry_points(group=ENTRY_POINTS):
-        found.setdefault(entry.name, _loaded(entry))
-    return found
+    """All scores by name, our own first; another package's may look at all that a usual pass measures."""
+    others = {entry.name: Scorer(entry.value) for entry in entry_points(group=ENTRY_POINTS)}
+    return _OWN | {name: scorer for name, scorer in others.items() if name not in _OWN}
 
 
-def _loaded(entry: EntryPoint) -> Scorer:
-    try:
-        scorer: Scorer = entry.load()
-    except Exception as error:  # whatever another package's import raises
-        raise ScoringError(f"the scorer '{entry.name}' of {entry.value} cannot be loaded: {error}") from None
-    return scorer
-
-
-def _is_complete(measurement: LayerMeasurement) -> bool:
-    return bool(measurement.spectra)
-
-
-_MEASURED: Mapping[str, Callable[[LayerMeasurement], bool]] = {
-    "lim": lambda m: not math.isnan(m.cosine),
-    "zd": lambda _: True,
-    NEEDS_REMOVAL: lambda m: m.perplexity_drop is not None,
-}
-"""Whether a layer was measured for a score; scores that are not listed take what only the full pass finds."""
-
-FROM_LLAMA_CPP = ("zd", "lim")
-"""Scores of a model that llama.cpp runs and not this package; the second if it shows the outputs of its layers."""
+def scorers_from(statistics: frozenset[str]) -> tuple[str, ...]:
+    """Names of the scores that some statistics are enough for."""
+    return tuple(name for name, scorer in scorers().items() if scorer.needs <= statistics)
 
 
 def score_layers(measurements: Sequence[LayerMeasurement]) -> dict[str, tuple[float, ...]]:
     """Every score that these measurements allow.
 
     Raises:
-        ScoringError: if another package's scorer gives no finite number a layer.
+        ScoringError: if another package's scorer cannot be loaded or gives no finite number a layer.
     """
     result = {}
     for name, scorer in scorers().items():
-        if not all(_MEASURED.get(name, _is_complete)(m) for m in measurements):
+        if not all(m.has(scorer.needs) for m in measurements):
             continue
-        values = tuple(float(value) for value in scorer(measurements))
+        values = tuple(float(value) for value in scorer.load()(measurements))
         if len(values) != len(measurements) or not all(map(math.isfinite, values)):
             raise ScoringError(
                 f"the scorer '{name}' gives {values[:3]}…; expected {len(measurements)} finite numbers, one a layer"

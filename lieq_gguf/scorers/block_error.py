@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lieq_gguf.records.measurement import LayerMeasurement
+from lieq_gguf.records.measurement import LayerMeasurement, measured
 
 
 def score(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
@@ -12,4 +12,4 @@ def score(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
 
     Source: ours; docs/method.md.
     """
-    return tuple(sum(m.block_errors.values()) for m in measurements)
+    return tuple(sum(measured(m.block_errors).values()) for m in measurements)

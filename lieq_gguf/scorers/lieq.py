@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lieq_gguf.records.measurement import LayerMeasurement, Spectrum
+from lieq_gguf.records.measurement import LayerMeasurement, Spectrum, measured
 
 _ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v", "attn_qkv")
 
@@ -40,14 +40,15 @@ def compactness_gain(trained: Spectrum, twin: Spectrum) -> float:
 
 def score(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
     """Mean compactness gain over all projections of each layer."""
-    return tuple(_mean_gain(m, tuple(m.spectra)) for m in measurements)
+    return tuple(_mean_gain(m, tuple(measured(m.spectra))) for m in measurements)
 
 
 def score_qkv(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
     """Mean compactness gain over query, key and value alone, the paper's attention projections."""
-    return tuple(_mean_gain(m, [role for role in _ATTENTION_INPUTS if role in m.spectra]) for m in measurements)
+    return tuple(_mean_gain(m, [r for r in _ATTENTION_INPUTS if r in measured(m.spectra)]) for m in measurements)
 
 
 def _mean_gain(measurement: LayerMeasurement, roles: Sequence[str]) -> float:
-    gains = [compactness_gain(measurement.spectra[role], measurement.twin_spectra[role]) for role in roles]
+    spectra, twin_spectra = measured(measurement.spectra), measured(measurement.twin_spectra)
+    gains = [compactness_gain(spectra[role], twin_spectra[role]) for role in roles]
     return sum(gains) / len(gains)

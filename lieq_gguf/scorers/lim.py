@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lieq_gguf.records.measurement import LayerMeasurement
+from lieq_gguf.records.measurement import LayerMeasurement, measured
 
 
 def score(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
@@ -12,4 +12,4 @@ def score(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
 
     Source: Layer-wise quantization, arXiv 2406.17415, equation of LIM.
     """
-    return tuple(-m.cosine for m in measurements)
+    return tuple(-measured(m.cosine) for m in measurements)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lieq_gguf.errors import ScoringError
-from lieq_gguf.records.measurement import LayerMeasurement
+from lieq_gguf.records.measurement import LayerMeasurement, measured
 
 if TYPE_CHECKING:
     import torch
@@ -34,4 +34,4 @@ def z_share(matrices: Sequence[torch.Tensor]) -> float:
 
 def score(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
     """``−z_share``: the paper ranks a *smaller* share as more important."""
-    return tuple(-m.z_share for m in measurements)
+    return tuple(-measured(m.z_share) for m in measurements)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lieq_gguf.errors import SourceError
+from lieq_gguf.progress import Progress
+from lieq_gguf.records.options import SourceOptions
 from lieq_gguf.sources import gguf_source, model_directory
 from lieq_gguf.sources.gguf_source import GgufSource
+from lieq_gguf.sources.hub import fetch, is_hub_name
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.sources.source import Source, SourceOptions
+from lieq_gguf.sources.source import Source
 
 
 def is_gguf(path: Path) -> bool:
@@ -42,6 +45,19 @@ def open_source(path: Path, options: SourceOptions = SourceOptions()) -> Source:
             "model that the adapter was trained on"
         )
     return GgufSource(path, options)
+
+
+def find_model(model: str, revision: str | None, progress: Progress) -> Path:
+    """Where a model is, downloaded if ``model`` is the name of one on the hub.
+
+    Raises:
+        SourceError: if it cannot be had, or a revision is given of what is not on the hub.
+    """
+    if is_hub_name(model):
+        return fetch(model, revision, progress)
+    if revision is not None:
+        raise SourceError(f"'{model}' is no model of the hub; leave out --revision {revision}")
+    return Path(model)
 
 
 def model_name(path: Path) -> str:

@@ -25,10 +25,10 @@ from lieq_gguf.formats.gguf_header import HeaderWriter
 from lieq_gguf.native import ggml
 from lieq_gguf.native.llama_cpp import load_vocabulary
 from lieq_gguf.quant_types import F32, QuantType
+from lieq_gguf.records.options import SourceOptions
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.directory_metadata import INITIALIZER_RANGE
-from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, ByteArray, FloatArray, rotary_order
-from lieq_gguf.sources.source import SourceOptions
+from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, ByteArray, FloatArray, in_model_order
 from lieq_gguf.tokenizers import SourceTokenizer
 
 if TYPE_CHECKING:
@@ -197,9 +197,7 @@ class GgufSource:
             loaded = torch.from_numpy(data.view(np.float16))
         else:
             loaded = torch.from_numpy(ggml.dequantize(data, place.quant_type))
-        loaded = loaded.reshape(tensor.shape)
-        if tensor.rotary_heads:
-            loaded = loaded[np.argsort(rotary_order(tensor.shape[0], tensor.rotary_heads))]
+        loaded = in_model_order(tensor, loaded.reshape(tensor.shape))
         return loaded.float() - tensor.offset if tensor.offset else loaded
 
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
+_Number = TypeVar("_Number", np.float32, np.uint8)
 
 CHUNK_WEIGHTS = 1 << 22
 """Weights converted to float32 at a time: 16 MiB, and as much being read ahead."""
@@ -23,6 +24,18 @@ CHUNK_WEIGHTS = 1 << 22
 def rotary_order(n_rows: int, n_heads: int) -> npt.NDArray[np.int64]:
     """Source row of every row in llama.cpp's rotary layout ``[n_rows]``."""
     return np.arange(n_rows).reshape(n_heads, 2, n_rows // n_heads // 2).swapaxes(1, 2).reshape(n_rows)
+
+
+def in_file_order(tensor: TensorSpec, rows: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
+    """All rows of a matrix in transformers' order, as numbers or as bytes, in the order of the file."""
+    return rows[rotary_order(len(rows), tensor.rotary_heads)] if tensor.rotary_heads else rows
+
+
+def in_model_order(tensor: TensorSpec, loaded: torch.Tensor) -> torch.Tensor:
+    """All rows of a matrix, or all numbers of a vector, as the file has them, in transformers' order."""
+    if not tensor.rotary_heads:
+        return loaded
+    return loaded[np.argsort(rotary_order(len(loaded), tensor.rotary_heads))]
 
 
 def file_rows(tensor: TensorSpec, loaded: torch.Tensor) -> Iterator[FloatArray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,21 +15,6 @@ from lieq_gguf.tokenizers import SourceTokenizer, Vocabulary
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """What a user says of a source beside where it is.
-
-    Attributes:
-        adapter: Directory of a LoRA adapter to merge into a model directory.
-        allow_requantize: Whether a GGUF file may be quantised already.
-        initializer_range: Standard deviation of the weights of a GGUF file's untrained twin, if the file does not tell.
-    """
-
-    adapter: Path | None = None
-    allow_requantize: bool = False
-    initializer_range: float | None = None
 
 
 class SourceMetadata(Protocol):

@@ -20,18 +20,20 @@ import numpy.typing as npt
 import torch
 
 from lieq_gguf.errors import CalibrationError, QuantizationError
-from lieq_gguf.measure.layer_model import LayerModel, has_fast_bfloat16, keep_freed_memory, torch_device
+from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.observers.quantization_damage import relative_change
-from lieq_gguf.measure.observers.second_moments import SecondMoments
 from lieq_gguf.measure.text import CalibrationTokens
+from lieq_gguf.measure.torch_setup import has_fast_bfloat16, keep_freed_memory, torch_device
 from lieq_gguf.native import encoders, ggml
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.spec import TensorSpec
-from lieq_gguf.sources.row_order import rotary_order
+from lieq_gguf.sources.row_order import in_file_order
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writing import error_feedback
+from lieq_gguf.writing.second_moments import SecondMoments
 from lieq_gguf.writing.writer import EncodedRows, encode_tensors
 
 ByteArray = npt.NDArray[np.uint8]
@@ -40,7 +42,7 @@ _N_COMPARED = 4  # sequences whose outputs are compared before and after
 _FEEDBACK_SECONDS = 1e-7  # a weight takes besides its encoder
 
 
-class Refinement:
+class FeedbackPass:
     """The second pass.
 
     Attributes:
@@ -54,10 +56,7 @@ class Refinement:
         plan: QuantPlan,
         tokens: CalibrationTokens,
         importance: ImportanceMatrix | None,
-        *,
-        device: str = "cpu",
-        n_threads: int = 1,
-        in_float32: bool = False,
+        compute: ComputeOptions,
     ) -> None:
         """Prepare the pass.
 
@@ -66,9 +65,7 @@ class Refinement:
             plan: One type per tensor.
             tokens: What to run it on.
             importance: Weights of the squared errors for ggml's encoders, or None.
-            device: Torch device of the forward pass.
-            n_threads: Threads of everything.
-            in_float32: Whether to multiply in float32 even where the device is fast in bfloat16.
+            compute: Where and how layers are run.
 
         Raises:
             CalibrationError: if the device is not there.
@@ -78,11 +75,11 @@ class Refinement:
         self._plan = plan
         self._ids = tokens.ids
         self._importance = importance
-        self._n_threads = n_threads
-        torch.set_num_threads(n_threads)
-        on = torch_device(device)
-        in_bfloat16 = not in_float32 and has_fast_bfloat16(on)
-        self._layer = LayerModel(source.transformers_config(), on, in_bfloat16=in_bfloat16)
+        self._n_threads = compute.n_threads
+        torch.set_num_threads(compute.n_threads)
+        device = torch_device(compute.device)
+        in_bfloat16 = not compute.in_float32 and has_fast_bfloat16(device)
+        self._layer = LayerModel(source.transformers_config(), device, in_bfloat16=in_bfloat16)
 
     def expected_bytes(self) -> int:
         """Memory of the second moments and of the hidden states."""
@@ -197,8 +194,7 @@ class Refinement:
         for module, tensor, request, data in zip(modules, tensors, requests, encoded, strict=True):
             decoded = ggml.dequantize(data, request.quant_type, self._n_threads)
             self._layer.assign(module, torch.from_numpy(decoded))
-            heads = tensor.rotary_heads
-            result[tensor.name] = data[rotary_order(len(data), heads)] if heads else data
+            result[tensor.name] = in_file_order(tensor, data)
         return result
 
 

@@ -12,13 +12,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lieq_gguf import pipeline
-from lieq_gguf.allocation.allocate import Allocation
 from lieq_gguf.evaluation.reference import open_reference
 from lieq_gguf.native.llama_cpp import open_model
-from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import QUANT_TYPES
-from lieq_gguf.records.bits import BitBudget
+from support.requests import convert_plainly
 
 CACHE = Path(__file__).parent.parent.parent / "build" / "llama.cpp"
 _N_TOKENS = 128  # more than the windows of the tiny models
@@ -73,16 +69,8 @@ def compare(model: Path, source: Path, scratch: Path) -> Comparison:
         RuntimeError: if the converter fails, in its own words.
     """
     ours, theirs = scratch / f"{model.name}-ours.gguf", scratch / f"{model.name}-theirs.gguf"
-    f16 = QUANT_TYPES["F16"]
-    pipeline.convert(
-        model,
-        ours,
-        BitBudget("bits", 16.0),
-        Allocation("block-error", types=(f16,), embedding_type=f16, output_type=f16),
-        pipeline.CalibrationOptions(use_imatrix=False),
-        Progress(silent=True),
-        force=True,
-    )
+    ours.unlink(missing_ok=True)
+    convert_plainly(model, ours)
     our_file = gguf.GGUFReader(ours)
     pre = our_file.get_field("tokenizer.ggml.pre")
     name = pre.contents() if pre is not None and pre.contents() != "default" else ""

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lieq_gguf.measure import forward_pass, layer_model
+from lieq_gguf.measure import layer_model
+from lieq_gguf.measure.observers.projections import twin_seed
 from lieq_gguf.measure.type_errors import probe_matrix
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.scorers import lieq
@@ -142,7 +143,7 @@ def whole_twin(path: Path, n_layers: int, ids: npt.NDArray[np.int64], seed: int)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(path)).model
     for layer, module in enumerate(model.layers):
         twin = layer_model.LayerModel(config, torch.device("cpu"))
-        twin.initialise(forward_pass._twin_seed(seed, layer), layer)
+        twin.initialise(twin_seed(seed, layer), layer)
         module.load_state_dict(twin.layer.state_dict())
     projections: dict[str, torch.Tensor] = {}
 

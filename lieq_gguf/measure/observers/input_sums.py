@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.measure.observers import Observer
+from lieq_gguf.measure.observers import Observer, Observers, PassSetting
+from lieq_gguf.records.importance import ImportanceMatrix
 
 _ROWS_AT_A_TIME = 256  # their squares stay in the processor's cache
 
@@ -19,16 +20,15 @@ class InputSums(Observer):
 
     Query, key and value share theirs, as do gate and up.
 
-    Attributes:
-        in_sum2: Tensor name to ``[n_in]`` float32, or ``[n_experts, n_in]``.
-        counts: Tensors of experts by name, and the tokens that reached each, ``[n_experts]``.
     """
 
     sees_inputs = True
 
-    def __init__(self) -> None:
-        self.in_sum2: dict[str, npt.NDArray[np.float32]] = {}
-        self.counts: dict[str, npt.NDArray[np.float32]] = {}
+    def __init__(self, setting: PassSetting, others: Observers) -> None:
+        super().__init__(setting, others)
+        self._tokens = setting.tokens
+        self._in_sum2: dict[str, npt.NDArray[np.float32]] = {}
+        self._counts: dict[str, npt.NDArray[np.float32]] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._n_tokens: Counter[str] = Counter()
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -47,7 +47,12 @@ class InputSums(Observer):
         for tensor, modules in layer.modules.items():
             unseen = torch.zeros(tensor.shape[-1], dtype=torch.float64)
             sums = torch.stack([self._sums.get(module, unseen) for module in modules])
-            self.in_sum2[tensor.name] = (sums if tensor.of_experts else sums[0]).numpy().astype(np.float32)
+            self._in_sum2[tensor.name] = (sums if tensor.of_experts else sums[0]).numpy().astype(np.float32)
             if tensor.of_experts:
-                self.counts[tensor.name] = np.array([self._n_tokens[module] for module in modules], dtype=np.float32)
+                self._counts[tensor.name] = np.array([self._n_tokens[module] for module in modules], dtype=np.float32)
         self._sums, self._n_tokens, self._last = {}, Counter(), None
+
+    def importance(self) -> ImportanceMatrix:
+        """The matrices of the layers that are done."""
+        ids = self._tokens.ids
+        return ImportanceMatrix(dict(self._in_sum2), ids.size, ids.shape[1], self._tokens.dataset, dict(self._counts))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.measure.observers import Observer
+from lieq_gguf.measure.observers import Observer, Observers, PassSetting
 
 
 class Modification(Observer):
-    """Mean over tokens of the cosine between a layer's input and output.
+    """Mean over tokens of the cosine between a layer's input and output."""
 
-    Attributes:
-        cosines: One a layer.
-    """
+    gives = frozenset({"cosine"})
 
-    def __init__(self) -> None:
-        self.cosines: list[float] = []
+    def __init__(self, setting: PassSetting, others: Observers) -> None:
+        super().__init__(setting, others)
+        self._cosines: list[float] = []
         self._sum, self._n_tokens = 0.0, 0
 
     def see_output(self, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -28,5 +30,9 @@ class Modification(Observer):
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:  # noqa: ARG002
         """Keep the layer's mean."""
-        self.cosines.append(self._sum / self._n_tokens)
+        self._cosines.append(self._sum / self._n_tokens)
         self._sum, self._n_tokens = 0.0, 0
+
+    def statistics(self, layer: int) -> Mapping[str, Any]:
+        """The layer's cosine."""
+        return {"cosine": self._cosines[layer]}

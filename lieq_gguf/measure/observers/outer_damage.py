@@ -1,25 +1,22 @@
 """What quantising the matrices outside of the layers does: the embedding, the output matrix, or the one that is both.
 
-Their damage is counted in the same coin as that of the layers' matrices, the block error. The embedding's is what its
+Their damage is counted in the same unit as that of the layers' matrices, the block error. The embedding's is what its
 error makes of the first layer's output. The output matrix has no layer behind it: its damage is the divergence of the
 logits, changed into block error at the rate at which the block errors of the whole decoder turn into divergence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from lieq_gguf.measure.layer_model import LayerModel, OutputHead
-from lieq_gguf.measure.observers import Observer, TokenSample
+from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.observers import Observer, Observers, PassSetting
 from lieq_gguf.measure.observers.quantization_damage import QuantizationDamage, relative_change
+from lieq_gguf.measure.output_head import OutputHead
 from lieq_gguf.measure.type_errors import probe_matrix, probe_type, relative_errors
 from lieq_gguf.native import encoders, ggml
-from lieq_gguf.quant_types import QuantType
-from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.quant_types import DEFAULT_LADDER
 
 _N_SAMPLED_ROWS = 1024  # of the most frequent tokens, which are what both ends of the model are used for
 _TOKEN_STEP = 2  # of the sample, every second token is compared: logits are as costly as several layers
@@ -36,35 +33,22 @@ class OuterDamage(Observer):
             block error of all its matrices; None if the probe is exact.
     """
 
-    def __init__(
-        self,
-        matrices: Sequence[tuple[TensorSpec, torch.Tensor]],
-        ids: npt.NDArray[np.int64],
-        sample: TokenSample,
-        decoder: QuantizationDamage,
-        types: Sequence[QuantType],
-        n_threads: int,
-    ) -> None:
-        """Watch the ends of the pass.
+    needs = (QuantizationDamage,)
 
-        Args:
-            matrices: The embedding, and then the output matrix if there is another, ``[n_vocab, d_model]``.
-            ids: Tokens of the pass ``[n_chunks, chunk_size]``.
-            sample: Index into them that gives the tokens to compare on.
-            decoder: What quantising the layers has done, complete when the pass is.
-            types: Types whose errors to estimate.
-            n_threads: Threads of the encoders.
-        """
+    def __init__(self, setting: PassSetting, others: Observers) -> None:
+        super().__init__(setting, others)
         self.type_errors: dict[str, dict[str, float]] = {}
         self.sensitivities: dict[str, float] = {}
         self.kld_per_block_error: float | None = None
-        self._matrices = matrices
-        self._sample = sample
-        self._decoder = decoder
-        self._types = types
-        self._n_threads = n_threads
-        found, counts = np.unique(ids, return_counts=True)
-        self._frequent = torch.from_numpy(found[np.argsort(-counts, kind="stable")[:_N_SAMPLED_ROWS]])
+        source = setting.source
+        self._matrices = [(tensor, source.read(tensor)) for tensor in source.spec.other_matrices]
+        self._sample = setting.damage_sample
+        self._decoder = others[QuantizationDamage]
+        # by rule, embedding and output can have types that the layers are not offered
+        self._types = tuple(dict.fromkeys([*setting.options.error_types, *DEFAULT_LADDER]))
+        self._n_threads = setting.options.compute.n_threads
+        ids, counts = np.unique(setting.tokens.ids, return_counts=True)
+        self._frequent = torch.from_numpy(ids[np.argsort(-counts, kind="stable")[:_N_SAMPLED_ROWS]])
         self._embedding_error = 0.0
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
@@ -74,7 +58,7 @@ class OuterDamage(Observer):
             self._embedding_error = relative_change(layer.forward(before), layer.forward(self._probed(before)))
 
     def conclude(self, head: OutputHead, hidden: torch.Tensor) -> None:
-        """Compare logits, and bring all into one coin."""
+        """Compare logits, and express the divergence as block error."""
         intact = hidden[self._sample][:, ::_TOKEN_STEP]
         divergence = head.divergence(intact, change=self._probed)
         of_decoder = sum(self._decoder.block_errors.values())

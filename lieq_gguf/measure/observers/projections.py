@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
-from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.measure.observers import Observer, TokenSample
+from lieq_gguf.measure.layer_model import LayerModel, twin_embedding
+from lieq_gguf.measure.observers import Observer, Observers, PassSetting
 from lieq_gguf.records.measurement import Spectrum
 from lieq_gguf.scorers.spectrum import energy_spectrum
 
@@ -19,45 +20,39 @@ class Projections(Observer):
     Those of experts are left out: each sees too few tokens for a spectrum, and others in the twin.
 
     The twin is made one layer at a time, by the model's own initialiser.
-
-    Attributes:
-        spectra: One a layer: role to spectrum.
-        twin_spectra: The same of the twin.
     """
 
-    def __init__(
-        self,
-        prefixes: TokenSample,
-        twin_hidden: torch.Tensor,
-        twin: LayerModel,
-        twin_seed: Callable[[int], int],
-        n_threads: int,
-    ) -> None:
-        """Watch the sequences' heads.
+    gives = frozenset({"spectra", "twin_spectra"})
 
-        Args:
-            prefixes: Index into the hidden states that gives the tokens to look at.
-            twin_hidden: The same tokens in the twin's embedding, ``[n_chunks, length, d_model]``.
-            twin: Holds the twin of one layer after the other.
-            twin_seed: Gives the seed of a layer's twin by the layer's index.
-            n_threads: Eigenproblems solved at a time.
-        """
-        self.spectra: list[dict[str, Spectrum]] = []
-        self.twin_spectra: list[dict[str, Spectrum]] = []
-        self._prefixes = prefixes
-        self._twin_hidden = twin_hidden
-        self._twin = twin
-        self._twin_seed = twin_seed
-        self._n_threads = n_threads
+    def __init__(self, setting: PassSetting, others: Observers) -> None:
+        super().__init__(setting, others)
+        self._spectra: list[dict[str, Spectrum]] = []
+        self._twin_spectra: list[dict[str, Spectrum]] = []
+        self._prefixes = setting.score_sample
+        self._seed = setting.options.seed
+        self._n_threads = setting.options.compute.n_threads
+        self._twin = LayerModel(setting.config, setting.device)
+        rows, prefix = self._prefixes
+        ids = setting.tokens.ids[rows.numpy(), prefix]
+        self._twin_hidden = self._twin.embed(twin_embedding(setting.config, ids, self._seed))
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """Run both on their tokens."""
         projections, _ = _captured(layer, hidden[self._prefixes])
-        self.spectra.append(_spectra(projections, layer, self._n_threads))
-        self._twin.initialise(self._twin_seed(layer.index), layer.index)
+        self._spectra.append(_spectra(projections, layer, self._n_threads))
+        self._twin.initialise(twin_seed(self._seed, layer.index), layer.index)
         projections, self._twin_hidden = _captured(self._twin, self._twin_hidden)
-        self.twin_spectra.append(_spectra(projections, layer, self._n_threads))
+        self._twin_spectra.append(_spectra(projections, layer, self._n_threads))
         self._twin.forget()
+
+    def statistics(self, layer: int) -> Mapping[str, Any]:
+        """Spectra by role, of the layer and of its twin."""
+        return {"spectra": self._spectra[layer], "twin_spectra": self._twin_spectra[layer]}
+
+
+def twin_seed(seed: int, layer: int) -> int:
+    """A seed for each layer that no other layer has under a neighbouring seed."""
+    return (seed + 1) * 100_003 + layer
 
 
 def _captured(layer: LayerModel, hidden: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.measure.observers import Observer, TokenSample
+from lieq_gguf.measure.observers import Observer, Observers, PassSetting
+from lieq_gguf.measure.observers.input_sums import InputSums
 from lieq_gguf.measure.type_errors import TensorProbe, errors_of_tensors, probe_tensors
-from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
 
 
@@ -20,34 +21,24 @@ class QuantizationDamage(Observer):
     Attributes:
         type_errors: Tensor name to type name to weighted relative error.
         block_errors: Tensor name to block error of the probe: mean over tokens of ``‖h' − h‖² / ‖h‖²`` of the layer's
-            output, ``h'`` with this one tensor quantised. Empty without ``sample``.
+            output, ``h'`` with this one tensor quantised. Empty if damage is not to be measured.
         probe_errors: Tensor name to weighted relative error of the probe.
         drifted: Hidden states of the sample behind the layers so far, all of them quantised with the probe.
     """
 
-    def __init__(
-        self,
-        types: Sequence[QuantType],
-        importance: ImportanceMatrix | None,
-        sample: TokenSample | None,
-        n_threads: int,
-    ) -> None:
-        """Measure while the pass goes on.
+    gives = frozenset({"block_errors"})
+    needs = (InputSums,)
 
-        Args:
-            types: Types whose errors to estimate.
-            importance: Weights of the squared errors, a layer's known once the layer is done; or None.
-            sample: Index into the hidden states that gives the tokens to run the layer on; None for no block errors.
-            n_threads: Threads of the encoders.
-        """
+    def __init__(self, setting: PassSetting, others: Observers) -> None:
+        super().__init__(setting, others)
         self.type_errors: dict[str, dict[str, float]] = {}
         self.block_errors: dict[str, float] = {}
         self.probe_errors: dict[str, float] = {}
         self.drifted: torch.Tensor | None = None
-        self._types = types
-        self._importance = importance
-        self._sample = sample
-        self._n_threads = n_threads
+        self._options = setting.options
+        self._sample = setting.damage_sample
+        self._layers = setting.source.spec.layer_matrices
+        self._sums = others[InputSums]
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """Probe the layer's matrices, then run the layer with one tensor quantised after the other."""
@@ -55,10 +46,11 @@ class QuantizationDamage(Observer):
             (tensor, [layer.weight(module).cpu().numpy() for module in modules])
             for tensor, modules in layer.modules.items()
         ]
-        probes = probe_tensors(matrices, self._importance, self._n_threads)
+        n_threads = self._options.compute.n_threads
+        probes = probe_tensors(matrices, self._importance(), n_threads)
         self.probe_errors |= {probe.tensor.name: probe.relative_error for probe in probes}
-        self.type_errors |= errors_of_tensors(probes, self._types, self._n_threads)
-        if self._sample is None:
+        self.type_errors |= errors_of_tensors(probes, self._options.error_types, n_threads)
+        if not self._options.measures_damage:
             return
         before = hidden[self._sample]
         with layer.recording() as record:
@@ -71,6 +63,16 @@ class QuantizationDamage(Observer):
             for probe in probes:
                 all_replaced.enter_context(_put_into(layer, probe))
             self.drifted = layer.forward(before if self.drifted is None else self.drifted)
+
+    def statistics(self, layer: int) -> Mapping[str, Any]:
+        """Block errors by role."""
+        return {"block_errors": {t.role: self.block_errors[t.name] for t in self._layers[layer]}}
+
+    def _importance(self) -> ImportanceMatrix | None:
+        """Weights of the squared errors; those of a pass are known of a layer once it is done."""
+        if not self._options.weigh_errors:
+            return None
+        return self._options.importance or self._sums.importance()
 
 
 @contextmanager

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from lieq_gguf.measure.layer_model import LayerModel, OutputHead
-from lieq_gguf.measure.observers import Observer, TokenSample
+from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.observers import Observer, Observers, PassSetting
+from lieq_gguf.measure.output_head import OutputHead
 
 
 class Removal(Observer):
@@ -13,16 +17,15 @@ class Removal(Observer):
 
     The variant without layer ``l`` starts at layer ``l`` as a copy of its input and then passes the later layers as the
     others do, so no layer is loaded twice. Costs half as many layer runs on the sample as there are layers, squared.
-
-    Attributes:
-        perplexity_drops: One a layer: perplexity without it minus perplexity, on the sample.
     """
 
-    def __init__(self, ids: torch.Tensor, sample: TokenSample) -> None:
-        """Follow ``ids[sample]``, the tokens ``[n_chunks, chunk_size]`` of the pass."""
-        self.perplexity_drops: tuple[float, ...] = ()
-        self._targets = ids[sample][:, 1:]
-        self._sample = sample
+    gives = frozenset({"perplexity_drop"})
+
+    def __init__(self, setting: PassSetting, others: Observers) -> None:
+        super().__init__(setting, others)
+        self._perplexity_drops: tuple[float, ...] = ()
+        self._sample = setting.damage_sample
+        self._targets = torch.from_numpy(setting.tokens.ids)[self._sample][:, 1:]
         self._variants: list[torch.Tensor] = []
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
@@ -34,7 +37,11 @@ class Removal(Observer):
     def conclude(self, head: OutputHead, hidden: torch.Tensor) -> None:
         """Compare the perplexities."""
         intact = self._perplexity(head.logits(hidden[self._sample]))
-        self.perplexity_drops = tuple(self._perplexity(head.logits(v)) - intact for v in self._variants)
+        self._perplexity_drops = tuple(self._perplexity(head.logits(v)) - intact for v in self._variants)
+
+    def statistics(self, layer: int) -> Mapping[str, Any]:
+        """Perplexity without the layer minus perplexity, on the sample."""
+        return {"perplexity_drop": self._perplexity_drops[layer]}
 
     def _perplexity(self, logits: torch.Tensor) -> float:
         flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What error feedback is worth: the same types with and without it, KL divergence on several texts, as Markdown.
 
-Usage: compare_refinement.py MODEL_DIR CALIBRATION FOLDER TEXT… [--rows Q2_K,IQ2_XXS,2.7] [--chunks N]
+Usage: compare_error_feedback.py MODEL_DIR CALIBRATION FOLDER TEXT… [--rows Q2_K,IQ2_XXS,2.7] [--chunks N]
 
 A row is a type, which all matrices of the layers then have, or a number of bits for --method best --profile quality.
 Both files of a row have the same importance matrix, measured on CALIBRATION; TEXTs should be others. Files stay in
@@ -18,7 +18,7 @@ from compare_presets import geometric_mean, knowledge, known_files, lieq
 from lieq_gguf.quant_types import QUANT_TYPES
 
 ROWS = "Q2_K,Q3_K,Q4_K,IQ2_XXS,IQ3_XXS,2.1,2.7,3.5"
-REFINE = ("none", "feedback")
+FEEDBACK = (False, True)
 
 
 def main() -> None:
@@ -34,29 +34,29 @@ def main() -> None:
     folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
     f16, scores, imatrix = known_files(arguments)
     rows = arguments.rows.split(",")
-    files = {(row, refine): folder / f"{row}-{refine}.gguf" for row in rows for refine in REFINE}
-    seconds: dict[str, list[float]] = {refine: [] for refine in REFINE}
-    for (row, refine), file in files.items():
+    files = {(row, fed): folder / f"{row}-{'feedback' if fed else 'none'}.gguf" for row in rows for fed in FEEDBACK}
+    seconds: dict[bool, list[float]] = {fed: [] for fed in FEEDBACK}
+    for (row, fed), file in files.items():
         if file.exists():
             continue
         is_type = row in QUANT_TYPES
         bits = QUANT_TYPES[row].bits_per_weight if is_type else float(row)
         types = ["--types", row] if is_type else ["--profile", "quality"]
-        options = [*types, *knowledge(arguments, scores, imatrix, refine), "-o", file, *threads]
+        options = [*types, *knowledge(arguments, scores, imatrix, fed), "-o", file, *threads]
         made = lieq("convert", arguments.model, "--bits", bits, *options)
-        seconds[refine].append(made["seconds"]["write"])
+        seconds[fed].append(made["seconds"]["write"])
     for text in arguments.texts:
         options = ["--reference", f16, "--text", text, "--chunks", arguments.chunks, *threads]
         found = lieq("eval", *files.values(), *options)
         kld = {key: e["kld"]["mean"] for key, e in zip(files, found, strict=True)}
         print(f"\n{text.name}\n\n| | KLD without | with feedback | ratio |\n|---|---|---|---|")
         for row in rows:
-            without, with_feedback = (kld[row, refine] for refine in REFINE)
+            without, with_feedback = (kld[row, fed] for fed in FEEDBACK)
             print(f"| {row} | {without:.4f} | {with_feedback:.4f} | {with_feedback / without:.2f} |")
-        mean = geometric_mean([kld[row, "feedback"] / kld[row, "none"] for row in rows])
+        mean = geometric_mean([kld[row, True] / kld[row, False] for row in rows])
         print(f"| geometric mean | | | {mean:.3f} |", flush=True)
-    for refine, taken in seconds.items():
-        print(f"seconds to write, {refine}: {', '.join(f'{s:.0f}' for s in taken)}")
+    for fed, taken in seconds.items():
+        print(f"seconds to write, {'with' if fed else 'without'}: {', '.join(f'{s:.0f}' for s in taken)}")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
-from lieq_gguf.measure.observers import Observer
 
-
-class SecondMoments(Observer):
+class SecondMoments:
     """``H = mean(x xᵀ)`` over tokens, of every distinct input in a layer.
 
     Query, key and value share theirs, as do gate and up.
     """
-
-    sees_inputs = True
 
     def __init__(self, modules: Collection[str], in_bfloat16: bool) -> None:
         """Begin a layer.

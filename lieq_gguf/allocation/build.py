@@ -1,0 +1,193 @@
+"""From a model and the user's options to the problem: which types are on offer, what is fixed, what goes together.
+
+Types whose blocks do not divide a row are never offered to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lieq_gguf.allocation.decode_costs import DecodeCosts
+from lieq_gguf.allocation.methods import METHODS
+from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Group, Pin, Problem
+from lieq_gguf.errors import BudgetError
+from lieq_gguf.quant_types import F16, QUANT_TYPES, QuantType
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.spec import ModelSpec, TensorSpec
+
+
+def scorer_of(options: AllocationOptions) -> str:
+    """Name of the layer score: the one asked for, or the one the method is made for."""
+    return options.scorer or METHODS[options.method].scorer
+
+
+def build_problem(
+    spec: ModelSpec,
+    budget: BitBudget,
+    options: AllocationOptions,
+    *,
+    costs: DecodeCosts | None = None,
+    has_imatrix: bool = True,
+    error_feedback: bool = False,
+    header_bytes: int = 0,
+) -> Problem:
+    """What is fixed, and the groups of the rest with the types that fit.
+
+    Args:
+        spec: The model.
+        budget: The target.
+        options: Method and choices.
+        costs: What decoding takes by type; None to leave speed out of it.
+        has_imatrix: Whether the file will be made with an importance matrix, which some types need.
+        error_feedback: Whether it will be written with error feedback.
+        header_bytes: What comes before the first tensor of the file.
+
+    Raises:
+        BudgetError: if no type fits a group, or a type asked for does not fit.
+    """
+    method = METHODS[options.method]
+    types = types_on_offer(options.types, has_imatrix, options.profile)
+    fixed = {t.name: QUANT_TYPES[t.fixed_type] for t in spec.tensors if not t.is_matrix}
+    fixed |= _pinned(spec, options.pins, has_imatrix)
+    groups = []
+    for tensor in spec.other_matrices:
+        outer_type = _outer_type(tensor, spec, budget, options, types, fixed.get(tensor.name))
+        if outer_type is not None:
+            fixed[tensor.name] = outer_type
+        else:
+            groups.append(Group(None, (tensor,), _choices((tensor,), types)))
+    granularity = options.granularity or method.granularity
+    for layer, matrices in enumerate(spec.layer_matrices):
+        free = tuple(t for t in matrices if t.name not in fixed)
+        together = ([free] if free else []) if granularity == "layer" else [(t,) for t in free]
+        groups += [Group(layer, tensors, _choices(tensors, types)) for tensors in together]
+    return Problem(
+        spec, budget, options, types, costs, header_bytes, error_feedback, fixed, tuple(groups), scorer_of(options),
+        granularity,
+    )  # fmt: skip
+
+
+def types_on_offer(types: Sequence[QuantType], has_imatrix: bool, profile: str = "quality") -> tuple[QuantType, ...]:
+    """The types that can be made: those of the profile, and those that need an importance matrix only if there is one.
+
+    Raises:
+        BudgetError: if none is left.
+    """
+    of_profile = tuple(t for t in types if t.family in PROFILES[profile].families)
+    names = ", ".join(t.name for t in types)
+    if not of_profile:
+        raise BudgetError(f"--profile {profile} has {PROFILES[profile].summary}; you asked for {names}: add a K type")
+    left = tuple(t for t in of_profile if has_imatrix or not t.needs_imatrix)
+    if not left:
+        raise BudgetError(
+            f"all types you asked for ({names}) need an importance matrix; drop --no-imatrix or add a K type"
+        )
+    return left
+
+
+def _outer_type(
+    tensor: TensorSpec,
+    spec: ModelSpec,
+    budget: BitBudget,
+    options: AllocationOptions,
+    types: Sequence[QuantType],
+    pinned: QuantType | None,
+) -> QuantType | None:
+    """The type of embedding or output matrix by hand or by rule; None if it is a choice."""
+    asked = _asked_outer_type(tensor, spec, options)
+    if pinned is not None:
+        if asked not in (None, pinned):
+            raise BudgetError(
+                f"{tensor.name} is pinned to {pinned.name} and asked to be {asked and asked.name}; "
+                "leave out one of the two"
+            )
+        return pinned
+    if asked is not None:
+        return asked
+    if budget.covers_file and METHODS[options.method].weighs_outer:
+        return None
+    return _outer_type_by_rule(tensor, spec, budget, types)
+
+
+def _choices(tensors: Sequence[TensorSpec], types: Sequence[QuantType]) -> tuple[QuantType, ...]:
+    """The types that fit all of some matrices; no embedding or output has an importance matrix."""
+    is_outer = tensors[0].layer is None
+    fitting = tuple(q for q in types if all(q.fits(t.shape[-1]) for t in tensors))
+    choices = tuple(q for q in fitting if not (is_outer and q.needs_imatrix))
+    if not choices:
+        widths = ", ".join(str(n) for n in sorted({t.shape[-1] for t in tensors}))
+        names = ", ".join(q.name for q in types)
+        where = tensors[0].name if is_outer else f"layer {tensors[0].layer}"
+        if fitting:
+            raise BudgetError(
+                f"all of the types {names} need an importance matrix, which no embedding has; "
+                f"name a type for {where} with {'--output-type' if where == 'output.weight' else '--embedding-type'}"
+            )
+        raise BudgetError(
+            f"none of the types {names} fits rows of {widths} weights in {where}; "
+            "allow types with blocks of 32, for example --types Q4_0,IQ4_NL,Q5_0,Q8_0"
+        )
+    return choices
+
+
+def _pinned(spec: ModelSpec, pins: Sequence[Pin], has_imatrix: bool) -> dict[str, QuantType]:
+    """Types fixed by hand.
+
+    Raises:
+        BudgetError: if a pin matches no matrix, or its type does not fit one.
+    """
+    fixed = {}
+    matrices = [t for t in spec.tensors if t.is_matrix]
+    for pin in pins:
+        if pin.quant_type.needs_imatrix and not has_imatrix:
+            raise BudgetError(
+                f"--pin '{pin.pattern}={pin.quant_type.name}' needs an importance matrix; drop --no-imatrix"
+            )
+        if not any(pin.matches(t.name) for t in matrices):
+            raise BudgetError(f"--pin '{pin.pattern}' matches no matrix; their names are like {matrices[-1].name}")
+    for tensor in matrices:
+        pin_used = next((pin for pin in pins if pin.matches(tensor.name)), None)
+        if pin_used is not None:
+            _check_fit(tensor, pin_used.quant_type)
+            fixed[tensor.name] = pin_used.quant_type
+    return fixed
+
+
+def _check_fit(tensor: TensorSpec, quant_type: QuantType) -> None:
+    """Require that a tensor can have a type."""
+    why = None
+    if not quant_type.fits(tensor.shape[-1]):
+        why = "does not fit its rows"
+    elif quant_type.needs_imatrix and tensor.layer is None:
+        why = "needs an importance matrix, which no embedding has"
+    if why is not None:
+        raise BudgetError(f"{tensor.name} of shape {tensor.shape} cannot be {quant_type.name}: it {why}")
+
+
+def _asked_outer_type(tensor: TensorSpec, spec: ModelSpec, options: AllocationOptions) -> QuantType | None:
+    """Type of the embedding or the output matrix that was asked for."""
+    is_output = tensor.name == "output.weight" or spec.has_tied_embeddings
+    asked = options.output_type if is_output else options.embedding_type
+    if spec.has_tied_embeddings and options.embedding_type is not None:
+        if asked not in (None, options.embedding_type):
+            raise BudgetError(
+                f"embedding and output of {spec.name} are one matrix, which cannot be both "
+                f"{options.embedding_type.name} and {options.output_type and options.output_type.name}"
+            )
+        asked = options.embedding_type
+    if asked is not None:
+        _check_fit(tensor, asked)
+    return asked
+
+
+def _outer_type_by_rule(
+    tensor: TensorSpec, spec: ModelSpec, budget: BitBudget, types: Sequence[QuantType]
+) -> QuantType:
+    """As good as llama-quantize's at this budget: the output at least Q6_K, the embedding at least the target."""
+    if not any(q.is_quantized for q in types):
+        return max(types, key=lambda q: q.bits_per_weight)
+    is_output = tensor.name == "output.weight" or spec.has_tied_embeddings
+    ladder = ("Q6_K", "Q8_0", "F16") if is_output else ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+    fitting = [QUANT_TYPES[n] for n in ladder if QUANT_TYPES[n].fits(tensor.shape[-1])]
+    least = 8 * budget.value / spec.n_weights if budget.kind == "size" else budget.value
+    return next((q for q in fitting if q.bits_per_weight >= least), F16)

@@ -1,0 +1,528 @@
+"""The options of all commands, declared once. A group is a typed record; its methods turn it into a part of a request.
+
+Defaults are those of the request's records, and choices those of the registries.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
+
+import typer
+
+from lieq_gguf.allocation.methods import METHODS
+from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Granularity, Pin
+from lieq_gguf.cli.grouping import Given
+from lieq_gguf.errors import LieqError
+from lieq_gguf.progress import Progress
+from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType, parse_types
+from lieq_gguf.records.bits import BitBudget, parse_size
+from lieq_gguf.records.options import ComputeOptions, MeasuringOptions, SourceOptions, WritingOptions, usable_cores
+from lieq_gguf.scorers import scorers
+
+if TYPE_CHECKING:
+    MethodName: TypeAlias = str
+    ProfileName: TypeAlias = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+    ProfileName = Literal[tuple(PROFILES)]
+
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise typer.BadParameter(f"{value} is not a number above 0")
+    return value
+
+
+def scorer_name(value: str | None) -> str | None:
+    """Require the name of a layer score."""
+    if value is not None and value not in scorers():
+        raise typer.BadParameter(f"'{value}' is not a layer score; the scores are {', '.join(scorers())}")
+    return value
+
+
+def _n_threads(value: int) -> int:
+    """0 stands for the cores this process may use."""
+    return value or usable_cores()
+
+
+debug_is_on = False
+
+
+def _set_debug(value: bool) -> None:
+    global debug_is_on
+    debug_is_on = value
+
+
+def _summaries(registry: dict[str, str]) -> str:
+    return "; ".join(f"`{name}`: {summary}" for name, summary in registry.items()) + "."
+
+
+def _methods_of(granularity: Granularity) -> str:
+    names = [name for name, method in METHODS.items() if method.granularity == granularity]
+    return f"{granularity} for {', '.join(names)}"
+
+
+@dataclass(frozen=True)
+class SourceArguments:
+    """The model, and how to take it."""
+
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Model directory with config.json and safetensors, a model of the Hugging Face hub (owner/name), or a "
+            "GGUF file in F16, BF16 or F32.",
+            show_default=False,
+        ),
+    ]
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model of the hub.")
+    ] = SourceOptions.revision
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", metavar="DIR", help="Merge a LoRA adapter (PEFT) into the weights as they are read."),
+    ] = SourceOptions.adapter
+    allow_requantize: Annotated[
+        bool,
+        typer.Option("--allow-requantize", help="Accept a GGUF file that is quantised already. The errors add up."),
+    ] = SourceOptions.allow_requantize
+
+    def options(self) -> SourceOptions:
+        """How to take the model."""
+        return SourceOptions(self.revision, self.adapter, self.allow_requantize)
+
+
+@dataclass(frozen=True)
+class ScoredSourceArguments(SourceArguments):
+    """The model, where its layers are scored."""
+
+    initializer_range: Annotated[
+        float | None,
+        typer.Option(
+            "--initializer-range",
+            metavar="STD",
+            help="Standard deviation of the initial weights (`initializer_range` in config.json). Needed only for GGUF "
+            "files that do not store it.",
+            callback=_positive,
+        ),
+    ] = SourceOptions.initializer_range
+
+    def options(self) -> SourceOptions:
+        """How to take the model."""
+        return SourceOptions(self.revision, self.adapter, self.allow_requantize, self.initializer_range)
+
+
+@dataclass(frozen=True)
+class TargetArguments:
+    """What the file may take."""
+
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", help="Average stored bits per decoder weight, never exceeded.", callback=_positive),
+    ] = None
+    file_bits: Annotated[
+        float | None,
+        typer.Option("--file-bits", help="Average bits of the whole file per weight of the model.", callback=_positive),
+    ] = None
+    size: Annotated[
+        str | None,
+        typer.Option("--size", metavar="SIZE", help="Size of the whole file, never exceeded: 80MB, 0.4GiB, or bytes."),
+    ] = None
+    nominal: Annotated[
+        bool, typer.Option("--nominal", help="Count bits as the papers do, by the digit in a type's name: Q2_K is 2.")
+    ] = False
+
+    @property
+    def n_given(self) -> int:
+        """How many targets are given."""
+        return sum(target is not None for target in (self.bits, self.file_bits, self.size))
+
+    def budget(self) -> BitBudget:
+        """The target; exactly one must be given."""
+        if self.n_given != 1:
+            raise typer.BadParameter("give exactly one of --bits, --file-bits and --size", param_hint="--bits")
+        if self.nominal and self.bits is None:
+            raise typer.BadParameter("goes with --bits: a file has no nominal size", param_hint="--nominal")
+        if self.bits is not None:
+            return BitBudget("nominal" if self.nominal else "bits", self.bits)
+        if self.file_bits is not None:
+            return BitBudget("file-bits", self.file_bits)
+        try:
+            return BitBudget("size", parse_size(str(self.size)))
+        except LieqError as error:
+            raise typer.BadParameter(str(error), param_hint="--size") from None
+
+
+@dataclass(frozen=True)
+class TargetOrPlanArguments(TargetArguments):
+    """What the file may take, or a plan that says so."""
+
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Carry out a plan that 'plan -o' has written.")
+    ] = None
+
+    def target(self) -> BitBudget | Path:
+        """The target or the plan; exactly one must be given."""
+        if self.n_given + (self.plan is not None) != 1:
+            raise typer.BadParameter("give exactly one of --bits, --file-bits, --size and --plan", param_hint="--bits")
+        return self.plan or self.budget()
+
+
+Types = Annotated[
+    str | None,
+    typer.Option(
+        "--types",
+        metavar="A,B,…",
+        help="Types on offer, for example Q2_K,Q3_K,Q4_K. A plus adds to the usual ones: +Q2_0.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class AllocationArguments:
+    """How to divide the bits."""
+
+    method: Annotated[
+        MethodName,
+        typer.Option("--method", help=_summaries({name: method.summary for name, method in METHODS.items()})),
+    ] = AllocationOptions.method
+    layer_score: Annotated[
+        str | None,
+        typer.Option(
+            "--layer-score",
+            metavar="NAME",
+            callback=scorer_name,
+            help=f"Layer score that ranks or weighs the layers: {', '.join(scorers())}. A score that costs more than "
+            "the one pass is measured only when it is named (perplexity-drop: a run without each layer).",
+            show_default="the method's own; energy-gain for best",
+        ),
+    ] = AllocationOptions.scorer
+    granularity: Annotated[
+        Granularity | None,
+        typer.Option(
+            "--granularity",
+            help="One type per layer or per tensor.",
+            show_default="; ".join(_methods_of(granularity) for granularity in get_args(Granularity)),
+        ),
+    ] = AllocationOptions.granularity
+    types: Types = None
+    profile: Annotated[
+        ProfileName,
+        typer.Option("--profile", help=_summaries({name: profile.summary for name, profile in PROFILES.items()})),
+    ] = AllocationOptions.profile
+    min_tokens_per_sec: Annotated[
+        float | None,
+        typer.Option(
+            "--min-tokens-per-sec",
+            metavar="N",
+            help="Choose types that reach this predicted speed of generation.",
+            callback=_positive,
+        ),
+    ] = AllocationOptions.min_tokens_per_sec
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pin",
+            metavar="REGEX=TYPE",
+            help="Use TYPE for every tensor whose name matches REGEX; its bits count in the budget. Repeatable.",
+        ),
+    ] = None
+    embedding_type: Annotated[
+        str | None, typer.Option("--embedding-type", metavar="TYPE", help="Type of the embedding.")
+    ] = None
+    output_type: Annotated[
+        str | None, typer.Option("--output-type", metavar="TYPE", help="Type of the output matrix.")
+    ] = None
+
+    def options(self) -> AllocationOptions:
+        """How to divide the bits."""
+        return AllocationOptions(
+            method=self.method,
+            scorer=self.layer_score,
+            granularity=self.granularity,
+            types=types_named("--types", self.types),
+            embedding_type=_one_type("--embedding-type", self.embedding_type),
+            output_type=_one_type("--output-type", self.output_type),
+            pins=tuple(_pin(text) for text in self.pin or ()),
+            profile=self.profile,
+            min_tokens_per_sec=self.min_tokens_per_sec,
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationArguments:
+    """What the model is measured on."""
+
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="Text to calibrate on, instead of the shipped one."),
+    ] = MeasuringOptions.text_file
+    n_tokens: Annotated[int, typer.Option("--n-tokens", min=16, help="Calibration tokens.")] = MeasuringOptions.n_tokens
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure again, and keep nothing for the next run.")
+    ] = not MeasuringOptions.use_cache
+
+    def options(self) -> MeasuringOptions:
+        """How to find out about the model."""
+        return MeasuringOptions(self.calibration, self.n_tokens, use_cache=not self.no_cache)
+
+
+@dataclass(frozen=True)
+class ScoringArguments(CalibrationArguments):
+    """How layers are scored."""
+
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", metavar="FILE", help="Importance matrix (GGUF) to use instead of a measured one."),
+    ] = MeasuringOptions.imatrix_file
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the untrained twin that scores compare with.")] = (
+        MeasuringOptions.seed
+    )
+
+    def options(self) -> MeasuringOptions:
+        """How to find out about the model."""
+        return MeasuringOptions(
+            self.calibration, self.n_tokens, self.imatrix, seed=self.seed, use_cache=not self.no_cache
+        )
+
+
+@dataclass(frozen=True)
+class MeasuringArguments(ScoringArguments):
+    """What is measured, and what comes from files."""
+
+    no_imatrix: Annotated[
+        bool,
+        typer.Option(
+            "--no-imatrix",
+            help="Do not use an importance matrix. Rules out IQ1, IQ2 and IQ3_XXS, which need one.",
+        ),
+    ] = not MeasuringOptions.use_imatrix
+    scores_file: Annotated[
+        Path | None,
+        typer.Option("--scores-file", metavar="FILE", help="Scores that 'score -o' has written, instead of measuring."),
+    ] = MeasuringOptions.scores_file
+
+    def options(self) -> MeasuringOptions:
+        """How to find out about the model."""
+        if self.no_imatrix and self.imatrix is not None:
+            raise typer.BadParameter("give --imatrix or --no-imatrix, not both", param_hint="--imatrix")
+        return MeasuringOptions(
+            self.calibration, self.n_tokens, self.imatrix, not self.no_imatrix, self.scores_file, self.seed,
+            not self.no_cache,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FeedbackArguments:
+    """How the file is made."""
+
+    error_feedback: Annotated[
+        bool | None,
+        typer.Option(
+            "--error-feedback/--no-error-feedback",
+            help="Correct the error of each column in later columns, in a second pass: same types and size, less "
+            "divergence, twice the time. Without it, blocks are byte for byte llama-quantize's.",
+            show_default="on; off with --no-imatrix",
+        ),
+    ] = WritingOptions.error_feedback
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--pre-tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if it is not recognised."
+        ),
+    ] = WritingOptions.pre_tokenizer
+
+    def options(self) -> WritingOptions:
+        """How the file is made."""
+        return WritingOptions(
+            error_feedback=self.error_feedback, pre_tokenizer=self.pre_tokenizer, command_line=command_line()
+        )
+
+
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+
+
+@dataclass(frozen=True)
+class FileArguments(FeedbackArguments):
+    """The file, and how it is made."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="File to write.", show_default="MODEL-BITSbpw.gguf"),
+    ] = WritingOptions.output
+    force: Force = WritingOptions.force
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False
+
+    def options(self) -> WritingOptions:
+        """How the file is made."""
+        return WritingOptions(self.output, self.force, self.error_feedback, self.pre_tokenizer, command_line())
+
+
+def command_line() -> str:
+    """The command as it was given."""
+    return shlex.join(["lieq-gguf", *sys.argv[1:]])
+
+
+Threads = Annotated[
+    int,
+    typer.Option("--threads", "-t", min=0, help="Threads.", show_default="all cores", callback=_n_threads),
+]
+
+
+@dataclass(frozen=True)
+class ComputeArguments:
+    """What may be used of the machine."""
+
+    threads: Threads = 0
+    device: Annotated[str, typer.Option("--device", help="Torch device that layers are run on: cpu, cuda, mps.")] = (
+        ComputeOptions.device
+    )
+    float32: Annotated[
+        bool,
+        typer.Option("--float32", help="Multiply in float32 even where bfloat16 is fast: the same on every machine."),
+    ] = ComputeOptions.in_float32
+
+    def options(self) -> ComputeOptions:
+        """What may be used of the machine."""
+        return ComputeOptions(self.device, self.threads, self.float32)
+
+
+ThreadCounts = Annotated[
+    str | None,
+    typer.Option("--threads", "-t", metavar="N,…", help="Numbers of threads to run with.", show_default="all cores"),
+]
+
+
+@dataclass(frozen=True)
+class ComparisonArguments:
+    """What files are compared with, and on what."""
+
+    reference: Annotated[
+        str,
+        typer.Option(
+            "--reference",
+            metavar="REF",
+            help="What to compare with: an F16 GGUF file, a model directory, or a model of the hub.",
+        ),
+    ]
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model of the hub.")
+    ] = None
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Text to compare on. Calibration must not have seen it.",
+            show_default="a short one that comes along",
+        ),
+    ] = None
+    n_ctx: Annotated[int, typer.Option("--n-ctx", min=4, help="Tokens of a sequence. Its second half counts.")] = 512
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=1, help="Sequences to use.", show_default="all of the text")
+    ] = None
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="FILE",
+            help="Multiple-choice questions to answer by likelihood (JSONL); `demo` for the set that comes along.",
+        ),
+    ] = None
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", callback=_set_debug, is_eager=True)]
+
+
+@dataclass(frozen=True)
+class QuietArguments:
+    """What is said on the way."""
+
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def progress(self) -> Progress:
+        """Where stages are shown and timed."""
+        return Progress(silent=self.quiet)
+
+
+@dataclass(frozen=True)
+class JsonArguments:
+    """How the result is printed."""
+
+    as_json: Json = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
+class OutputArguments:
+    """What is said on the way, and how the result is printed."""
+
+    quiet: Quiet = False
+    as_json: Json = False
+    debug: Debug = False
+
+    def progress(self) -> Progress:
+        """Where stages are shown and timed."""
+        return Progress(silent=self.quiet)
+
+
+def refuse_given(given: Given, names: tuple[str, ...], why: str) -> None:
+    """An option that would be ignored is an error, not a surprise."""
+    for name in names:
+        if name in given:
+            raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
+
+
+def thread_counts(text: str | None) -> tuple[int, ...]:
+    """Numbers of threads, separated by commas; all cores if none is given."""
+    if text is None:
+        return (_n_threads(0),)
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1:
+        raise typer.BadParameter(
+            f"'{text}' is not a list of thread counts; expected for example 1,2,4", param_hint="-t"
+        )
+    return tuple(dict.fromkeys(counts))
+
+
+def types_named(option: str, names: str | None) -> tuple[QuantType, ...]:
+    """Types by name, separated by commas, behind a plus beside the usual ones; another name is wrong usage."""
+    if names is None:
+        return DEFAULT_LADDER
+    usual = DEFAULT_LADDER if names.startswith("+") else ()
+    try:
+        return tuple(dict.fromkeys([*usual, *parse_types(names.removeprefix("+").split(","))]))
+    except LieqError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _one_type(option: str, name: str | None) -> QuantType | None:
+    """A type by name; several are wrong usage."""
+    if name is None:
+        return None
+    types = types_named(option, name)
+    if len(types) > 1:
+        raise typer.BadParameter(f"'{name}' names {len(types)} types; expected one", param_hint=option)
+    return types[0]
+
+
+def _pin(text: str) -> Pin:
+    """A type fixed by hand, ``REGEX=TYPE``."""
+    pattern, _, name = text.rpartition("=")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise typer.BadParameter(f"'{pattern}' is not a regular expression ({error})", param_hint="--pin") from None
+    quant_type = _one_type("--pin", name) if pattern else None
+    if quant_type is None:
+        raise typer.BadParameter(f"'{text}' is not a pin; expected for example 'ffn_down=Q4_K'", param_hint="--pin")
+    return Pin(pattern, quant_type)

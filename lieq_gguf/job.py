@@ -1,0 +1,251 @@
+"""``Job``: what will be done, from headers alone. Nothing optional is undecided, and nothing impossible is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lieq_gguf.allocation.allocate import check_reachable
+from lieq_gguf.allocation.build import build_problem, scorer_of, types_on_offer
+from lieq_gguf.allocation.decode_costs import DecodeCosts, decode_costs
+from lieq_gguf.allocation.methods import METHODS
+from lieq_gguf.allocation.problem import AllocationOptions, Problem
+from lieq_gguf.errors import BudgetError, CalibrationError, ScoringError
+from lieq_gguf.measure.engines import Engine, engine_of
+from lieq_gguf.measure.measuring import MeasuringTask, Wanted, resolve_measuring, run_by
+from lieq_gguf.progress import Progress
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.files import check_output
+from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.options import MeasuringOptions, SourceOptions
+from lieq_gguf.records.plan import QuantPlan, quantizes_layers
+from lieq_gguf.records.spec import ModelSpec
+from lieq_gguf.request import Request
+from lieq_gguf.scorers import scorers, scorers_from
+from lieq_gguf.sources import find_model, model_name, open_source
+from lieq_gguf.sources.source import Source, SourceMetadata
+from lieq_gguf.writing.header import ImatrixNote, PlanLabels, Provenance, header_bytes
+
+_HEADER_SLACK = 4096  # bytes of a file of given size that are left for the longer command line of 'convert --plan'
+_TARGET_NAMES = {"bits": "bpw", "nominal": "-nominal", "file-bits": "bpw-file"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion, decided.
+
+    Attributes:
+        request: What the user said.
+        output: The file to write.
+        source: The model.
+        metadata: What the file will say of the model.
+        measuring: What is to be found out about it.
+        costs: What decoding takes by type.
+        problem: The bits to divide; None if a plan is given.
+        plan: The plan that is given, or None.
+    """
+
+    request: Request
+    output: Path
+    source: Source
+    metadata: SourceMetadata
+    measuring: MeasuringTask
+    costs: DecodeCosts
+    problem: Problem | None
+    plan: QuantPlan | None
+
+    def provenance(self, importance: ImportanceMatrix | None, types_are_quantized: bool) -> Provenance:
+        """What the file says of where it comes from."""
+        note = imatrix_note(self.source.spec, self.request.measuring, importance) if types_are_quantized else None
+        return Provenance(self.request.writing.command_line, note)
+
+
+def resolve(request: Request, progress: Progress, *, for_writing: bool = True) -> Job:
+    """Decide everything, and refuse what cannot be; no weights are read and torch is not loaded.
+
+    Args:
+        request: What the user said.
+        progress: Where warnings and notes are shown.
+        for_writing: Whether a file will be written; off, no importance matrix is measured where scores are given.
+
+    Raises:
+        LieqError: whatever is wrong.
+    """
+    output = output_of(request)
+    if for_writing:
+        check_output(output, request.writing.force)  # before a download
+    source = open_model(request.model, request.source, progress)
+    if for_writing:
+        source.check_output(output)
+    if isinstance(request.target, Path):
+        return _job_with_plan(request, request.target, source, progress, for_writing)
+    return _job_with_budget(request, request.target, source, progress, for_writing)
+
+
+def _job_with_budget(request: Request, budget: BitBudget, source: Source, progress: Progress, for_writing: bool) -> Job:
+    options, costs = _limited_to_engine(source, request), decode_costs()
+    # Where the file is the target, the vocabulary is part of it; elsewhere it can wait until the target is known to do.
+    metadata = _read_metadata(source, request, progress) if budget.covers_file else None
+    problem = build_problem(
+        source.spec,
+        budget,
+        options,
+        costs=costs,
+        has_imatrix=request.measuring.use_imatrix,
+        error_feedback=_feedback_is_wanted(source, request),
+        header_bytes=0 if metadata is None else _expected_header_bytes(request, budget, options, source, metadata),
+    )
+    check_reachable(problem)
+    metadata = metadata or _read_metadata(source, request, progress)
+    measuring = _measuring_for_problem(source, request, problem, for_writing)
+    return Job(request, output_of(request), source, metadata, measuring, costs, problem, None)
+
+
+def _expected_header_bytes(
+    request: Request, budget: BitBudget, options: AllocationOptions, source: Source, metadata: SourceMetadata
+) -> int:
+    no_scores = (0.0,) * source.spec.n_layers
+    labels = PlanLabels(options.method, scorer_of(options), options.profile, False, budget, no_scores)
+    provenance = Provenance(request.writing.command_line, imatrix_note(source.spec, request.measuring, None))
+    return header_bytes(source.spec, metadata, labels, provenance) + _HEADER_SLACK
+
+
+def _job_with_plan(request: Request, file: Path, source: Source, progress: Progress, for_writing: bool) -> Job:
+    _limited_to_engine(source, request)
+    metadata = _read_metadata(source, request, progress)
+    plan = _given_plan(file, source, request)
+    measuring = _measuring_for_plan(source, request, plan, for_writing)
+    return Job(request, output_of(request), source, metadata, measuring, decode_costs(), None, plan)
+
+
+def open_model(model: str, options: SourceOptions, progress: Progress) -> Source:
+    """Open a model to convert, downloaded if need be, and say what the user should know of it.
+
+    Raises:
+        LieqError: if it is no readable model.
+    """
+    source = open_source(find_model(model, options.revision, progress), options)
+    for warning in source.warnings:
+        progress.warn(warning)
+    for note in source.notes:
+        progress.note(note)
+    return source
+
+
+def output_of(request: Request) -> Path:
+    """The file to write: the one asked for, or one named after the model and the target."""
+    if request.writing.output is not None:
+        return request.writing.output
+    target = request.target
+    if isinstance(target, Path):
+        name = target.stem
+    elif target.kind == "size":
+        name = f"{target.value / 1e6:g}MB"
+    else:
+        name = f"{target.value:g}{_TARGET_NAMES[target.kind]}"
+    return Path(f"{model_name(Path(request.model))}-{name}.gguf")
+
+
+def imatrix_note(spec: ModelSpec, options: MeasuringOptions, importance: ImportanceMatrix | None) -> ImatrixNote | None:
+    """What the file will say of its importance matrix; as long without the matrix at hand, for plans."""
+    if not options.use_imatrix:
+        return None
+    file = options.imatrix_file.name if options.imatrix_file else "computed by lieq-gguf"
+    if importance is not None:
+        return ImatrixNote(file, importance.dataset, len(importance.in_sum2), importance.n_chunks)
+    dataset = options.text_file.name if options.text_file else "shipped"
+    return ImatrixNote(file, dataset, sum(len(layer) for layer in spec.layer_matrices), 0)
+
+
+def _read_metadata(source: Source, request: Request, progress: Progress) -> SourceMetadata:
+    with progress.stage("read", "Reading the tokenizer"):
+        return source.read_metadata(request.writing.pre_tokenizer)
+
+
+def _limited_to_engine(source: Source, request: Request) -> AllocationOptions:
+    """The user's options of allocation, as far as the engine that runs the model allows.
+
+    Raises:
+        BudgetError, CalibrationError, ScoringError: if something was asked for by name that it does not.
+    """
+    options, engine = request.allocation, engine_of(source)
+    if engine.runs_layers_again:
+        return options
+    why = run_by(source, engine)
+    if request.writing.error_feedback:
+        raise CalibrationError(
+            f"{why}, which cannot run a layer again with quantised weights, as error feedback does; "
+            "use --no-error-feedback"
+        )
+    if options.scorer is not None:
+        shown_scorer(source, options.scorer)
+    if options.method == "best":
+        return replace(options, method="weighted-error")
+    if METHODS[options.method].needs_block_errors or scorer_of(options) not in _scorers_of(engine):
+        raise BudgetError(
+            f"{why}, which gives no '{scorer_of(options)}'; expected --method weighted-error, lim or zd, "
+            "or another --layer-score"
+        )
+    return options
+
+
+def _scorers_of(engine: Engine) -> tuple[str, ...]:
+    """Layer scores that an engine can give, those that no model keeps from it first."""
+    return tuple(dict.fromkeys([*scorers_from(engine.certain_statistics), *scorers_from(engine.statistics)]))
+
+
+def shown_scorer(source: Source, asked: str | None) -> str:
+    """The layer score to show first: the one asked for, or the first there is.
+
+    Raises:
+        ScoringError: if the one asked for cannot be had of this model, naming those that can.
+    """
+    engine = engine_of(source)
+    names = _scorers_of(engine)
+    if asked is not None and asked not in names:
+        raise ScoringError(f"{run_by(source, engine)}, which gives no '{asked}'; expected {' or '.join(names)}")
+    return asked or names[0]
+
+
+def _feedback_is_wanted(source: Source, request: Request) -> bool:
+    if not engine_of(source).runs_layers_again:
+        return False
+    asked = request.writing.error_feedback
+    return request.measuring.use_imatrix if asked is None else asked
+
+
+def _measuring_for_problem(source: Source, request: Request, problem: Problem, for_writing: bool) -> MeasuringTask:
+    """What has to be known to divide the bits and to write the file."""
+    options = problem.options
+    wanted = Wanted(
+        scores=not problem.has_single_choice,
+        importance=for_writing and problem.is_quantized,
+        types=types_on_offer(options.types, request.measuring.use_imatrix),  # another profile finds them in the cache
+        costly=scorers()[problem.scorer].is_costly,
+        tokens=for_writing and problem.error_feedback and problem.is_quantized,
+    )
+    return resolve_measuring(source, request.measuring, request.compute, wanted)
+
+
+def _given_plan(file: Path, source: Source, request: Request) -> QuantPlan:
+    """A plan from a file, to be written as the user says now.
+
+    Raises:
+        FormatError: if the plan is damaged or of another model.
+        CalibrationError: if it needs an importance matrix and there shall be none.
+    """
+    plan = QuantPlan.load(file)
+    plan.check(source.spec)
+    if plan.needs_imatrix and not request.measuring.use_imatrix:
+        raise CalibrationError(f"{file} has types that need an importance matrix; drop --no-imatrix")
+    asked, use_imatrix = request.writing.error_feedback, request.measuring.use_imatrix
+    wanted = asked if asked is not None else plan.error_feedback and use_imatrix
+    possible = engine_of(source).runs_layers_again and quantizes_layers(plan.types, source.spec)
+    return replace(plan, error_feedback=wanted and possible)
+
+
+def _measuring_for_plan(source: Source, request: Request, plan: QuantPlan, for_writing: bool) -> MeasuringTask:
+    """What has to be known to write the file."""
+    is_quantized = quantizes_layers(plan.types, source.spec) and for_writing
+    wanted = Wanted(scores=False, importance=is_quantized, tokens=for_writing and plan.error_feedback)
+    return resolve_measuring(source, request.measuring, request.compute, wanted)

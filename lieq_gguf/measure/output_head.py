@@ -1,0 +1,80 @@
+"""What comes behind the last layer: the final norm, and the output matrix some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+_BATCH_ROWS = 2048  # of the output matrix, in float32 at once
+
+
+class OutputHead:
+    """Final norm and output matrix. The matrix stays where it is and is converted some rows at a time."""
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        matrix: torch.Tensor,
+        device: torch.device,
+        divisor: float = 1.0,
+        cap: float | None = None,
+    ) -> None:
+        """Take ``matrix`` ``[n_vocab, d_model]``; logits are divided by ``divisor``, then bent to stay below ``cap``.
+
+        Both as in transformers: Granite divides, Gemma 2 caps.
+        """
+        self._norm = norm
+        self._matrix = matrix
+        self._device = device
+        self._divisor = divisor
+        self._cap = cap
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of final hidden states ``[…, d_model]``, on the CPU."""
+        normed = self._normed(hidden)
+        return torch.cat([self._products(normed, rows) for rows in self._row_batches()], dim=-1)
+
+    def divergence(
+        self,
+        hidden: torch.Tensor,
+        other: torch.Tensor | None = None,
+        change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> float:
+        """Mean over tokens of ``KL(p ‖ q)``, ``p`` the next-token distribution of ``hidden`` ``[…, d_model]``.
+
+        Args:
+            hidden: Final hidden states.
+            other: The ones ``q`` comes from; None for the same.
+            change: What is done to rows ``[n, d_model]`` of the output matrix for ``q``; None for nothing.
+
+        The sums over the vocabulary run along with its rows, so no more than a batch of logits is ever held.
+        """
+        normed = self._normed(hidden).flatten(0, -2)
+        other_normed = normed if other is None else self._normed(other).flatten(0, -2)
+        top = torch.full((normed.shape[0],), -torch.inf, dtype=torch.float64)
+        total, other_total, gap = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        for rows in self._row_batches():
+            z = self._products(normed, rows).double()
+            other_z = self._products(other_normed, rows if change is None else change(rows)).double()
+            new_top = torch.maximum(top, torch.maximum(z, other_z).amax(dim=-1))
+            shrink = (top - new_top).exp()
+            p = (z - new_top[:, None]).exp()
+            gap = gap * shrink + (p * (z - other_z)).sum(dim=-1)
+            total = total * shrink + p.sum(dim=-1)
+            other_total = other_total * shrink + (other_z - new_top[:, None]).exp().sum(dim=-1)
+            top = new_top
+        return max(0.0, float((gap / total - total.log() + other_total.log()).mean()))
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._norm(hidden.to(self._device))
+        return result
+
+    def _products(self, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        logits = (normed @ rows.T).cpu() / self._divisor
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def _row_batches(self) -> Iterator[torch.Tensor]:
+        for start in range(0, self._matrix.shape[0], _BATCH_ROWS):
+            yield self._matrix[start : start + _BATCH_ROWS].to(self._device, torch.float32)

@@ -1,0 +1,87 @@
+"""What the user says of a source, of the measuring, of the file, and of the machine; all with defaults."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a user says of a source beside where it is.
+
+    Attributes:
+        revision: Branch, tag or commit of a model on the hub; None for its main branch.
+        adapter: Directory of a LoRA adapter to merge into a model directory.
+        allow_requantize: Whether a GGUF file may be quantised already.
+        initializer_range: Standard deviation of the weights of a GGUF file's untrained twin, if the file does not tell.
+    """
+
+    revision: str | None = None
+    adapter: Path | None = None
+    allow_requantize: bool = False
+    initializer_range: float | None = None
+
+
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """What the user says of the measuring.
+
+    Attributes:
+        text_file: Calibration text, or None for the shipped one.
+        n_tokens: Tokens of it to use.
+        imatrix_file: Importance matrix to use instead of a measured one.
+        use_imatrix: Whether to quantise with an importance matrix at all.
+        scores_file: Scores to use instead of measured ones.
+        seed: Seed of the untrained twin.
+        use_cache: Whether to use what an earlier pass has found, and to keep what this one finds.
+    """
+
+    text_file: Path | None = None
+    n_tokens: int = 16384
+    imatrix_file: Path | None = None
+    use_imatrix: bool = True
+    scores_file: Path | None = None
+    seed: int = 0
+    use_cache: bool = True
+
+
+@dataclass(frozen=True)
+class WritingOptions:
+    """How the file is made.
+
+    Attributes:
+        output: File to write; None for a name made of the model's and the target.
+        force: Whether an existing file may be replaced.
+        error_feedback: Whether to write with error feedback, in a second pass; None for what a given plan was made for,
+            and otherwise with it wherever there is an importance matrix.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer, if it cannot be recognised.
+        command_line: Kept in the file.
+    """
+
+    output: Path | None = None
+    force: bool = False
+    error_feedback: bool | None = None
+    pre_tokenizer: str | None = None
+    command_line: str = ""
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """What a run may use of the machine.
+
+    Attributes:
+        device: Torch device that layers are run on.
+        n_threads: Threads of everything.
+        in_float32: Whether to multiply in float32 even where the device is fast in bfloat16.
+    """
+
+    device: str = "cpu"
+    n_threads: int = field(default_factory=usable_cores)
+    in_float32: bool = False
