@@ -105,6 +105,8 @@ def test_fewer_bits_are_farther_away(files: dict[str, Path]) -> None:
 def test_a_model_directory_is_a_reference_as_well(tiny_model: Path, files: dict[str, Path]) -> None:
     (by_file,) = evaluate([files["Q2_K"]], files["F16"], TEXT, N_CTX, 3)
     (by_directory,) = evaluate([files["Q2_K"]], tiny_model, TEXT, N_CTX, 3)
+    # 0.003 standard deviations of error (F16_LOGITS) in each of 93 tokens, once beside the loss, once beside the
+    # divergence of two bits; another sequence or position changes both by more than a tenth
     assert by_directory.reference_perplexity.value == pytest.approx(by_file.reference_perplexity.value, rel=2e-3)
     assert by_directory.kld.value == pytest.approx(by_file.kld.value, rel=1e-2)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.command import RunCli
 from support.families import TINY_MODELS
+from support.tolerances import FLOAT32_SUMS
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
@@ -89,7 +90,7 @@ def test_experts_with_modules_compute_what_stacked_ones_do(whole: Whole) -> None
         separate_experts(holder)
         found = holder[0](hidden, chosen, shares)
     assert isinstance(holder[0], Experts) and isinstance(whole.mixtures[0].experts, Qwen3MoeExperts)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT32_SUMS * float(expected.std()))
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -117,9 +118,12 @@ def test_llama_cpps_own_pass_sees_the_same_of_each_expert(
     ours = streamed.importance
     assert found.counts.keys() == ours.counts.keys()
     for name, counts in ours.counts.items():
-        assert np.abs(found.counts[name] - counts).sum() <= 0.02 * counts.sum()  # some tokens are a hair's breadth away
+        # a token a hair's breadth away from another expert goes there: 2 % where products are added in F16, 40 % of the
+        # counts differ between neighbouring experts
+        assert np.abs(found.counts[name] - counts).sum() <= 0.1 * counts.sum()
         ours_mean, found_mean = np.array(ours.mean(name)), np.array(found.mean(name))
-        assert float(np.median(np.abs(found_mean / ours_mean - 1))) < 0.01
+        # and is one of some sixty that an expert sees, 0.02 of its mean; those of two experts are 0.18 and more apart
+        assert float(np.median(np.abs(found_mean / ours_mean - 1))) < 0.05
 
 
 def test_an_expert_without_tokens_gets_the_importance_of_the_others() -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import write_model
 from support.tokenizer_fixtures import write_llama_3
+from support.tolerances import BFLOAT16_SUMS, FLOAT32_LOGITS, FLOAT32_SUMS, assert_logits_close
 from support.whole_model import MODULES, OuterReference, WholeModel, lieq_scores
 from tokenizers import Tokenizer
 from torch import nn
@@ -111,7 +112,12 @@ def test_importance_is_the_squared_input_of_the_whole_model(pair: Pair) -> None:
     expected = pair.whole.input_sums()
     assert pair.streamed.importance.in_sum2.keys() == expected.keys()
     for name, sums in pair.streamed.importance.in_sum2.items():
-        np.testing.assert_allclose(sums, expected[name], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(sums, expected[name], rtol=FLOAT32_SUMS, err_msg=name)
+
+
+def assert_spectra_close(found: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]) -> None:
+    """Of projections in float32: the smallest shares come from values that are rounded at the size of the largest."""
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
 
 
 def test_spectra_are_those_of_the_whole_models_projections(pair: Pair) -> None:
@@ -119,7 +125,7 @@ def test_spectra_are_those_of_the_whole_models_projections(pair: Pair) -> None:
         assert measured(m.spectra).keys() == measured(m.twin_spectra).keys() == MODULES.keys()
         for role, spectrum in measured(m.spectra).items():
             expected = pair.whole.spectrum(f"blk.{m.layer}.{role}.weight")
-            np.testing.assert_allclose(spectrum, expected, rtol=1e-3, atol=1e-7, err_msg=f"{m.layer} {role}")
+            assert_spectra_close(spectrum, expected)
 
 
 def test_z_shares_are_those_of_the_files_weights(streamed: PassResult, tiny_model: Path) -> None:
@@ -195,11 +201,11 @@ def test_result_does_not_depend_on_threads(tiny_model: Path) -> None:
         for n in (1, 2)
     )
     for name, sums in one.importance.in_sum2.items():
-        np.testing.assert_allclose(two.importance.in_sum2[name], sums, rtol=1e-6)
+        np.testing.assert_allclose(two.importance.in_sum2[name], sums, rtol=FLOAT32_SUMS)
     for first, second in zip(one.measurements, two.measurements, strict=True):
-        assert second.cosine == pytest.approx(first.cosine, rel=1e-6)
+        assert second.cosine == pytest.approx(first.cosine, rel=FLOAT32_SUMS)
         for role, spectrum in measured(first.spectra).items():
-            np.testing.assert_allclose(measured(second.spectra)[role], spectrum, rtol=1e-6, atol=1e-9)
+            assert_spectra_close(measured(second.spectra)[role], spectrum)
 
 
 def test_importance_alone_is_the_same_and_measures_nothing(streamed: PassResult, tiny_model: Path) -> None:
@@ -343,10 +349,10 @@ def test_divergence_is_that_of_all_logits_at_once() -> None:
     head = OutputHead(nn.Identity(), matrix, torch.device("cpu"))
     p, q, r = (torch.log_softmax(z.double() @ m.double().T, -1) for z, m in
                ((hidden, matrix), (other, matrix), (hidden, matrix * 0.9)))  # fmt: skip
-    assert torch.allclose(head.logits(hidden), hidden @ matrix.T, atol=1e-5)
-    assert head.divergence(hidden, other) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    assert_logits_close(head.logits(hidden), hidden @ matrix.T, FLOAT32_LOGITS)
+    assert head.divergence(hidden, other) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=FLOAT32_SUMS)
     changed = head.divergence(hidden, change=lambda rows: rows * 0.9)
-    assert changed == pytest.approx(float((p.exp() * (p - r)).sum(-1).mean()), rel=1e-4)
+    assert changed == pytest.approx(float((p.exp() * (p - r)).sum(-1).mean()), rel=FLOAT32_SUMS)
     assert head.divergence(hidden) == 0
 
 
@@ -380,11 +386,13 @@ def test_bfloat16_stays_within_a_percent(tiny_model: Path, monkeypatch: pytest.M
     rounded = run_pass(source, tokens, options)
     assert any((exact.importance.in_sum2[n] != s).any() for n, s in rounded.importance.in_sum2.items())
     for name, sums in exact.importance.in_sum2.items():
-        assert np.median(np.abs(rounded.importance.in_sum2[name] / sums - 1)) < 0.01
+        assert np.median(np.abs(rounded.importance.in_sum2[name] / sums - 1)) < BFLOAT16_SUMS
     for a, b in zip(exact.measurements, rounded.measurements, strict=True):
-        assert b.cosine == pytest.approx(a.cosine, rel=0.01)
+        assert b.cosine == pytest.approx(a.cosine, rel=BFLOAT16_SUMS)
         assert lieq.score([b]) == pytest.approx(lieq.score([a]), abs=5e-3)  # of random weights, so near nothing
-        assert sum(measured(b.block_errors).values()) == pytest.approx(sum(measured(a.block_errors).values()), rel=0.01)
+        assert sum(measured(b.block_errors).values()) == pytest.approx(
+            sum(measured(a.block_errors).values()), rel=BFLOAT16_SUMS
+        )
 
 
 def test_lieq_scores_are_those_of_two_whole_models(streamed: PassResult, tiny_model: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from support.command import RunCli
+from support.tolerances import EIGHT_BIT_LOGITS, assert_logits_close, distance
 
 from lieq_gguf import pipeline
 from lieq_gguf.evaluation.health import N_CTX, check, check_file, repetition
@@ -77,15 +78,19 @@ def test_generation_stays_in_the_context_and_ends_where_the_model_does(conversio
 
 def test_generation_takes_the_logits_of_the_last_token(conversion: pipeline.Conversion) -> None:
     seen: list[npt.NDArray[np.float32]] = []
-
-    def pick(logits: npt.NDArray[np.float32]) -> int:
-        seen.append(logits.copy())
-        return int(logits.argmax())
-
     with open_model(conversion.output, n_ctx=N_CTX) as model:
-        ids = model.generate([5, 6, 7], 3, pick)
-        for n, logits in enumerate(seen):
-            np.testing.assert_allclose(logits, model.logits([5, 6, 7, *ids[:n]])[-1], atol=0.05)
+        # given ones: the likeliest tokens repeat each other, and with them the logits of neighbours
+        ids = np.random.default_rng(0).integers(8, model.n_vocab, 3 + 12).tolist()
+
+        def pick(logits: npt.NDArray[np.float32]) -> int:
+            seen.append(logits.copy())
+            return int(ids[2 + len(seen)])
+
+        assert model.generate(ids[:3], 12, pick) == ids[3:]
+        batch = model.logits(ids)
+    assert_logits_close(seen, batch[2:-1], EIGHT_BIT_LOGITS)
+    for neighbours in (batch[1:-2], batch[3:]):
+        assert distance(seen, neighbours).min() > 3 * EIGHT_BIT_LOGITS
 
 
 def test_text_of_tokens(conversion: pipeline.Conversion) -> None:

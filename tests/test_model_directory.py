@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.models import write_model
 from support.requests import convert_plainly
 from support.tokenizer_fixtures import write_smollm2
+from support.tolerances import F16_LOGITS, assert_logits_close, distance
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -23,7 +24,6 @@ from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_TEST_TOKENS = 100
-LARGEST_DIFFERENCE = 0.02
 SIZES = {
     "block_count": 3,
     "context_length": 1024,
@@ -153,31 +153,24 @@ def reference_logits(source: Path, ids: list[int]) -> np.ndarray[Any, Any]:
     return logits
 
 
-def difference(source: Path, file: Path) -> tuple[float, float]:
-    """Share of positions with the same likeliest token, and largest difference in standard deviations of a logit."""
+def logits_of_both(source: Path, file: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Of random tokens: llama.cpp's with the file, and transformers'."""
     config = json.loads((source / "config.json").read_text())
     ids = np.random.default_rng(5).integers(0, config["vocab_size"], N_TEST_TOKENS).tolist()
     reference = reference_logits(source, ids)
     with open_model(file, n_threads=2) as model:
-        logits = model.logits(ids)
-    agreement = (logits.argmax(axis=1) == reference.argmax(axis=1)).mean()
-    return float(agreement), float(np.abs(logits - reference).max() / reference.std())
+        return model.logits(ids), reference
 
 
 @EVERY_VARIANT
 def test_logits_in_llama_cpp_are_those_of_transformers(converted: Converted) -> None:
-    agreement, largest = difference(converted.source, converted.file)
-    # llama.cpp rounds activations and the cache to F16, which makes 0.002 to 0.006; the least of the wrong rotations
-    # below makes over a hundred times as much.
-    assert agreement >= 0.99
-    assert largest < LARGEST_DIFFERENCE
+    assert_logits_close(*logits_of_both(converted.source, converted.file), F16_LOGITS)
 
 
 @pytest.mark.parametrize("name", ["llama3 rope", "linear rope", "yarn rope"])
 def test_logits_differ_with_another_rotation(name: str, convert: Callable[[str], Converted]) -> None:
     # The weights are those of the model without scaling, so only the rotation tells the two apart.
-    _, largest = difference(convert("tied").source, convert(name).file)
-    assert largest > 10 * LARGEST_DIFFERENCE
+    assert distance(*logits_of_both(convert("tied").source, convert(name).file)).max() > 10 * F16_LOGITS
 
 
 def test_yarn_with_its_own_blending_is_refused_or_carried_over(tmp_path: Path) -> None:
@@ -187,7 +180,7 @@ def test_yarn_with_its_own_blending_is_refused_or_carried_over(tmp_path: Path) -
         file = convert_to_f16(source)
     except ArchitectureError:
         return
-    assert difference(source, file)[1] < LARGEST_DIFFERENCE
+    assert_logits_close(*logits_of_both(source, file), F16_LOGITS)
 
 
 @variants("llama3 rope")

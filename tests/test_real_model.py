@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.plain_solvers import greedy, lagrangian, totals
 from support.requests import TWO_THREADS, convert_plainly, measured, on_text, request_of
+from support.tolerances import F16_LOGITS, assert_logits_close
 from support.whole_model import lieq_scores
 from transformers import AutoModelForCausalLM
 
@@ -158,16 +158,13 @@ def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None
     text = read_calibration_text(None)
     ids = load_source_tokenizer(model).encode(text.content, add_special_tokens=False)[:2000]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    n_same, largest = 0, 0.0
     with open_model(f16_file, n_ctx=500, n_threads=N_THREADS) as ours, torch.inference_mode():
         for start in range(0, 2000, 500):
             chunk = ids[start : start + 500]
             expected = reference(torch.tensor([chunk])).logits[0].numpy()
             found = ours.logits(chunk)
-            n_same += int((expected.argmax(-1) == found.argmax(-1)).sum())
-            largest = max(largest, float(np.abs(expected - found).max()))
-    assert n_same >= 1980
-    assert largest < 1.0  # llama.cpp computes attention and activations in F16, transformers here in F32
+            # thirty layers are 120 products, so twice what thirty make; 0.009 with AVX2, and neighbours are 0.8 away
+            assert_logits_close(found, expected, 2 * F16_LOGITS)
 
 
 @pytest.mark.parametrize("type_name", ["F16", "BF16"])
