@@ -586,7 +586,6 @@ def edit_imatrix(change: Callable[[str, np.ndarray[Any, Any]], np.ndarray[Any, A
     def rewrite(file: Path) -> None:
         arrays = {t.name: change(t.name, np.array(t.data)) for t in gguf.GGUFReader(file).tensors}
         writer = gguf.GGUFWriter(file, "")
-        writer.kv_data[0].clear()
         writer.add_type("imatrix")
         for name, array in arrays.items():
             if array is not None:

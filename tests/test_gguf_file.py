@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from support.models import write_model
 from lieq_gguf import pipeline
 from lieq_gguf.errors import FormatError
 from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.formats.gguf_header import HeaderWriter, float_tensor, write_gguf
 from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
@@ -230,3 +232,54 @@ def test_another_alignment_is_followed(tmp_path: Path) -> None:
     writer.close()
     (tensor,) = GgufFile(file).tensors
     np.testing.assert_array_equal(tensor.data.view(np.float32), [[0, 1, 2]])
+
+
+def add_one_of_each(writer: gguf.GGUFWriter) -> None:
+    """Every kind of value, by every kind of function: scalars, arrays, a model card, a vocabulary; one twice."""
+    writer.add_type(gguf.GGUFType.MODEL)
+    gguf.Metadata(name="Tiny", tags=["a", "b"], license="mit", size_label="1M").set_gguf_meta_model(writer)
+    for kind in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"):
+        getattr(writer, f"add_{kind}")(f"some.{kind}", 7)
+    writer.add_float32("some.float32", 0.1)
+    writer.add_float64("some.float64", 0.1)
+    writer.add_bool("some.bool", True)
+    writer.add_string("some.empty", "")
+    writer.add_array("some.array", [1, 2])
+    writer.add_array("some.array", [0.1, 1e-9])
+    writer.add_block_count(2)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_token_list(["ä".encode(), b"\xff"])
+    writer.add_token_scores([0.0, -1.5])
+    writer.add_token_types([gguf.TokenType.NORMAL, gguf.TokenType.BYTE])
+    writer.add_token_merges(["a b", "ä b"])
+    writer.add_precompiled_charsmap(bytes(range(256)))
+    writer.add_chat_template("{{ messages }}")
+    writer.add_sliding_window_pattern([True, False])
+
+
+def test_written_file_is_that_of_ggufs_writer(tmp_path: Path) -> None:
+    """Also when a new version of gguf no longer leads every ``add_`` function to ``add_key_value``."""
+    arrays = {"a.weight": np.ones((3, 5), dtype=np.float32), "b": np.arange(2, dtype=np.float32)}
+    theirs, ours = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama"), HeaderWriter("llama")
+    add_one_of_each(theirs)
+    for name, values in arrays.items():
+        theirs.add_tensor(name, values)
+    theirs.write_header_to_file()
+    theirs.write_kv_data_to_file()
+    theirs.write_tensors_to_file()
+    theirs.close()
+    add_one_of_each(ours)
+    write_gguf(tmp_path / "ours.gguf", ours.values, [float_tensor(name, values) for name, values in arrays.items()])
+    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("value", [[1, 1.5], [None], ["\ud800"], [1 << 40], [], 7])
+def test_value_that_no_header_can_have_is_one_line(value: Any) -> None:
+    with pytest.raises(FormatError, match="is no value for a GGUF header") as refused:
+        HeaderWriter("").add_key_value("some.array", value, gguf.GGUFValueType.ARRAY)
+    assert "\n" not in str(refused.value)
+
+
+def test_number_too_large_for_its_type_is_one_line() -> None:
+    with pytest.raises(FormatError, match=r"1e\+39 is no value"):
+        HeaderWriter("").add_float32("some.float32", 1e39)

@@ -27,7 +27,7 @@ from lieq_gguf.allocation.problem import AllocationOptions
 from lieq_gguf.errors import FormatError, OutputError, QuantizationError, SourceError, TokenizerError
 from lieq_gguf.evaluation.inspection import inspect
 from lieq_gguf.formats.gguf_file import GgufFile
-from lieq_gguf.formats.gguf_header import HeaderWriter
+from lieq_gguf.formats.gguf_header import HeaderWriter, TensorLayout, write_gguf
 from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.native import ggml
@@ -60,23 +60,19 @@ def rewrite(
     file = GgufFile(source)
     values: dict[str, Any] = {key: file.value_bytes(key) for key in file.keys}
     change(values)
-    writer = HeaderWriter(None, "")
-    writer.kv_data[0].clear()
+    writer = HeaderWriter("")
     for key, value in values.items():
         if isinstance(value, bytes):
             writer.add_bytes(key, value)
         elif value is not None:
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    tensors = []
     for t in sorted((t for t in file.tensors if keep(t.spec.name)), key=lambda t: order(t.spec.name)):
         data, kind = t.data, t.quant_type.ggml_id
         if convert is not None:
             data, kind = convert(t.spec.name, ggml.dequantize(t.data, t.quant_type))
-        shape = (*t.spec.shape[:-1], data.shape[-1]) if data.dtype == np.uint8 else t.spec.shape
-        writer.add_tensor(t.spec.name, data.reshape(shape), raw_dtype=gguf.GGMLQuantizationType(kind))
-    writer.write_header_to_file(target)
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        tensors.append((TensorLayout(t.spec.name, t.spec.shape, kind, data.nbytes), data))
+    write_gguf(target, writer.values, tensors)
     return target
 
 
@@ -581,7 +577,7 @@ def test_what_llama_quantize_leaves_alone_keeps_type_and_bytes(tmp_path: Path) -
     """Also where the type is one that cannot be made without an importance matrix."""
     rows = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
     router = ggml.quantize(rows, QUANT_TYPES["IQ2_XXS"], np.ones(256, dtype=np.float32))
-    writer = HeaderWriter(None, "gemma")
+    writer = gguf.GGUFWriter(None, "gemma")
     writer.add_tensor("token_embd.weight", np.ones((8, 256), dtype=np.float16))
     writer.add_tensor("blk.0.ffn_gate_inp.weight", router, raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS)
     writer.add_tensor("blk.0.ssm_a", np.ones((3, 256), dtype=np.float32))
@@ -658,27 +654,30 @@ def mixture(path: Path) -> Path:
     """A GGUF of two layers with four experts, two of which a token uses, by an architecture that is none of ours."""
     rng = np.random.default_rng(0)
     dense = GgufFile(path.parent / "dense.gguf")
-    writer = HeaderWriter(None, "llama")
+    writer = HeaderWriter("llama")
     for key in dense.keys:
         if key != "general.architecture":
             writer.add_bytes(key, dense.value_bytes(key))
     writer.add_expert_count(4)
     writer.add_expert_used_count(2)
+    tensors = []
+
+    def add(name: str, weights: np.ndarray[Any, Any]) -> None:
+        kind = QUANT_TYPES["F32" if weights.dtype == np.float32 else "F16"].ggml_id
+        tensors.append((TensorLayout(name, weights.shape, kind, weights.nbytes), weights))
+
     for t in dense.tensors:
         name, dtype = t.spec.name, np.float32 if t.quant_type.name == "F32" else np.float16
         weights = t.data.view(dtype).reshape(t.spec.shape)
         if ".ffn_" not in name or "norm" in name:
-            writer.add_tensor(name, weights)
+            add(name, weights)
             continue
         experts = np.stack([weights.astype(np.float16) * scale for scale in rng.uniform(0.5, 2, 4).astype(np.float16)])
-        writer.add_tensor(name.replace(".weight", "_exps.weight"), experts)
+        add(name.replace(".weight", "_exps.weight"), experts)
         if "gate" in name:
             router = rng.normal(size=(4, weights.shape[1])).astype(np.float32)
-            writer.add_tensor(name.replace("ffn_gate", "ffn_gate_inp"), router)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            add(name.replace("ffn_gate", "ffn_gate_inp"), router)
+    write_gguf(path, writer.values, tensors)
     return path
 
 

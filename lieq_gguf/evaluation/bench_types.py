@@ -19,7 +19,7 @@ import numpy as np
 
 from lieq_gguf.allocation.decode_costs import DecodeCosts
 from lieq_gguf.errors import VerificationError
-from lieq_gguf.formats.gguf_header import HeaderWriter
+from lieq_gguf.formats.gguf_header import HeaderWriter, TensorLayout, float_tensor, write_gguf
 from lieq_gguf.native import encoders
 from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 from lieq_gguf.quant_types import DEFAULT_LADDER, F32, QUANT_TYPES, QuantType
@@ -95,7 +95,7 @@ def _token_seconds(model: LoadedModel) -> float:
 def _write_model(file: Path, quant_type: QuantType, n_ff: int) -> None:
     """A Llama without a vocabulary, all matrices of one type."""
     numbers = np.random.default_rng(0)
-    writer = HeaderWriter(file, "llama")
+    writer = HeaderWriter("llama")
     writer.add_block_count(_N_LAYERS)
     writer.add_context_length(512)
     writer.add_embedding_length(_WIDTH)
@@ -104,12 +104,13 @@ def _write_model(file: Path, quant_type: QuantType, n_ff: int) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(_N_VOCAB)
     writer.add_tokenizer_model("none")
+    tensors = []
 
     def add(name: str, n_out: int, n_in: int, kind: QuantType) -> None:
         rows = numbers.normal(0, 0.02, (_ENCODED_ROWS, n_in)).astype(np.float32)
         encoded = encoders.quantize(rows, kind, np.ones(n_in, np.float32))
         data = np.tile(encoded, (n_out // _ENCODED_ROWS, 1))
-        writer.add_encoded_tensor(name, (n_out, n_in), kind.ggml_id, data.nbytes, data)
+        tensors.append((TensorLayout(name, (n_out, n_in), kind.ggml_id, data.nbytes), data))
 
     add("token_embd.weight", _N_VOCAB, _WIDTH, F32)
     for layer in range(_N_LAYERS):
@@ -118,10 +119,7 @@ def _write_model(file: Path, quant_type: QuantType, n_ff: int) -> None:
         for role in ("ffn_gate", "ffn_up"):
             add(f"blk.{layer}.{role}.weight", n_ff, _WIDTH, quant_type)
         add(f"blk.{layer}.ffn_down.weight", _WIDTH, n_ff, quant_type)
-        for role in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{role}.weight", np.ones(_WIDTH, np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(_WIDTH, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        norms = (f"blk.{layer}.{role}.weight" for role in ("attn_norm", "ffn_norm"))
+        tensors += [float_tensor(name, np.ones(_WIDTH, np.float32)) for name in norms]
+    tensors.append(float_tensor("output_norm.weight", np.ones(_WIDTH, np.float32)))
+    write_gguf(file, writer.values, tensors)

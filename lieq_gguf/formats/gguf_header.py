@@ -7,14 +7,19 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf.errors import FormatError
+from lieq_gguf.records.bits import padded
+
+Array: TypeAlias = npt.NDArray[Any]
 
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "B",
@@ -65,50 +70,102 @@ class GgufHeader:
     spans: dict[str, tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class TensorLayout:
+    """A tensor of a header to write.
+
+    Attributes:
+        name: Its name.
+        shape: Rows first.
+        ggml_id: ``enum ggml_type``, by number: llama.cpp can be ahead of gguf, which then has no name for it.
+        n_bytes: Size of its data.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_id: int
+    n_bytes: int
+
+
 class HeaderWriter(gguf.GGUFWriter):
-    """A writer that also takes values as the bytes another file has for them, of whatever type."""
+    """Collects metadata as bytes.
+
+    Of gguf's writer it takes only the many ``add_…`` functions, which know the keys of the format and all end in
+    :meth:`add_key_value`; :func:`pack_header` and :func:`write_gguf` take the place of those that write.
+
+    Attributes:
+        values: Key to value as it is stored, its type at the front.
+    """
+
+    def __init__(self, architecture: str) -> None:
+        self.values: dict[str, bytes] = {}
+        super().__init__(None, architecture)  # which adds it, unless it is empty
+
+    def add_key_value(
+        self, key: str, val: Any, vtype: gguf.GGUFValueType, sub_type: gguf.GGUFValueType | None = None
+    ) -> None:
+        """Add a value; one of the same key is replaced where it is.
+
+        Raises:
+            FormatError: if the value is not of the type.
+        """
+        del sub_type  # told by the elements
+        self.values[key] = struct.pack("<I", vtype) + _packed(val, vtype)
 
     def add_bytes(self, key: str, content: bytes) -> None:
         """Add a value, its type at the front, as :attr:`GgufHeader.spans` finds it."""
-        self.kv_data[0][key] = gguf.GGUFValue(_Bytes(content), gguf.GGUFValueType.STRING)
-
-    def packed(self) -> dict[str, bytes]:
-        """All values so far, for :meth:`add_bytes` of other writers."""
-        return {
-            key: self._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
-            for key, value in self.kv_data[0].items()
-        }
-
-    def add_encoded_tensor(
-        self, name: str, shape: tuple[int, ...], ggml_id: int, n_bytes: int, data: npt.NDArray[np.uint8] | None = None
-    ) -> None:
-        """Add a tensor by the number of its type: llama.cpp can be ahead of gguf, which then has no name for it.
-
-        Args:
-            name: Its name.
-            shape: Rows first.
-            ggml_id: ``enum ggml_type``.
-            n_bytes: Size of its data.
-            data: The bytes, if this writer is to write them.
-        """
-        dtype = np.dtype(np.float32)  # not looked at when a type is given
-        self.add_tensor_info(name, shape, dtype, n_bytes, raw_dtype=cast(gguf.GGMLQuantizationType, ggml_id))
-        self.tensors[-1][name].tensor = data
-
-    def _pack_val(
-        self, val: Any, vtype: gguf.GGUFValueType, add_vtype: bool, sub_type: gguf.GGUFValueType | None = None
-    ) -> bytes:
-        if isinstance(val, _Bytes):
-            return val.content
-        try:
-            return super()._pack_val(val, vtype, add_vtype, sub_type)
-        except struct.error as error:  # a configuration can say anything
-            raise FormatError(f"{val!r} is no value for a GGUF header ({error}); correct config.json") from None
+        self.values[key] = content
 
 
-@dataclass(frozen=True)
-class _Bytes:
-    content: bytes
+def pack_header(values: Mapping[str, bytes], tensors: Iterable[TensorLayout]) -> bytes:
+    """Everything before the first tensor, padded to where that begins.
+
+    Args:
+        values: Metadata, as :attr:`HeaderWriter.values` has it; no other alignment than the usual one.
+        tensors: In file order; each begins at a multiple of the alignment.
+    """
+    layouts = list(tensors)
+    parts = [b"GGUF", struct.pack("<IQQ", gguf.GGUF_VERSION, len(layouts), len(values))]
+    for key, value in values.items():
+        parts += [_packed(key, gguf.GGUFValueType.STRING), value]
+    offset = 0
+    for tensor in layouts:
+        n, inner_first = len(tensor.shape), tensor.shape[::-1]
+        parts.append(_packed(tensor.name, gguf.GGUFValueType.STRING))
+        parts.append(struct.pack(f"<I{n}QIQ", n, *inner_first, tensor.ggml_id, offset))
+        offset += padded(tensor.n_bytes)
+    content = b"".join(parts)
+    return content + bytes(padded(len(content)) - len(content))
+
+
+def write_gguf(path: Path, values: Mapping[str, bytes], tensors: Sequence[tuple[TensorLayout, Array]]) -> None:
+    """Write a whole file whose tensors are in memory."""
+    with path.open("wb") as file:
+        file.write(pack_header(values, (layout for layout, _ in tensors)))
+        for _, data in tensors:
+            file.write(data.tobytes())
+            file.write(bytes(padded(file.tell()) - file.tell()))
+
+
+def float_tensor(name: str, values: npt.NDArray[np.float32]) -> tuple[TensorLayout, Array]:
+    """A tensor in F32, for :func:`write_gguf`."""
+    return TensorLayout(name, values.shape, gguf.GGMLQuantizationType.F32, values.nbytes), values
+
+
+def _packed(value: Any, kind: gguf.GGUFValueType) -> bytes:
+    """A value as it is stored, without its type."""
+    try:
+        if kind == gguf.GGUFValueType.STRING:
+            text = value.encode("utf-8") if isinstance(value, str) else value
+            return struct.pack("<Q", len(text)) + text
+        if kind != gguf.GGUFValueType.ARRAY:
+            return struct.pack("<" + _SCALARS[kind], value)
+        if isinstance(value, bytes):
+            return struct.pack("<IQ", gguf.GGUFValueType.UINT8, len(value)) + value
+        (element,) = {gguf.GGUFValueType.get_type(v) for v in value}
+    except (struct.error, OverflowError, ValueError, TypeError) as error:  # a configuration can say anything
+        raise FormatError(f"{value!r:.80} is no value for a GGUF header ({error}); correct config.json") from None
+    return struct.pack("<IQ", element, len(value)) + b"".join(_packed(v, element) for v in value)
 
 
 def type_name(ggml_id: int) -> str:

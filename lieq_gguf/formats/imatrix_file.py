@@ -8,11 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 from lieq_gguf.errors import FormatError
-from lieq_gguf.formats.gguf_header import read_header, type_name
+from lieq_gguf.formats.gguf_header import HeaderWriter, float_tensor, read_header, type_name, write_gguf
 from lieq_gguf.quant_types import F32
 from lieq_gguf.records.files import replaced_when_complete
 from lieq_gguf.records.importance import FloatArray, ImportanceMatrix
@@ -22,21 +21,19 @@ _CHUNK_SIZE = 512  # what llama-imatrix takes unless told otherwise
 
 def save_importance(matrix: ImportanceMatrix, path: Path) -> None:
     """Write the GGUF that llama-imatrix writes and llama-quantize reads."""
+    writer = HeaderWriter("")  # the format has no general.architecture
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [matrix.dataset])
+    writer.add_uint32("imatrix.chunk_count", matrix.n_chunks)
+    writer.add_uint32("imatrix.chunk_size", matrix.chunk_size)
+    tensors = []
+    for name in sorted(matrix.in_sum2):
+        sums = matrix.in_sum2[name].astype(np.float32)
+        counts = matrix.counts.get(name, np.array([matrix.n_tokens], dtype=np.float32))
+        tensors.append(float_tensor(f"{name}.in_sum2", sums.reshape(len(counts), -1)))
+        tensors.append(float_tensor(f"{name}.counts", counts[:, None].astype(np.float32)))
     with replaced_when_complete(path) as temporary:
-        writer = gguf.GGUFWriter(None, "")  # the format has no general.architecture
-        writer.add_type("imatrix")
-        writer.add_array("imatrix.datasets", [matrix.dataset])
-        writer.add_uint32("imatrix.chunk_count", matrix.n_chunks)
-        writer.add_uint32("imatrix.chunk_size", matrix.chunk_size)
-        for name in sorted(matrix.in_sum2):
-            sums = matrix.in_sum2[name].astype(np.float32)
-            counts = matrix.counts.get(name, np.array([matrix.n_tokens], dtype=np.float32))
-            writer.add_tensor(f"{name}.in_sum2", sums.reshape(len(counts), -1))
-            writer.add_tensor(f"{name}.counts", counts[:, None].astype(np.float32))
-        writer.write_header_to_file(temporary)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_gguf(temporary, writer.values, tensors)
 
 
 def load_importance(path: Path) -> ImportanceMatrix:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import gguf
 
 from lieq_gguf import __version__
-from lieq_gguf.formats.gguf_header import HeaderWriter
+from lieq_gguf.formats.gguf_header import HeaderWriter, TensorLayout, pack_header
 from lieq_gguf.quant_types import F32, QUANT_TYPES
 from lieq_gguf.records.bits import BitBudget, BitMeter, measure_bits, padded
 from lieq_gguf.records.plan import QuantPlan
@@ -104,9 +103,9 @@ def header_bytes(spec: ModelSpec, metadata: SourceMetadata, labels: PlanLabels, 
 
 def _packed(spec: ModelSpec, metadata: SourceMetadata) -> dict[str, bytes]:
     """The metadata as bytes: to pack a vocabulary takes a while."""
-    writer = HeaderWriter(None, spec.architecture)
+    writer = HeaderWriter(spec.architecture)
     metadata.add_to(writer)
-    return writer.packed()
+    return writer.values
 
 
 @dataclass(frozen=True)
@@ -122,26 +121,16 @@ class _Layout:
     def content(self, meter: BitMeter) -> bytes:
         """The bytes, with the figures."""
         spec = self.spec
-        writer = HeaderWriter(None, spec.architecture)
-        for key, value in self.packed.items():
-            writer.add_bytes(key, value)
+        writer = HeaderWriter(spec.architecture)
+        writer.values.update(self.packed)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(spec.layer_matrices, self.types))
         self._add_provenance(writer, meter)
-        for tensor in spec.tensors:
-            quant_type = QUANT_TYPES[self.types[tensor.name]]
-            writer.add_encoded_tensor(
-                tensor.name, tensor.shape, quant_type.ggml_id, quant_type.tensor_bytes(tensor.shape)
-            )
-        # The writer fills open files only; an open file in memory saves writing the header to disk twice.
-        content = io.BytesIO()
-        writer.fout = [content]  # type: ignore[list-item]
-        writer.state = gguf.gguf_writer.WriterState.EMPTY
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        n_bytes = content.tell()
-        return content.getvalue() + bytes(padded(n_bytes) - n_bytes)
+        return pack_header(writer.values, map(self._tensor, spec.tensors))
+
+    def _tensor(self, tensor: TensorSpec) -> TensorLayout:
+        quant_type = QUANT_TYPES[self.types[tensor.name]]
+        return TensorLayout(tensor.name, tensor.shape, quant_type.ggml_id, quant_type.tensor_bytes(tensor.shape))
 
     def _add_provenance(self, writer: gguf.GGUFWriter, meter: BitMeter) -> None:
         imatrix, labels = self.provenance.imatrix, self.labels
