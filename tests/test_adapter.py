@@ -1,4 +1,4 @@
-"""LoRA adapters against the formulas of PEFT, written out here on whole matrices."""
+"""LoRA adapters against the formulas of PEFT, written out here on whole matrices, and against PEFT."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from support.command import RunCli
 from support.models import write_model
 from support.requests import convert_plainly
 from support.tolerances import FLOAT32_SUMS
+from transformers import AutoModelForCausalLM
 
 from lieq_gguf.errors import SourceError
 from lieq_gguf.measure.cache import passes_folder
@@ -262,6 +263,88 @@ def test_layer_that_is_run_has_merged_weights(untied: Path, tmp_path: Path) -> N
     layer.load(ModelDirectory(untied, write_adapter(tmp_path / "lora", tensors)), 1)
     product = tensors[f"{PREFIX}{UP_PROJ}.lora_B.weight"] @ tensors[f"{PREFIX}{UP_PROJ}.lora_A.weight"]
     assert torch.equal(layer.weight("mlp.up_proj"), weight(untied, UP_PROJ) + 2 * product)
+
+
+# Against PEFT itself
+
+PEFT_CASES: dict[str, dict[str, Any]] = {
+    "LoRA and a saved module": {"modules_to_save": ["lm_head"]},
+    "LoRA with biases": {"bias": "all"},
+    "ranks and alphas by module": {
+        "rank_pattern": {"q_proj": 2, r".*\.1\.mlp\..*": 8},
+        "alpha_pattern": {"layers.0.self_attn.v_proj": 3},
+    },
+    "rsLoRA": {"use_rslora": True, "r": 8},
+    "DoRA and a saved module": {"use_dora": True, "modules_to_save": ["lm_head"]},
+    "rsLoRA and DoRA with biases": {"use_rslora": True, "use_dora": True, "bias": "lora_only"},
+}
+
+
+def merged_by_peft(base: Path, adapter: Path, **settings: Any) -> Tensors:
+    """Save an adapter, every number of which has moved from where it starts, and merge it as PEFT does."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = [*(name.rpartition(".")[2] for name in LINEAR), "embed_tokens"]
+    values = {"r": RANK, "lora_alpha": ALPHA, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**(values | settings)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.empty_like(parameter).normal_(0, 0.1)
+    model.save_pretrained(adapter, save_embedding_layers=True)  # as it does, with a warning, where they are adapted
+    merged: Tensors = model.merge_and_unload().state_dict()
+    return merged
+
+
+def rounding(source: ModelDirectory, name: str, merged: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far our tensor and PEFT's can be apart, by the number of roundings in float32 and to the base's ``dtype``.
+
+    A sum is off by one rounding of the sum of magnitudes a term at most: ``W + scale * B A`` has the rank's products,
+    their scale and the base's weight. With DoRA that error is scaled as the sum is. The norm adds its own: that of its
+    terms, a rounding for every two of them, since the root halves it, and those of root, quotient and product. PEFT
+    rounds the result to the type of the base, and of an embedding the product as well; we do not.
+    """
+    assert source.adapter is not None
+    update = source.adapter.updates.get(name)
+    if update is None:
+        return torch.zeros_like(merged)
+    tensors, weight = load_file(source.adapter.file), load_file(source.path / "model.safetensors")[name].float()
+    a, b = tensors[update.a], tensors[update.b]
+    if update.is_embedding:
+        a, b = b.T, a.T
+    unit, of_base = torch.finfo(torch.float32).eps / 2, torch.finfo(dtype).eps / 2
+    product = update.scale * (b.abs() @ a.abs())
+    error = 2 * (len(a) + 2) * unit * (weight.abs() + product)
+    if update.is_embedding:
+        error += of_base * product
+    if update.magnitude is not None:
+        dim = 0 if update.is_embedding else 1
+        norms = (weight + update.scale * (b @ a)).norm(dim=dim, keepdim=True)
+        of_norm = error.norm(dim=dim, keepdim=True) / norms + (merged.shape[dim] + 6) * unit
+        error = error * tensors[update.magnitude].view_as(norms).abs() / norms + of_norm * merged.abs()
+    return error + of_base * (merged.abs() + error)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_merged_tensors_are_those_of_peft(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    """Every tensor, up to roundings; what the adapter does not touch is as stored."""
+    base = write_model(tmp_path / "base", dtype=dtype, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
+    expected = merged_by_peft(base, tmp_path / "lora", **PEFT_CASES[case])
+    source = ModelDirectory(base, tmp_path / "lora")
+    found, stored = read_all(source), load_file(base / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        wanted = expected[name].float()
+        assert bool(((tensor.float() - wanted).abs() <= rounding(source, name, wanted, dtype)).all()), name
+    changed = {name for name, tensor in found.items() if not torch.equal(tensor.float(), stored[name].float())}
+    adapted = {f"{module}.weight" for module in (*MODULES, "model.embed_tokens")}
+    saved = {"lm_head.weight"} if "modules_to_save" in PEFT_CASES[case] else set()
+    biases = {name for name in stored if name.endswith(".bias")} if "bias" in PEFT_CASES[case] else set()
+    assert changed == adapted | saved | biases
 
 
 # The whole way
