@@ -1,10 +1,13 @@
-"""Two plain ways to the knapsack that the exact solver is held against: greedy, and by a price on size."""
+"""Plain ways to the knapsack that the exact solver is held against: greedy, by a price on size, one integer program."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lieq_gguf.allocation.knapsack import Option
+import numpy as np
+
+from lieq_gguf.allocation import knapsack
+from lieq_gguf.allocation.knapsack import GAP, Option
 
 Groups = Sequence[Sequence[Option]]
 
@@ -46,3 +49,18 @@ def lagrangian(groups: Groups, limit: int) -> tuple[int, ...]:
         price = (low + high) / 2
         low, high = (price, high) if totals(groups, at(price))[1] > limit else (low, price)
     return at(high)
+
+
+def one_program(groups: Groups, limit: int, time_limit: float = np.inf) -> tuple[int, ...]:
+    """All in one integer program to the same gap, without the relaxation that rules options out beforehand."""
+    timed = bool(np.isfinite(time_limit))
+    kept = [(i, k) for i, options in enumerate(groups) for k in knapsack._undominated(options, timed)]
+    scale = max(groups[i][k].damage for i, k in kept)
+    while True:  # as in knapsack.solve: HiGHS also stops at a millionth of the scale
+        program = knapsack._program(groups, kept, limit, time_limit, scale)
+        chosen = knapsack._checked(groups, program, knapsack._integers(program), limit)
+        damage = totals(groups, chosen)[0]
+        if damage >= 1e-6 / GAP * scale or damage == 0:
+            return chosen
+        scale = damage
+        kept = [(i, k) for i, k in kept if groups[i][k].damage <= damage]
