@@ -12,7 +12,7 @@ from support.requests import request_of
 from support.tokenizer_fixtures import ALL_TEXTS, write_llama_3
 from transformers import AutoModelForCausalLM
 
-from lieq_gguf.evaluation.divergence import TokenFigures, compare_logits, evaluate, read_text
+from lieq_gguf.evaluation.divergence import ComparisonOptions, TokenFigures, compare_logits, evaluate, read_text
 from lieq_gguf.measure.text import read_calibration_text
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.records.options import MeasuringOptions
@@ -77,13 +77,13 @@ def test_huge_logits_do_not_overflow() -> None:
 
 
 def test_only_the_second_half_of_a_sequence_is_scored(files: dict[str, Path]) -> None:
-    (result,) = evaluate([files["Q8_0"]], files["F16"], TEXT, N_CTX, 3)
+    (result,) = evaluate([files["Q8_0"]], files["F16"], TEXT, ComparisonOptions(N_CTX, 3))
     assert result.n_chunks == 3
     assert result.n_tokens == 3 * (N_CTX // 2 - 1)
 
 
 def test_perplexity_by_hand(files: dict[str, Path]) -> None:
-    (result,) = evaluate([files["Q2_K"]], files["F16"], TEXT, N_CTX, 2)
+    (result,) = evaluate([files["Q2_K"]], files["F16"], TEXT, ComparisonOptions(N_CTX, 2))
     losses = []
     with open_model(files["Q2_K"], n_ctx=N_CTX) as model:
         ids = model.tokenize(TEXT, add_special_tokens=True)
@@ -96,15 +96,17 @@ def test_perplexity_by_hand(files: dict[str, Path]) -> None:
 
 
 def test_fewer_bits_are_farther_away(files: dict[str, Path]) -> None:
-    q8, q2, f16 = evaluate([files["Q8_0"], files["Q2_K"], files["F16"]], files["F16"], TEXT, N_CTX, 3)
+    q8, q2, f16 = evaluate(
+        [files["Q8_0"], files["Q2_K"], files["F16"]], files["F16"], TEXT, ComparisonOptions(N_CTX, 3)
+    )
     assert f16.kld.value < 1e-6 < q8.kld.value < q2.kld.value
     assert f16.same_top.value == 1.0
     assert q8.reference_perplexity == q2.reference_perplexity == f16.perplexity
 
 
 def test_a_model_directory_is_a_reference_as_well(tiny_model: Path, files: dict[str, Path]) -> None:
-    (by_file,) = evaluate([files["Q2_K"]], files["F16"], TEXT, N_CTX, 3)
-    (by_directory,) = evaluate([files["Q2_K"]], tiny_model, TEXT, N_CTX, 3)
+    (by_file,) = evaluate([files["Q2_K"]], files["F16"], TEXT, ComparisonOptions(N_CTX, 3))
+    (by_directory,) = evaluate([files["Q2_K"]], tiny_model, TEXT, ComparisonOptions(N_CTX, 3))
     # 0.003 standard deviations of error (F16_LOGITS) in each of 93 tokens, once beside the loss, once beside the
     # divergence of two bits; another sequence or position changes both by more than a tenth
     assert by_directory.reference_perplexity.value == pytest.approx(by_file.reference_perplexity.value, rel=2e-3)
@@ -112,7 +114,7 @@ def test_a_model_directory_is_a_reference_as_well(tiny_model: Path, files: dict[
 
 
 def test_reference_directory_is_run_by_transformers(tiny_model: Path, files: dict[str, Path]) -> None:
-    (result,) = evaluate([files["F16"]], tiny_model, TEXT, N_CTX, 1)
+    (result,) = evaluate([files["F16"]], tiny_model, TEXT, ComparisonOptions(N_CTX, 1))
     with open_model(files["F16"], vocab_only=True) as model:
         chunk = model.tokenize(TEXT, add_special_tokens=True)[:N_CTX]
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -123,15 +125,15 @@ def test_reference_directory_is_run_by_transformers(tiny_model: Path, files: dic
 
 
 def test_errors_shrink_with_more_sequences(files: dict[str, Path]) -> None:
-    (few,) = evaluate([files["Q2_K"]], files["F16"], TEXT, N_CTX, 3)
-    (many,) = evaluate([files["Q2_K"]], files["F16"], TEXT, N_CTX, 40)
+    (few,) = evaluate([files["Q2_K"]], files["F16"], TEXT, ComparisonOptions(N_CTX, 3))
+    (many,) = evaluate([files["Q2_K"]], files["F16"], TEXT, ComparisonOptions(N_CTX, 40))
     assert few.kld.stderr is not None
     assert many.kld.stderr is not None
     assert many.kld.stderr < few.kld.stderr
 
 
 def test_one_sequence_has_no_error(files: dict[str, Path]) -> None:
-    (result,) = evaluate([files["Q2_K"]], files["F16"], TEXT, N_CTX, 1)
+    (result,) = evaluate([files["Q2_K"]], files["F16"], TEXT, ComparisonOptions(N_CTX, 1))
     assert result.kld.stderr is None
     json.dumps(result.to_json(), allow_nan=False)
 

@@ -20,7 +20,7 @@ from lieq_gguf.allocation.build import build_problem
 from lieq_gguf.allocation.knapsack import GAP, solve
 from lieq_gguf.allocation.problem import AllocationOptions
 from lieq_gguf.allocation.time_limit import options as choices
-from lieq_gguf.evaluation.divergence import evaluate, read_text
+from lieq_gguf.evaluation.divergence import ComparisonOptions, evaluate, read_text
 from lieq_gguf.evaluation.generation import stream
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.imatrix_file import save_importance
@@ -32,7 +32,7 @@ from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.pipeline import convert, plan
 from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types
 from lieq_gguf.records.bits import BitBudget
-from lieq_gguf.records.options import ComputeOptions, MeasuringOptions
+from lieq_gguf.records.options import ComputeOptions, GenerationOptions, MeasuringOptions
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.request import Request
 from lieq_gguf.scorers import lieq, score_layers
@@ -86,7 +86,9 @@ def test_every_budget_is_met_within_one_percent_and_speaks(
     meter = GgufFile(output).bit_meter()
     assert meter == result.prepared.header.meter
     assert 0.99 * bits <= meter.layer_bpw <= bits
-    assert "".join(stream(output, "The capital of France is", 8, 0.0, True, 0, N_THREADS)).strip()
+    assert "".join(
+        stream(output, "The capital of France is", GenerationOptions(8, raw=True, n_threads=N_THREADS))
+    ).strip()
 
 
 def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, files: MeasuringOptions, tmp_path: Path) -> None:
@@ -109,7 +111,9 @@ def test_error_feedback_brings_a_file_closer_to_the_model(
     made = {fed: tmp_path / f"{fed}.gguf" for fed in (False, True)}
     for fed, file in made.items():
         convert(request_of(model, chosen.bits_per_weight, file, quant_type, files, error_feedback=fed))
-    without, with_feedback = evaluate(list(made.values()), f16_file, read_text(None), 512, 3, N_THREADS)
+    without, with_feedback = evaluate(
+        list(made.values()), f16_file, read_text(None), ComparisonOptions(512, 3, N_THREADS)
+    )
     assert with_feedback.kld.value < 0.85 * without.kld.value
 
 
@@ -137,7 +141,9 @@ def test_file_of_a_given_size_is_no_larger_and_speaks(
     assert 0.999 * size < output.stat().st_size <= size
     types = {name for name in result.prepared.plan.types.values() if name.startswith("IQ")}
     assert bool(types) == (profile != "edge")
-    assert "".join(stream(output, "The capital of France is", 8, 0.0, True, 0, N_THREADS)).strip()
+    assert "".join(
+        stream(output, "The capital of France is", GenerationOptions(8, raw=True, n_threads=N_THREADS))
+    ).strip()
 
 
 def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(model: Path) -> None:

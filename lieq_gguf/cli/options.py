@@ -5,8 +5,6 @@ Defaults are those of the request's records, and choices those of the registries
 
 from __future__ import annotations
 
-import math
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -16,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
 import typer
 
 from lieq_gguf.allocation.methods import METHODS
-from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Granularity, Pin
-from lieq_gguf.cli.grouping import Given
+from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Granularity
+from lieq_gguf.cli.parsing import n_threads_or_all, one_type, pin_of, positive, scorer_name, types_named
 from lieq_gguf.errors import LieqError
 from lieq_gguf.progress import Progress
-from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType, parse_types
 from lieq_gguf.records.bits import BitBudget, parse_size
-from lieq_gguf.records.options import ComputeOptions, MeasuringOptions, SourceOptions, WritingOptions, usable_cores
+from lieq_gguf.records.options import ComputeOptions, GenerationOptions, MeasuringOptions, SourceOptions, WritingOptions
+from lieq_gguf.request import ScoreRequest
 from lieq_gguf.scorers import scorers
 
 if TYPE_CHECKING:
@@ -31,24 +29,6 @@ if TYPE_CHECKING:
 else:
     MethodName = Literal[tuple(METHODS)]
     ProfileName = Literal[tuple(PROFILES)]
-
-
-def _positive(value: float | None) -> float | None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise typer.BadParameter(f"{value} is not a number above 0")
-    return value
-
-
-def scorer_name(value: str | None) -> str | None:
-    """Require the name of a layer score."""
-    if value is not None and value not in scorers():
-        raise typer.BadParameter(f"'{value}' is not a layer score; the scores are {', '.join(scorers())}")
-    return value
-
-
-def _n_threads(value: int) -> int:
-    """0 stands for the cores this process may use."""
-    return value or usable_cores()
 
 
 debug_is_on = False
@@ -109,7 +89,7 @@ class ScoredSourceArguments(SourceArguments):
             metavar="STD",
             help="Standard deviation of the initial weights (`initializer_range` in config.json). Needed only for GGUF "
             "files that do not store it.",
-            callback=_positive,
+            callback=positive,
         ),
     ] = SourceOptions.initializer_range
 
@@ -124,11 +104,11 @@ class TargetArguments:
 
     bits: Annotated[
         float | None,
-        typer.Option("--bits", help="Average stored bits per decoder weight, never exceeded.", callback=_positive),
+        typer.Option("--bits", help="Average stored bits per decoder weight, never exceeded.", callback=positive),
     ] = None
     file_bits: Annotated[
         float | None,
-        typer.Option("--file-bits", help="Average bits of the whole file per weight of the model.", callback=_positive),
+        typer.Option("--file-bits", help="Average bits of the whole file per weight of the model.", callback=positive),
     ] = None
     size: Annotated[
         str | None,
@@ -222,7 +202,7 @@ class AllocationArguments:
             "--min-tokens-per-sec",
             metavar="N",
             help="Choose types that reach this predicted speed of generation.",
-            callback=_positive,
+            callback=positive,
         ),
     ] = AllocationOptions.min_tokens_per_sec
     pin: Annotated[
@@ -247,9 +227,9 @@ class AllocationArguments:
             scorer=self.layer_score,
             granularity=self.granularity,
             types=types_named("--types", self.types),
-            embedding_type=_one_type("--embedding-type", self.embedding_type),
-            output_type=_one_type("--output-type", self.output_type),
-            pins=tuple(_pin(text) for text in self.pin or ()),
+            embedding_type=one_type("--embedding-type", self.embedding_type),
+            output_type=one_type("--output-type", self.output_type),
+            pins=tuple(pin_of(text) for text in self.pin or ()),
             profile=self.profile,
             min_tokens_per_sec=self.min_tokens_per_sec,
         )
@@ -371,7 +351,7 @@ def command_line() -> str:
 
 Threads = Annotated[
     int,
-    typer.Option("--threads", "-t", min=0, help="Threads.", show_default="all cores", callback=_n_threads),
+    typer.Option("--threads", "-t", min=0, help="Threads.", show_default="all cores", callback=n_threads_or_all),
 ]
 
 
@@ -391,6 +371,77 @@ class ComputeArguments:
     def options(self) -> ComputeOptions:
         """What may be used of the machine."""
         return ComputeOptions(self.device, self.threads, self.float32)
+
+
+@dataclass(frozen=True)
+class ScoreArguments:
+    """What is scored, and where the scores go."""
+
+    layer_score: Annotated[
+        str | None,
+        typer.Option(
+            "--layer-score",
+            metavar="NAME",
+            callback=scorer_name,
+            help="Score to show first and draw.",
+            show_default="lieq; zd where llama.cpp runs the model",
+        ),
+    ] = ScoreRequest.scorer
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Measure every score, and show how their orders agree (Spearman).")
+    ] = ScoreRequest.measures_all
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write scores and type errors as JSON.")
+    ] = None
+    types: Types = None
+    force: Force = False
+
+
+PlanFormat = Literal["json", "tensor-type-file"]
+
+
+@dataclass(frozen=True)
+class PlanFileArguments:
+    """Where the plan goes."""
+
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan as JSON for 'convert --plan'.")
+    ] = None
+    format_: Annotated[
+        PlanFormat,
+        typer.Option("--format", help="`json`, or `tensor-type-file` for llama-quantize's option of that name."),
+    ] = "json"
+    force: Force = False
+
+
+@dataclass(frozen=True)
+class BenchArguments:
+    """How a file is run to time it."""
+
+    n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", min=1, help="Tokens of the prompt.")] = 512
+    n_generate: Annotated[int, typer.Option("--n-generate", "-n", min=1, help="Tokens generated.")] = 128
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs.")] = 5
+
+
+@dataclass(frozen=True)
+class GenerationArguments:
+    """How a file answers."""
+
+    n_generate: Annotated[int, typer.Option("--n-generate", "-n", min=1, help="Tokens at most.")] = (
+        GenerationOptions.n_generate
+    )
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 = always the likeliest token.")] = (
+        GenerationOptions.temperature
+    )
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text instead of using the chat template.")] = (
+        GenerationOptions.raw
+    )
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampler.")] = GenerationOptions.seed
+    threads: Threads = 0
+
+    def options(self) -> GenerationOptions:
+        """How a file answers."""
+        return GenerationOptions(self.n_generate, self.temperature, self.raw, self.seed, self.threads)
 
 
 ThreadCounts = Annotated[
@@ -435,6 +486,7 @@ class ComparisonArguments:
             help="Multiple-choice questions to answer by likelihood (JSONL); `demo` for the set that comes along.",
         ),
     ] = None
+    threads: Threads = 0
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress on stderr.")]
@@ -473,56 +525,3 @@ class OutputArguments:
     def progress(self) -> Progress:
         """Where stages are shown and timed."""
         return Progress(silent=self.quiet)
-
-
-def refuse_given(given: Given, names: tuple[str, ...], why: str) -> None:
-    """An option that would be ignored is an error, not a surprise."""
-    for name in names:
-        if name in given:
-            raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
-
-
-def thread_counts(text: str | None) -> tuple[int, ...]:
-    """Numbers of threads, separated by commas; all cores if none is given."""
-    if text is None:
-        return (_n_threads(0),)
-    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(counts) < 1:
-        raise typer.BadParameter(
-            f"'{text}' is not a list of thread counts; expected for example 1,2,4", param_hint="-t"
-        )
-    return tuple(dict.fromkeys(counts))
-
-
-def types_named(option: str, names: str | None) -> tuple[QuantType, ...]:
-    """Types by name, separated by commas, behind a plus beside the usual ones; another name is wrong usage."""
-    if names is None:
-        return DEFAULT_LADDER
-    usual = DEFAULT_LADDER if names.startswith("+") else ()
-    try:
-        return tuple(dict.fromkeys([*usual, *parse_types(names.removeprefix("+").split(","))]))
-    except LieqError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-
-
-def _one_type(option: str, name: str | None) -> QuantType | None:
-    """A type by name; several are wrong usage."""
-    if name is None:
-        return None
-    types = types_named(option, name)
-    if len(types) > 1:
-        raise typer.BadParameter(f"'{name}' names {len(types)} types; expected one", param_hint=option)
-    return types[0]
-
-
-def _pin(text: str) -> Pin:
-    """A type fixed by hand, ``REGEX=TYPE``."""
-    pattern, _, name = text.rpartition("=")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise typer.BadParameter(f"'{pattern}' is not a regular expression ({error})", param_hint="--pin") from None
-    quant_type = _one_type("--pin", name) if pattern else None
-    if quant_type is None:
-        raise typer.BadParameter(f"'{text}' is not a pin; expected for example 'ffn_down=Q4_K'", param_hint="--pin")
-    return Pin(pattern, quant_type)

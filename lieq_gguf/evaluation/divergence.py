@@ -150,15 +150,29 @@ def compare_logits(
     return TokenFigures(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """How files are compared with their reference.
+
+    Attributes:
+        n_ctx: Tokens of a sequence; the second half is scored.
+        n_chunks: Sequences to use, from the start of the text; None for all.
+        n_threads: Threads to run with.
+        questions: Multiple-choice questions to answer as well.
+    """
+
+    n_ctx: int = 512
+    n_chunks: int | None = None
+    n_threads: int = 1
+    questions: Sequence[Question] = ()
+
+
 def evaluate(
     files: Sequence[Path],
     reference: Path,
     text: str,
-    n_ctx: int = 512,
-    n_chunks: int | None = None,
-    n_threads: int = 1,
+    options: ComparisonOptions,
     advance: Callable[[float], None] = lambda _amount: None,
-    questions: Sequence[Question] = (),
 ) -> list[Evaluation]:
     """Compare files with a reference on a text; the reference runs once for all of them.
 
@@ -166,17 +180,15 @@ def evaluate(
         files: GGUF files.
         reference: GGUF file or model directory.
         text: Text that calibration has not seen.
-        n_ctx: Tokens of a sequence; the second half is scored.
-        n_chunks: Sequences to use, from the start of the text; None for all.
-        n_threads: Threads to run with.
+        options: How to compare.
         advance: Called with 1 after each sequence and each question.
-        questions: Multiple-choice questions to answer as well.
 
     Raises:
         EvaluationError: if a file is of another architecture or has another tokenizer than the reference, or the text
             is too short.
         LieqError: if a file or the reference cannot be loaded.
     """
+    n_ctx, n_threads, questions = options.n_ctx, options.n_threads, options.questions
     n_needed = max(n_ctx, health.N_CTX, _tokens_needed(files[0], questions))
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(file, n_ctx=n_needed, n_threads=n_threads)) for file in files]
@@ -188,7 +200,7 @@ def evaluate(
                     "expected files made of the same model"
                 )
         ids = _common_tokens(files, models, reference, base, text)
-        chunks = list(_chunks(ids, n_ctx, n_chunks, models[0].bos_token))
+        chunks = list(_chunks(ids, n_ctx, options.n_chunks, models[0].bos_token))
         figures: list[list[TokenFigures]] = [[] for _ in files]
         first = n_ctx // 2
         for chunk in chunks:

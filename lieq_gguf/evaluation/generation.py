@@ -8,23 +8,18 @@ from pathlib import Path
 from lieq_gguf.errors import VerificationError
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.native.llama_cpp import llama_cpp
+from lieq_gguf.records.options import GenerationOptions
 
 _CONTEXT = 2048
 
 
-def stream(
-    file: Path, prompt: str, n_generate: int, temperature: float, raw: bool, seed: int, n_threads: int
-) -> Iterator[str]:
+def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]:
     """Pieces of the answer as they come.
 
     Args:
         file: GGUF file.
         prompt: What the user says.
-        n_generate: Tokens at most.
-        temperature: 0 always takes the likeliest token.
-        raw: Whether to continue ``prompt`` as text instead of answering it through the chat template.
-        seed: Seed of the sampler.
-        n_threads: Threads of llama.cpp.
+        options: How to answer.
 
     Raises:
         FormatError: if the file is no complete GGUF.
@@ -35,17 +30,16 @@ def stream(
     api = llama_cpp()
     n_ctx = min(_CONTEXT, int(content.value(f"{content.architecture}.context_length", _CONTEXT)))
     try:
+        n_threads = options.n_threads
         model = api.Llama(
-            str(file), n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, seed=seed, verbose=False
+            str(file), n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, seed=options.seed, verbose=False
         )
-        if has_template and not raw:
-            chunks = model.create_chat_completion(
-                [{"role": "user", "content": prompt}], max_tokens=n_generate, temperature=temperature, stream=True
-            )
-            for chunk in chunks:
+        sampling = {"max_tokens": options.n_generate, "temperature": options.temperature, "stream": True}
+        if has_template and not options.raw:
+            for chunk in model.create_chat_completion([{"role": "user", "content": prompt}], **sampling):
                 yield chunk["choices"][0]["delta"].get("content") or ""
         else:
-            for chunk in model.create_completion(prompt, max_tokens=n_generate, temperature=temperature, stream=True):
+            for chunk in model.create_completion(prompt, **sampling):
                 yield chunk["choices"][0]["text"]
     except ValueError as error:
         raise VerificationError(f"llama.cpp does not answer with {file}: {error}") from None

@@ -85,3 +85,22 @@ class ComputeOptions:
     device: str = "cpu"
     n_threads: int = field(default_factory=usable_cores)
     in_float32: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How a file answers a prompt.
+
+    Attributes:
+        n_generate: Tokens at most.
+        temperature: 0 always takes the likeliest token.
+        raw: Whether to continue the prompt as text instead of answering it through the chat template.
+        seed: Seed of the sampler.
+        n_threads: Threads of llama.cpp.
+    """
+
+    n_generate: int = 256
+    temperature: float = 0.0
+    raw: bool = False
+    seed: int = 0
+    n_threads: int = field(default_factory=usable_cores)

@@ -1,0 +1,179 @@
+"""Commands that take files: inspect, verify, eval, bench, run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lieq_gguf.cli import options
+from lieq_gguf.cli.grouping import Given
+from lieq_gguf.cli.output import print_json, stdout
+from lieq_gguf.cli.parsing import refuse_given, thread_counts
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.", show_default=False)],
+    *,
+    out: options.JsonArguments,
+) -> None:
+    """Show the types of a GGUF file, layer by layer, with the bit meter.
+
+    Example: `lieq-gguf inspect llama.gguf`
+    """
+    from lieq_gguf.cli.tables import show_inspection
+    from lieq_gguf.evaluation import inspection
+
+    report = inspection.inspect(file)
+    if out.as_json:
+        print_json(report.to_json())
+    else:
+        show_inspection(report, stdout())
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.", show_default=False)],
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Plan to compare with.")] = None,
+    threads: options.Threads = 0,
+    *,
+    out: options.OutputArguments,
+) -> None:
+    """Read every tensor back and run the file in llama.cpp.
+
+    Example: `lieq-gguf verify llama.gguf --plan plan.json`
+    """
+    from lieq_gguf.evaluation import health
+    from lieq_gguf.formats.gguf_file import GgufFile
+    from lieq_gguf.records.files import SCHEMA_VERSION
+    from lieq_gguf.records.plan import QuantPlan
+    from lieq_gguf.writing import verification
+
+    types = None if plan is None else QuantPlan.load(plan).types
+    n_weights = sum(t.spec.n_weights for t in GgufFile(file).tensors)
+    with out.progress().stage("verify", "Verifying", n_weights) as advance:
+        result = verification.verify(file, types, n_threads=threads, advance=advance)
+    answers = health.check_file(file, threads)
+    if out.as_json:
+        document = {"schema_version": SCHEMA_VERSION, "file": str(file), "ok": True, **vars(result)}
+        print_json(document | {"health": answers.to_json()})
+    else:
+        against = "" if plan is None else f", types as in {plan}"
+        print(f"{file}: {result.n_tensors} tensors read back, all finite{against}; llama.cpp loads and runs it")
+        print(f"{answers.n_prompts} short continuations: {answers.verdict}")
+
+
+def evaluate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="GGUF files.", show_default=False)],
+    comparison: options.ComparisonArguments,
+    out: options.OutputArguments,
+) -> None:
+    """Measure how far files are from their model: perplexity, KL divergence, same first choice, loops.
+
+    Example: `lieq-gguf eval llama-2.7bpw.gguf --reference llama-f16.gguf --text wiki.test.raw --chunks 20`
+    """
+    from lieq_gguf.cli.tables import evaluation_table
+    from lieq_gguf.evaluation import divergence
+    from lieq_gguf.evaluation.tasks import load_questions
+    from lieq_gguf.sources import find_model
+
+    n_ctx, chunks, tasks = comparison.n_ctx, comparison.chunks, comparison.tasks
+    content = divergence.read_text(comparison.text)
+    questions = () if tasks is None else load_questions(None if tasks == "demo" else Path(tasks))
+    total = divergence.count_chunks(files[0], content, n_ctx, chunks) + len(questions)
+    progress = out.progress()
+    reference = find_model(comparison.reference, comparison.revision, progress)
+    comparing = divergence.ComparisonOptions(n_ctx, chunks, comparison.threads, questions)
+    with progress.stage("eval", "Comparing", total) as advance:
+        results = divergence.evaluate(files, reference, content, comparing, advance)
+    if out.as_json:
+        documents = [r.to_json() for r in results]
+        print_json(documents[0] if len(documents) == 1 else documents)
+    else:
+        stdout().print(evaluation_table(results))
+
+
+def bench(
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE…]", help="GGUF files.", show_default=False)
+    ] = None,
+    types: Annotated[
+        bool,
+        typer.Option(
+            "--types",
+            help="Measure what decoding costs by type on this machine, and keep it for plans. Takes minutes, no file.",
+        ),
+    ] = False,
+    threads: options.ThreadCounts = None,
+    *,
+    runs: options.BenchArguments,
+    out: options.OutputArguments,
+    given: Given,
+) -> None:
+    """Measure speed and memory in llama.cpp, and estimate other devices from it.
+
+    Example: `lieq-gguf bench llama-2.7bpw.gguf llama-4.5bpw.gguf`
+    """
+    from lieq_gguf.cli.tables import bench_table, estimate_lines
+    from lieq_gguf.evaluation import benchmark
+
+    counts = thread_counts(threads)
+    if types:
+        _bench_types(files or (), counts, out, given)
+        return
+    if not files:
+        raise typer.BadParameter("give a file, or --types to measure the tensor types", param_hint="FILE")
+    n_prompt, n_generate, repetitions = runs.n_prompt, runs.n_generate, runs.repetitions
+    with out.progress().stage("bench", "Running", 2 * repetitions * len(files) * len(counts)) as advance:
+        results = [r for f in files for r in benchmark.bench(f, n_prompt, n_generate, repetitions, counts, advance)]
+    if out.as_json:
+        print_json([r.to_json() for r in results])
+    else:
+        stdout().print(bench_table(results), "", *estimate_lines(results), sep="\n")
+
+
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.", show_default=False)],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="What to say; read from stdin if left out.", show_default=False),
+    ] = None,
+    debug: options.Debug = False,
+    *,
+    answering: options.GenerationArguments,
+) -> None:
+    """Let a file answer a prompt, to see it alive.
+
+    Example: `lieq-gguf run llama.gguf "What is a llama?"`
+    """
+    del debug
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("give a prompt, or pipe one in", param_hint="PROMPT")
+        prompt = sys.stdin.read()
+    from lieq_gguf.evaluation import generation
+
+    for piece in generation.stream(file, prompt, answering.options()):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _bench_types(files: Sequence[Path], counts: Sequence[int], out: options.OutputArguments, given: Given) -> None:
+    if files or len(counts) > 1:
+        raise typer.BadParameter("takes no file and one number of threads", param_hint="--types")
+    refuse_given(given, ("n_prompt", "n_generate", "repetitions"), "--types has runs of its own; leave this out")
+    from lieq_gguf.cli.tables import costs_table
+    from lieq_gguf.evaluation.bench_types import measure_decode_costs
+    from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES
+
+    types = (*DEFAULT_LADDER, QUANT_TYPES["Q2_0"])
+    with out.progress().stage("bench", "Running", len(types)) as advance:
+        costs = measure_decode_costs(types, counts[0], advance)
+    kept = costs.save()
+    if out.as_json:
+        print_json(costs.to_json())
+        return
+    stdout().print(costs_table(costs))
+    print(f"kept in {kept}; plans for this machine use it from now on")
