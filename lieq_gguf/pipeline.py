@@ -110,6 +110,8 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
     """
     progress = progress or Progress()
     job = resolve(request, progress)
+    if job.plan is not None:
+        ggml.prepare([QUANT_TYPES[name] for name in sorted(set(job.plan.types.values()))])
     prepared = prepare(job, progress)
     feedback = _feedback_pass(prepared, progress) if prepared.plan.error_feedback else None
     with replaced_when_complete(job.output) as temporary:
@@ -182,20 +184,19 @@ def imatrix(request: ImatrixRequest, progress: Progress | None = None) -> Import
 
 def prepare(job: Job, progress: Progress) -> PreparedFile:
     """Everything between the job and the first tensor: measure, and divide the bits."""
-    if job.plan is not None:
-        ggml.prepare([QUANT_TYPES[name] for name in sorted(set(job.plan.types.values()))])
     measured = measure(job.measuring, progress)
-    if job.plan is not None:
-        chosen = job.plan
-    else:
-        assert job.problem is not None
-        with progress.stage("allocate", "Allocating bits"):
-            chosen = allocate(job.problem, measured.scores)
+    chosen = job.plan or _allocated(job, measured, progress)
     spec = job.source.spec
     provenance = job.provenance(measured.importance, quantizes_layers(chosen.types, spec))
     header = make_header(spec, job.metadata, chosen, provenance)
     _check_size(job, chosen, header, progress)
     return PreparedFile(job, measured, chosen, header, dict(progress.seconds))
+
+
+def _allocated(job: Job, measured: Measured, progress: Progress) -> QuantPlan:
+    assert job.problem is not None
+    with progress.stage("allocate", "Allocating bits"):
+        return allocate(job.problem, measured.scores)
 
 
 def _check_size(job: Job, chosen: QuantPlan, header: Header, progress: Progress) -> None:

@@ -153,4 +153,4 @@ def test_refuses_bytes_that_are_no_whole_blocks() -> None:
 def test_missing_library_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "win32")  # where the library has another name
     with pytest.raises(QuantizationError, match=r"ggml-base\.dll is missing.*reinstall llama-cpp-python"):
-        ggml._library_file()
+        ggml.library_file()

@@ -30,7 +30,7 @@ from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.gguf_header import HeaderWriter, TensorLayout, write_gguf
 from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.native import ggml
+from lieq_gguf.native import ggml, graph
 from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES, parse_types
@@ -604,10 +604,10 @@ def test_an_error_in_a_watcher_comes_out_of_llama_cpp(f16_file: Path) -> None:
     class Broken:
         n_calls = 0
 
-        def wants(self, node: ggml.Node) -> bool:
+        def wants(self, node: graph.Node) -> bool:
             return node.op == "MUL_MAT"
 
-        def see(self, node: ggml.Node) -> None:
+        def see(self, node: graph.Node) -> None:
             Broken.n_calls += 1
             raise ZeroDivisionError(node.name)
 
@@ -620,11 +620,11 @@ def test_nodes_are_read_as_numpy_computes_them(f16_file: Path) -> None:
     products: list[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
 
     class Products:
-        def wants(self, node: ggml.Node) -> bool:
+        def wants(self, node: graph.Node) -> bool:
             weight = node.source(0)
             return node.op == "MUL_MAT" and weight is not None and weight.name.startswith("blk.")
 
-        def see(self, node: ggml.Node) -> None:
+        def see(self, node: graph.Node) -> None:
             weight, x = node.source(0), node.source(1)
             assert weight is not None and x is not None
             products.append((weight.name, x.read()[0, 0], node.read()[0, 0]))
@@ -641,13 +641,13 @@ def test_nodes_are_read_as_numpy_computes_them(f16_file: Path) -> None:
 
 def test_tensors_of_another_layout_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     class Inserted(ctypes.Structure):
-        _fields_ = (("one_more", ctypes.c_int64), *ggml._Tensor._fields_)
+        _fields_ = (("one_more", ctypes.c_int64), *graph._Tensor._fields_)
 
-    ggml._graph_library.cache_clear()
-    monkeypatch.setattr(ggml, "_Tensor", Inserted)
+    graph._graph_functions.cache_clear()
+    monkeypatch.setattr(graph, "_Tensor", Inserted)
     with pytest.raises(QuantizationError, match="lays out tensors otherwise"):
-        ggml._graph_library()
-    ggml._graph_library.cache_clear()
+        graph._graph_functions()
+    graph._graph_functions.cache_clear()
 
 
 def mixture(path: Path) -> Path:

@@ -18,7 +18,7 @@ from lieq_gguf.errors import CalibrationError
 from lieq_gguf.measure.passes import PassOptions, PassResult
 from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.measure.type_errors import errors_of_tensors, probe_tensors
-from lieq_gguf.native.ggml import Node
+from lieq_gguf.native.graph import Node
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.progress import Progress
 from lieq_gguf.records.importance import ImportanceMatrix

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf.errors import VerificationError
-from lieq_gguf.native.ggml import Node
+from lieq_gguf.native.graph import Node
 
 _log_lines: list[str] = []
 

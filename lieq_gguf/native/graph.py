@@ -1,0 +1,127 @@
+"""The nodes of llama.cpp's compute graph, as they are computed."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from lieq_gguf.errors import QuantizationError
+from lieq_gguf.native.ggml import ggml_library, library_file
+from lieq_gguf.quant_types import QUANT_TYPES
+
+
+class _Tensor(ctypes.Structure):
+    """``struct ggml_tensor`` of ggml.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    )
+
+
+class _InitParams(ctypes.Structure):
+    """``struct ggml_init_params`` of ggml.h."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+_NUMBERS = {QUANT_TYPES["F32"].ggml_id: np.dtype(np.float32), 26: np.dtype(np.int32)}  # GGML_TYPE_I32
+
+
+class Node:
+    """A tensor of llama.cpp's compute graph, as long as the graph is being evaluated.
+
+    Attributes:
+        name: Its name, for example ``l_out-3``; of a weight the tensor's.
+    """
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+        self._struct = _Tensor.from_address(address)
+        self.name = self._struct.name.decode(errors="replace")
+
+    @property
+    def op(self) -> str:
+        """Ggml's name of what computes it, such as ``MUL_MAT``; ``NONE`` for a weight."""
+        return str(_graph_functions().ggml_op_name(self._struct.op).decode())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All four sizes, rows last."""
+        return tuple(reversed(self._struct.ne))
+
+    def source(self, index: int) -> Node | None:
+        """One of the tensors it is computed from."""
+        address = self._struct.src[index]
+        return None if address is None else Node(address)
+
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether :meth:`read` can read it: float32, or int32 for indices."""
+        return self._struct.type in _NUMBERS
+
+    def read(self) -> npt.NDArray[np.float32] | npt.NDArray[np.int32]:
+        """A copy of its values, wherever they are, of :attr:`shape`; a view may skip bytes between rows."""
+        library = _graph_functions()
+        content = np.empty(library.ggml_nbytes(self._address), dtype=np.uint8)
+        library.ggml_backend_tensor_get(self._address, content.ctypes.data, 0, content.nbytes)
+        strides = tuple(reversed(self._struct.nb))
+        return np.ndarray(self.shape, _NUMBERS[self._struct.type], content.data, strides=strides)
+
+
+@lru_cache(maxsize=1)
+def _graph_functions() -> ctypes.CDLL:
+    """The library with what graphs need, once the layout of its tensors is known to be ours."""
+    library = ggml_library()
+    signatures = {
+        "ggml_op_name": (ctypes.c_char_p, [ctypes.c_int]),
+        "ggml_nbytes": (ctypes.c_size_t, [ctypes.c_void_p]),
+        "ggml_backend_tensor_get": (
+            None,
+            [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
+        ),
+        "ggml_init": (ctypes.c_void_p, [_InitParams]),
+        "ggml_free": (None, [ctypes.c_void_p]),
+        "ggml_new_tensor_2d": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]),
+        "ggml_mul_mat": (ctypes.c_void_p, [ctypes.c_void_p] * 3),
+        "ggml_get_name": (ctypes.c_void_p, [ctypes.c_void_p]),
+        "ggml_get_data": (ctypes.c_void_p, [ctypes.c_void_p]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    context = library.ggml_init(_InitParams(1 << 16, None, False))
+    try:
+        weight = library.ggml_new_tensor_2d(context, QUANT_TYPES["F16"].ggml_id, 64, 3)
+        x = library.ggml_new_tensor_2d(context, QUANT_TYPES["F32"].ggml_id, 64, 5)
+        product = library.ggml_mul_mat(context, weight, x)
+        read = _Tensor.from_address(product)
+        found = (
+            library.ggml_op_name(read.op), tuple(read.src[:3]), tuple(read.ne), tuple(read.nb), read.type,
+            product + _Tensor.name.offset, read.data, tuple(_Tensor.from_address(weight).nb),
+        )  # fmt: skip
+        expected = (
+            b"MUL_MAT", (weight, x, None), (3, 5, 1, 1), (4, 12, 60, 60), QUANT_TYPES["F32"].ggml_id,
+            library.ggml_get_name(product), library.ggml_get_data(product), (2, 128, 384, 384),
+        )  # fmt: skip
+    finally:
+        library.ggml_free(context)
+    if found != expected:
+        raise QuantizationError(
+            f"{library_file()} lays out tensors otherwise than this version knows; "
+            "install the llama-cpp-python that pyproject.toml names"
+        )
+    return library
