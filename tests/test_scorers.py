@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from importlib.metadata import EntryPoint
 from typing import Any, get_args
 
@@ -221,7 +222,7 @@ def another_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str],
 
     def announce(name: str) -> None:
         entry = EntryPoint("mine", f"{__name__}:{name}", ENTRY_POINTS)
-        monkeypatch.setattr("lieq_gguf.scorers.entry_points", lambda group: [entry] if group == ENTRY_POINTS else [])
+        monkeypatch.setattr(metadata, "entry_points", lambda group: [entry] if group == ENTRY_POINTS else [])
         scorers.cache_clear()
 
     yield announce

@@ -21,7 +21,7 @@ from lieq_gguf.progress import Progress
 from lieq_gguf.records.bits import BitBudget, parse_size
 from lieq_gguf.records.options import ComputeOptions, GenerationOptions, MeasuringOptions, SourceOptions, WritingOptions
 from lieq_gguf.request import ScoreRequest
-from lieq_gguf.scorers import scorers
+from lieq_gguf.scorers import OWN_SCORERS
 
 if TYPE_CHECKING:
     MethodName: TypeAlias = str
@@ -178,8 +178,9 @@ class AllocationArguments:
             "--layer-score",
             metavar="NAME",
             callback=scorer_name,
-            help=f"Layer score that ranks or weighs the layers: {', '.join(scorers())}. A score that costs more than "
-            "the one pass is measured only when it is named (perplexity-drop: a run without each layer).",
+            help=f"Layer score that ranks or weighs the layers: {', '.join(OWN_SCORERS)}, or one of another package. A "
+            "score that costs more than the one pass is measured only when it is named (perplexity-drop: a run without "
+            "each layer).",
             show_default="the method's own; energy-gain for best",
         ),
     ] = AllocationOptions.scorer

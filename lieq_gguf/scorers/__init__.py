@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib import import_module
 from typing import TypeAlias
 
 from lieq_gguf.errors import ScoringError
@@ -43,15 +43,16 @@ class Scorer:
         Raises:
             ScoringError: if another package's cannot be loaded.
         """
+        module, _, name = self.place.partition(":")
         try:
-            function: ScoreFunction = EntryPoint("", self.place, ENTRY_POINTS).load()
+            function: ScoreFunction = getattr(import_module(module), name)
         except Exception as error:  # whatever another package's import raises
             raise ScoringError(f"the scorer {self.place} cannot be loaded: {error}") from None
         return function
 
 
 _SPECTRA = frozenset({"spectra", "twin_spectra"})
-_OWN = {
+OWN_SCORERS = {
     "lieq": Scorer("lieq_gguf.scorers.lieq:score", _SPECTRA),
     "lieq-qkv": Scorer("lieq_gguf.scorers.lieq:score_qkv", _SPECTRA),
     "energy-gain": Scorer("lieq_gguf.scorers.energy_gain:score", _SPECTRA),
@@ -65,8 +66,10 @@ _OWN = {
 @lru_cache(maxsize=1)
 def scorers() -> Mapping[str, Scorer]:
     """All scores by name, our own first; another package's may look at all that a usual pass measures."""
+    from importlib.metadata import entry_points  # looks through all packages, which `--help` need not wait for
+
     others = {entry.name: Scorer(entry.value) for entry in entry_points(group=ENTRY_POINTS)}
-    return _OWN | {name: scorer for name, scorer in others.items() if name not in _OWN}
+    return OWN_SCORERS | {name: scorer for name, scorer in others.items() if name not in OWN_SCORERS}
 
 
 def scorers_from(statistics: frozenset[str]) -> tuple[str, ...]:
