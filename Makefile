@@ -10,8 +10,11 @@ DEMO := $(MODELS)/smollm2-135m
 DEMO_BITS := 4.5
 DEMO_FILE := build/smollm2-135m-$(DEMO_BITS).gguf
 PROMPT := What is the capital of France?
+# Processes that run the tests; each holds the models it makes in memory, up to 2 GB.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help install demo test check bench docs clean
+.PHONY: help install demo test check types pages pytest bench docs clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -34,17 +37,24 @@ demo: install $(DEMO)/model.safetensors
 	$(BIN)/lieq-gguf eval $(DEMO_FILE) --reference $(DEMO) --chunks 4 --tasks demo
 	$(BIN)/lieq-gguf bench $(DEMO_FILE)
 
-test: install
-	$(BIN)/python -m pytest
+test: install pytest
 
+pytest:
+	$(PYTEST)
+
+# What takes a second goes first. Types and pages each keep one core busy for a minute, so the tests run beside them.
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory -j 3 types pages pytest
+
+types:
+	$(BIN)/mypy
+
+pages:
 	$(BIN)/python tools/make_cli_docs.py --check
 	$(BIN)/python tools/make_models_docs.py --check
-	$(BIN)/python -m pytest
 
 bench: install $(DEMO)/model.safetensors
 	$(BIN)/python tools/bench_budgets.py $(DEMO) 4.5 5.5 6.5 8.5

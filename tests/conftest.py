@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+# Tests run beside each other: one thread unless a test asks for more, and threads that wait leave their core to others.
+# Read when the libraries are loaded, so before the imports below.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 import torch
@@ -32,6 +38,13 @@ def keep_threads() -> Iterator[None]:
     n_threads = torch.get_num_threads()
     yield
     torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run have in common, for what ``made_once`` makes."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from support.shared import made_once
+
 _WANTED = ("conversion/", "gguf-py/", "src/", "convert_hf_to_gguf.py")
 
 
@@ -23,16 +25,16 @@ def llama_cpp_source(folder: Path) -> Path:
     if given:
         return Path(given)
     package = f"llama-cpp-python=={version('llama-cpp-python')}"
-    source = folder / package
-    if source.is_dir():
-        return source
+    return made_once(folder / package, lambda unpacked: _unpack(package, unpacked))
+
+
+def _unpack(package: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         done = subprocess.run([*command, "--dest", scratch, package], capture_output=True, text=True)
         archive = next(Path(scratch).glob("*.tar.gz"), None)
         if archive is None:
             raise LookupError(f"no source distribution of {package}: {done.stderr.strip()[-200:]}")
-        unpacked = Path(scratch) / "unpacked"
         with tarfile.open(archive) as tar:
             for member in tar:
                 path = member.name.partition("/vendor/llama.cpp/")[2]
@@ -40,9 +42,6 @@ def llama_cpp_source(folder: Path) -> Path:
                     continue
                 content = tar.extractfile(member)  # extract() is not safe without its filter, which early 3.10 lacks
                 if content is not None:
-                    target = unpacked / path
+                    target = folder / path
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(content.read())
-        source.parent.mkdir(parents=True, exist_ok=True)
-        unpacked.replace(source)  # complete or not there
-    return source
