@@ -240,7 +240,7 @@ def test_tensor_missing_from_its_shard(run_cli: RunCli, sharded_model: Path, fol
 
 
 @pytest.mark.parametrize("command", ["convert", "plan"])
-@pytest.mark.parametrize("bits", [1, 2.6249, 4.51, 16])
+@pytest.mark.parametrize("bits", [2.6249, 4.51])
 def test_bits_out_of_reach(run_cli: RunCli, tiny_model: Path, folder: Path, command: str, bits: float) -> None:
     done = run_cli(command, tiny_model, "--types", "Q2_K,Q4_K", "--bits", bits, "-q", "-o", folder / "out")
     assert_refused(done, f"--bits {bits} is out of reach: tiny can have 2.6250 to 4.5000 bits per weight", folder)
@@ -280,8 +280,9 @@ def test_options_that_name_nothing(
     assert_refused(done, words, folder)
 
 
-@pytest.mark.parametrize("option", ["--types", "--embedding-type", "--output-type"])
-@pytest.mark.parametrize("name", ["Q9_K", "", "Q4_K_M"])
+@pytest.mark.parametrize(
+    ("option", "name"), [("--types", "Q9_K"), ("--embedding-type", ""), ("--output-type", "Q4_K_M")]
+)
 def test_a_name_that_is_no_type_is_wrong_usage(run_cli: RunCli, tiny_model: Path, option: str, name: str) -> None:
     done = run_cli("convert", tiny_model, "--bits", 4.5, option, name)
     assert done.exit_code == 2
@@ -429,23 +430,15 @@ def test_failed_verification_leaves_the_old_output(
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [
-        (None, "text.txt does not exist"),
-        (b"", "text.txt is empty"),
-        (b" \n\t\n", "text.txt is empty"),
-        (b"caf\xe9 au lait", "text.txt is not UTF-8 text (byte 3)"),
-        (b"\x89PNG\r\n\x1a\n\x00\x00", "text.txt is not UTF-8 text (byte 0)"),
-        (b"too short", "expected at least 16"),
-    ],
-    ids=["missing", "empty", "blank", "latin-1", "picture", "short"],
+    [(b"caf\xe9 au lait", "text.txt is not UTF-8 text (byte 3)"), (b"too short", "expected at least 16")],
+    ids=["latin-1", "short"],
 )
 @pytest.mark.parametrize("command", ["convert", "score", "imatrix"])
 def test_bad_calibration_text(
-    run_cli: RunCli, tiny_model: Path, tmp_path: Path, folder: Path, command: str, content: bytes | None, words: str
+    run_cli: RunCli, tiny_model: Path, tmp_path: Path, folder: Path, command: str, content: bytes, words: str
 ) -> None:
     text = tmp_path / "text.txt"
-    if content is not None:
-        text.write_bytes(content)
+    text.write_bytes(content)
     options = ("--types", "Q2_K,Q4_K", "--bits", 3) if command == "convert" else ()
     done = run_cli(command, tiny_model, *options, "--calibration", text, "-q", "-o", folder / "out")
     assert_refused(done, words, folder)
@@ -492,20 +485,13 @@ def in_types(**types: str | None) -> Change:
     return change
 
 
+# every other damage to these files is in test_records.py
 BAD_JSON: dict[str, tuple[Change, str]] = {
     "missing": (lambda f: f.unlink(), "does not exist"),
-    "empty": (write(b""), "cannot be read as JSON"),
     "cut": (cut, "cannot be read as JSON"),
-    "binary": (write(b"\xff\xfe\x00"), "cannot be read as JSON"),
-    "a list": (write(b"[]"), "file made by lieq-gguf"),
-    "another kind": (edit(kind="conversion"), "file made by lieq-gguf"),
     "another schema": (edit(schema_version=99), "has schema version 99, expected 1"),
-    "incomplete": (without("model"), "is not a complete"),
-    "too deep": (write(b"[" * 100_000), "cannot be read as JSON"),
-}  # fmt: skip
+}
 BAD_PLANS = BAD_JSON | {
-    "no types": (without("types"), "is not a complete plan"),
-    "types a list": (edit(types=[]), "is not a complete plan"),
     "target of another kind": (edit(target={"kind": "weight", "value": 3}), "target of kind 'weight'"),
     "unknown type": (in_types(blk__0__attn_q__weight="Q9_K"), "the unknown type Q9_K"),
     "a tensor missing": (in_types(blk__0__attn_q__weight=None), "blk.0.attn_q.weight: the plan has no type for it"),
@@ -515,9 +501,7 @@ BAD_PLANS = BAD_JSON | {
     "target no number": (edit(target={"kind": "bits", "value": None}), "is not a complete plan"),
 }  # fmt: skip
 BAD_SCORES = BAD_JSON | {
-    "no layers": (without("layers"), "is not a complete scores file"),
     "layers of another kind": (edit(layers=[{"layer": 0}]), "is not a complete scores file"),
-    "no scorers": (edit(scorers=[]), "scores"),
     "fewer layers": (edit(scorers=["lim"], layers=[{"layer": 0, "lim": 1.0}]), "with 1 layers"),
     "other matrices": (edit(type_errors={"blk.0.attn_q.weight": {"Q2_K": 0.1}}), "whose matrices are not those"),
     "scorer missing": (edit(scorers=["zd"], layers=[{"zd": 0.1}] * 3), "the scores have no 'energy-gain'; they"),
@@ -610,16 +594,10 @@ def into_folder(file: Path) -> None:
 BAD_IMATRICES: dict[str, tuple[Change, str]] = {
     "missing": (lambda f: f.unlink(), "does not exist; expected an importance matrix"),
     "a folder": (into_folder, "is not an importance matrix"),
-    "empty": (write(b""), "is not an importance matrix ("),
-    "garbage": (write(bytes(range(256)) * 9), "is not an importance matrix ("),
     "numbers": (write(np.arange(500, dtype=np.int32).tobytes()), "is not an importance matrix ("),
     "cut": (cut, "is not an importance matrix in GGUF form"),
     "no counts": (only("blk.1.attn_q.weight.counts", None), "expected a pair in_sum2 and counts"),
     "no sums": (only("blk.1.attn_q.weight.in_sum2", None), "expected a pair in_sum2 and counts"),
-    "no tokens": (only("blk.1.attn_q.weight.counts", 0), "has no usable count for blk.1.attn_q.weight"),
-    "counts NaN": (edit_imatrix(lambda n, a: a * np.nan if n.endswith(".counts") else a), "has no usable count for"),
-    "sums NaN": (only("blk.1.attn_q.weight.in_sum2", float("nan")), "blk.1.attn_q.weight"),
-    "sums negative": (only("blk.1.attn_q.weight.in_sum2", -1), "blk.1.attn_q.weight"),
     "narrow": (edit_imatrix(lambda _, a: a[..., :128]), "columns for blk.0.attn_q.weight, the model 256"),
     "a matrix missing": (
         edit_imatrix(lambda n, a: None if n.startswith("blk.2.ffn_up") else a),
@@ -655,24 +633,10 @@ def test_imatrix_of_another_model(run_cli: RunCli, small_model: Path, documents:
 READERS = {"inspect": (), "verify": ("-q",), "bench": ("-q",), "run": ("hello",)}
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "does not exist or is no file"),
-        (b"", "is no complete GGUF file (0 bytes"),
-        (b"once upon a time\n" * 99, "is no complete GGUF file"),
-        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 64, "is no complete GGUF file"),
-    ],
-    ids=["missing", "empty", "text", "broken header"],
-)
 @pytest.mark.parametrize("command", READERS)
-def test_reading_what_is_no_gguf(
-    run_cli: RunCli, tmp_path: Path, command: str, content: bytes | None, words: str
-) -> None:
-    file = tmp_path / "model.gguf"
-    if content is not None:
-        file.write_bytes(content)
-    assert_refused(run_cli(command, file, *READERS[command]), words)
+def test_reading_what_is_not_there(run_cli: RunCli, tmp_path: Path, command: str) -> None:
+    done = run_cli(command, tmp_path / "model.gguf", *READERS[command])
+    assert_refused(done, "does not exist or is no file", tmp_path)
 
 
 @pytest.mark.parametrize("command", READERS)
@@ -685,11 +649,6 @@ def test_reading_a_cut_file(run_cli: RunCli, conversion: pipeline.Conversion, tm
 @pytest.mark.parametrize("command", READERS)
 def test_reading_an_importance_matrix_as_a_model(run_cli: RunCli, documents: Path, command: str) -> None:
     assert_refused(run_cli(command, documents / "imatrix.gguf", *READERS[command]), "imatrix.gguf")
-
-
-@pytest.mark.parametrize("command", READERS)
-def test_reading_a_folder(run_cli: RunCli, folder: Path, command: str) -> None:
-    assert_refused(run_cli(command, folder, *READERS[command]), "does not exist or is no file", folder)
 
 
 def test_prompt_too_long(run_cli: RunCli, conversion: pipeline.Conversion) -> None:

@@ -129,7 +129,9 @@ def test_file_that_is_missing_is_refused(tmp_path: Path, kind: str) -> None:
     assert "does not exist" in one_line_refusal(RECORDS[kind][1], tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"3", b'"scores"'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"3", b'"scores"', pytest.param(b"[" * 100_000, id="too deep")]
+)
 @pytest.mark.parametrize("kind", RECORDS)
 def test_file_that_is_no_record_is_refused(tmp_path: Path, kind: str, content: bytes) -> None:
     (tmp_path / "r.json").write_bytes(content)
