@@ -112,7 +112,7 @@ def objective(spec: ModelSpec, types: dict[str, str], scores: LayerScores, metho
     )
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("granularity", ["layer", "tensor"])
 @pytest.mark.parametrize("method", ["best", "block-error", "lieq-ladder"])
 def test_full_ladder_is_as_good_as_trying_everything(method: str, granularity: Granularity, seed: int) -> None:
@@ -580,8 +580,7 @@ def test_a_pin_that_breaks_the_budget_is_refused() -> None:
         require_reachable(make_spec(3), BITS, AllocationOptions(pins=(Pin("ffn", QUANT_TYPES["Q8_0"]),)))
 
 
-@pytest.mark.parametrize("kind", ["bits", "file-bits"])
-@pytest.mark.parametrize("bits", [2.7, 3.0, 3.4, 4.3, 5.0])
+@pytest.mark.parametrize(("bits", "kind"), [(2.7, "bits"), (3.4, "bits"), (3.0, "file-bits"), (4.3, "file-bits")])
 def test_cpu_profile_is_as_fast_and_as_good_as_the_best_file_of_k_types(bits: float, kind: BudgetKind) -> None:
     spec = make_spec(24)
     scores, budget = make_scores(spec), BitBudget(kind, bits)
@@ -689,7 +688,7 @@ def test_speed_out_of_reach_is_refused_with_the_speed_there_is() -> None:
         require_reachable(make_spec(3), BITS, AllocationOptions("lieq", min_tokens_per_sec=1), costs=COSTS)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("granularity", ["layer", "tensor"])
 def test_more_budget_never_means_more_damage(granularity: Granularity, seed: int) -> None:
     spec = make_spec(10)
