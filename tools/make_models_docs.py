@@ -20,29 +20,30 @@ HEAD = """<!-- Made by tools/make_models_docs.py from tests/support/families.py;
 
 # Models
 
-Families that are read from a model directory (or by their name on the hub), with everything that needs a forward
-pass. A GGUF file of any other architecture that llama.cpp knows is taken too, see [formats.md](formats.md).
+These families are read from a model directory, or by their name on the hub, with all scores and error feedback. A GGUF
+file of any other architecture that llama.cpp knows is taken too ([formats.md](formats.md#from-a-gguf-file)). To add a
+family, see [CONTRIBUTING.md](../CONTRIBUTING.md#a-model-family).
 
 | in llama.cpp | `architectures` in `config.json` | what is different | tiny models of the tests: what they stand for |
 |---|---|---|---|
 """
 TESTED = """
-Each of the tiny models has random weights, rows that K types fit, and a tokenizer with the structure of the real
-one, trained on the tests' texts. For each one, `tests/test_families.py` shows that
-* the streamed pass, layer by layer, gives the logits of transformers' whole model;
-* our F16 file in llama.cpp gives them too (differences of rounding, 128 tokens, longer than the windows that
-  llama.cpp computes);
-* a conversion to 2.7 bits per weight with scores and error feedback loads and runs;
-* llama.cpp's own converter makes the same F16 file: every tensor equal in name, shape, type and bytes, every
-  metadata key equal but for `lieq.*`. The converter recognises pre-tokenizers of published vocabularies only, so it
-  is told the name we have recognised.
+Each of the tiny models has random weights, rows that K types fit, and a tokenizer with the structure of the real one,
+trained on the tests' texts. For each one, `tests/test_families.py` shows four things:
+* The streamed pass, layer by layer, gives the logits of transformers' whole model.
+* Our F16 file in llama.cpp gives them too, but for rounding, on 128 tokens, longer than the windows that llama.cpp
+  computes.
+* A conversion to 2.7 bits per weight with scores and error feedback loads and runs.
+* llama.cpp's own converter makes the same F16 file: every tensor is equal in name, shape, type and bytes, and every
+  metadata key but for `lieq.*`. The converter recognises pre-tokenizers of published vocabularies only, so it is told
+  the name that we have recognised.
 
-`tools/compare_with_converter.py` prints these figures for them, or for a model directory of your own; those of one
-day are in [experiments.md](experiments.md). The weights and tokenizers of the real models were not at hand, but for
+`tools/compare_with_converter.py` prints these figures for them, or for a model directory of your own. Those of one day
+are in [experiments.md](experiments.md). The weights and tokenizers of the real models were not at hand, but for
 SmolLM2-135M.
 
-What llama.cpp's graph of a family cannot express (another activation, rotary scaling, order of sliding windows, …)
-is refused before any work, in one line.
+What llama.cpp's graph of a family cannot express (another activation, rotary scaling, order of sliding windows, …) is
+refused before any work, in one line.
 
 ## Pre-tokenizers
 Byte-level BPE is recognised by the steps in `tokenizer.json`: """
