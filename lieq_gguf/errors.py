@@ -34,11 +34,11 @@ class QuantizationError(LieqError):
 
 
 class OutputError(LieqError):
-    """The result cannot be written where it was asked for."""
+    """The result cannot be written to the place you asked for."""
 
 
 class FormatError(LieqError):
-    """A file that lieq-gguf was asked to read is not what it should be."""
+    """A file to read is not of the expected kind, or is damaged."""
 
 
 class EvaluationError(LieqError):
@@ -46,4 +46,4 @@ class EvaluationError(LieqError):
 
 
 class VerificationError(LieqError):
-    """A written file is not what was planned, or llama.cpp does not take it."""
+    """A written file differs from the plan, or llama.cpp does not load it."""

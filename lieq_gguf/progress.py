@@ -21,7 +21,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
-        """Run a stage; call what this gives with the amount of work done since the last call.
+        """Run a stage; the function it yields takes the amount of work done since the last call.
 
         Args:
             name: Key in ``seconds``.
@@ -38,13 +38,13 @@ class Progress:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def note(self, text: str) -> None:
-        """Say what may interest the user, unless silent."""
+        """Print something the user may want to know, unless silent."""
         if not self.silent:
             print("note:", " ".join(text.split()), file=sys.stderr)
 
     @staticmethod
     def warn(text: str) -> None:
-        """Say what the user should know, in one line, silent or not."""
+        """Print something the user should know, in one line, even if silent."""
         print("warning:", " ".join(text.split()), file=sys.stderr)
 
     @staticmethod

@@ -24,12 +24,12 @@ class QuantType:
         ggml_id: ``enum ggml_type``, the number stored in the file.
         block_size: Weights in a block; a row must be a whole number of blocks.
         block_bytes: Stored bytes of a block.
-        nominal_bits: The digit in the name, the papers' accounting.
+        nominal_bits: The digit in the name, which is how papers count bits.
         file_type: ``enum llama_ftype`` of a file that is mostly of this type.
         family: How the type stores weights: plain numbers, blocks with one scale (legacy), blocks of blocks (K), a grid
             of vectors (IQ), or a grid that weights were trained to lie on.
-        needs_imatrix: Whether the type is of use only with an importance matrix.
-        has_tables: Whether its encoder needs tables that take seconds to make.
+        needs_imatrix: Whether the type is useless without an importance matrix.
+        has_tables: Whether its encoder needs tables that take seconds to compute.
     """
 
     name: str
@@ -106,9 +106,9 @@ BY_GGML_ID = {t.ggml_id: t for t in _TABLE}
 F32 = QUANT_TYPES["F32"]
 F16 = QUANT_TYPES["F16"]
 
-# The ladder offered when the user names no types. Left out: the 1-bit types, which ruin small models and must be asked
-# for; TQ1_0, TQ2_0 and MXFP4, whose grids are made for weights trained to lie on them; and Q2_0, the one small type for
-# rows that are no multiple of 256, since older llama.cpp does not load it and few processors have a fast kernel.
+# The types offered when the user names none. Left out: the 1-bit types, which ruin small models and must be named;
+# TQ1_0, TQ2_0 and MXFP4, whose grids are made for weights trained to lie on them; and Q2_0, the one small type for
+# rows that are not a multiple of 256, since older llama.cpp does not load it and few processors have a fast kernel.
 # fmt: off
 DEFAULT_LADDER = tuple(
     QUANT_TYPES[name]
@@ -124,14 +124,14 @@ def parse_types(names: Iterable[str]) -> tuple[QuantType, ...]:
     """Look types up by name, in any case, dropping repetitions.
 
     Raises:
-        BudgetError: if a name is no type of the table, or there is none.
+        BudgetError: if a name is not in the table, or no name is given.
     """
-    found: dict[str, QuantType] = {}
+    types: dict[str, QuantType] = {}
     for name in names:
         key = name.strip().upper()
         if key not in QUANT_TYPES:
             raise BudgetError(f"'{name.strip()}' is not a tensor type; the types are {', '.join(QUANT_TYPES)}")
-        found[key] = QUANT_TYPES[key]
-    if not found:
+        types[key] = QUANT_TYPES[key]
+    if not types:
         raise BudgetError(f"no tensor type given; the types are {', '.join(QUANT_TYPES)}")
-    return tuple(found.values())
+    return tuple(types.values())

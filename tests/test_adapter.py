@@ -439,7 +439,7 @@ def test_scores_of_the_base_are_refused_with_an_adapter(
     assert run_cli("score", tiny_model, "-o", scores, *cheap).exit_code == 0
     done = run_cli("plan", tiny_model, "--bits", 3.4, "--scores-file", scores, "--adapter", adapter, *cheap[-2:])
     assert done.exit_code == 1
-    assert "scores are of another tiny: its weights are not those of tiny now" in done.stderr
+    assert "scores are for another tiny, whose weights differ from those of tiny" in done.stderr
 
 
 def test_fingerprint_depends_on_the_adapter_and_not_on_its_place(tiny_model: Path, tmp_path: Path) -> None:

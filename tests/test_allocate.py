@@ -385,7 +385,7 @@ def outer_types(tied: bool, bits: float = 2.7, width: int = 256, **changes: Any)
     spec = make_spec(3, tied=tied, width=width)
     types = K_TYPES if width % 256 == 0 else DEFAULT_LADDER
     plan = plan_of(spec, BitBudget("bits", bits), make_scores(spec), AllocationOptions(types=types, **changes))
-    return {t.name: plan.types[t.name] for t in spec.other_matrices}
+    return {t.name: plan.types[t.name] for t in spec.outer_matrices}
 
 
 def test_tied_embedding_is_good_enough_for_an_output() -> None:
@@ -425,7 +425,7 @@ def test_output_type_that_does_not_fit_is_refused() -> None:
 def test_unquantised_types_leave_the_embedding_unquantised() -> None:
     spec = make_spec(3, tied=False)
     plan = plan_of(spec, BitBudget("bits", 16.0), None, AllocationOptions(types=(QUANT_TYPES["F16"],)))
-    assert {plan.types[t.name] for t in spec.other_matrices} == {"F16"}
+    assert {plan.types[t.name] for t in spec.outer_matrices} == {"F16"}
 
 
 def test_every_tensor_has_a_type_and_norms_stay_in_f32() -> None:

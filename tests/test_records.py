@@ -242,7 +242,7 @@ def test_scores_of_other_layers_are_refused() -> None:
 
 
 def test_scores_of_other_matrices_are_refused() -> None:
-    with pytest.raises(FormatError, match="score it anew"):
+    with pytest.raises(FormatError, match="score it again"):
         replace(SCORES, type_errors={"blk.0.attn_q.weight": {"Q2_K": 0.1}}).check(SPEC)
 
 
@@ -380,7 +380,7 @@ def test_importance_belongs_to_its_model() -> None:
 
 def test_partial_importance_is_refused_by_a_missing_matrix() -> None:
     part = {name: sums for name, sums in IMPORTANCE.in_sum2.items() if "ffn_down" not in name}
-    with pytest.raises(CalibrationError, match=r"lacks 1 of 2 .* blk\.0\.ffn_down\.weight"):
+    with pytest.raises(CalibrationError, match=r"lacks 1 of the model's 2 matrices, .* blk\.0\.ffn_down\.weight"):
         replace(IMPORTANCE, in_sum2=part).check(SPEC)
 
 
@@ -527,7 +527,7 @@ def test_sizes_are_read_with_their_unit(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MB", "-3MB", "80XB", "0", "0.0001B", "1e6", "80 MB of it"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(BudgetError, match="is no size"):
+    with pytest.raises(BudgetError, match="is not a size"):
         parse_size(text)
 
 

@@ -212,7 +212,7 @@ def test_perplexity_drop_that_was_not_measured_is_left_out() -> None:
     without = measurement(perplexity_drop=None)
     assert "perplexity-drop" not in score_layers([without])
     assert score_layers([measurement()])["perplexity-drop"] == (1.0,)
-    with pytest.raises(ScoringError, match="has not measured"):
+    with pytest.raises(ScoringError, match="did not measure"):
         scorers()["perplexity-drop"].load()([without])
 
 

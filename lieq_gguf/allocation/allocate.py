@@ -97,8 +97,8 @@ def _advice(problem: Problem, low: float) -> str:
     is_small = budget.value < low
     parts = []
     if budget.covers_file and is_small:
-        outer = [t for t in spec.other_matrices if t.name in problem.fixed]
-        share = sum(t.n_weights for t in spec.other_matrices) / spec.n_weights
+        outer = [t for t in spec.outer_matrices if t.name in problem.fixed]
+        share = sum(t.n_weights for t in spec.outer_matrices) / spec.n_weights
         names = ", ".join(dict.fromkeys(problem.fixed[t.name].name for t in outer))
         given = f", in {names}: --embedding-type and --output-type can be smaller" if outer else ""
         parts.append(f"embedding and output are {share:.0%} of the weights{given}")

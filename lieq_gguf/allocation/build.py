@@ -50,7 +50,7 @@ def build_problem(
     fixed = {t.name: QUANT_TYPES[t.fixed_type] for t in spec.tensors if not t.is_matrix}
     fixed |= _pinned(spec, options.pins, has_imatrix)
     groups = []
-    for tensor in spec.other_matrices:
+    for tensor in spec.outer_matrices:
         outer_type = _outer_type(tensor, spec, budget, options, types, fixed.get(tensor.name))
         if outer_type is not None:
             fixed[tensor.name] = outer_type

@@ -26,7 +26,7 @@ _UNITS = {"": 1, "b": 1} | {
 
 @dataclass(frozen=True)
 class BitBudget:
-    """What the user asks for; never exceeded.
+    """The bits the user allows; never exceeded.
 
     Attributes:
         kind: ``bits``: stored bits per decoder weight; ``nominal``: average digit of the type names; ``file-bits``:
@@ -39,16 +39,16 @@ class BitBudget:
 
     @property
     def covers_file(self) -> bool:
-        """Whether all that is in the file counts, not the decoder's matrices alone."""
+        """Whether the whole file counts, not only the decoder's matrices."""
         return self.kind in ("file-bits", "size")
 
     @property
     def bits_per_weight(self) -> float | None:
-        """The target as an average, if it is one."""
+        """The target as an average; None if it is a size."""
         return None if self.kind == "size" else self.value
 
     def cost(self, quant_type: QuantType, tensor: TensorSpec) -> int:
-        """Bits that a tensor takes of the budget in this type."""
+        """Bits of the budget that a tensor takes in this type."""
         if self.covers_file:
             return 8 * padded(quant_type.tensor_bytes(tensor.shape))
         if tensor.layer is None or not tensor.is_matrix:
@@ -58,11 +58,11 @@ class BitBudget:
         return 8 * quant_type.tensor_bytes(tensor.shape)
 
     def limit(self, spec: ModelSpec, header_bytes: int = 0) -> int:
-        """Bits that all tensors may take together.
+        """Bits that all tensors together may take.
 
         Args:
             spec: The model.
-            header_bytes: What comes before the first tensor; counted where the file is.
+            header_bytes: Bytes before the first tensor; they count if the budget covers the file.
         """
         # Fraction of the decimal, since 2.625 bits of a uniform Q2_K must fit to the last bit.
         target = Fraction(str(self.value))
@@ -73,7 +73,7 @@ class BitBudget:
         return int(target * spec.n_layer_weights)
 
     def amount(self, bits: int, spec: ModelSpec, header_bytes: int = 0) -> float:
-        """What tensors of so many bits make in the unit of ``value``."""
+        """The bits of all tensors in the unit of ``value``."""
         if self.covers_file:
             total = bits + 8 * header_bytes
             return total / 8 if self.kind == "size" else total / spec.n_weights
@@ -87,14 +87,14 @@ class BitBudget:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``400MB``, ``0.4GiB`` or a plain number; powers of 1000 but for ``KiB``, ``MiB``, ``GiB``.
+    """Bytes of ``400MB``, ``0.4GiB`` or a plain number; powers of 1000, except ``KiB``, ``MiB``, ``GiB``.
 
     Raises:
-        BudgetError: if the text is no size.
+        BudgetError: if the text is not a size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in _UNITS or not (size := int(Fraction(found[1]) * _UNITS[found[2]])):
-        raise BudgetError(f"'{text}' is no size; expected bytes or for example 400MB, 0.4GB, 380MiB")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS or not (size := int(Fraction(match[1]) * _UNITS[match[2]])):
+        raise BudgetError(f"'{text}' is not a size; expected bytes or for example 400MB, 0.4GB, 380MiB")
     return size
 
 
@@ -103,13 +103,13 @@ class BitMeter:
     """How large a file is.
 
     Attributes:
-        layer_bpw: Stored bits of the decoder layers' matrices per weight of theirs in the source.
+        layer_bpw: Stored bits of the decoder layers' matrices, per weight of these matrices.
         file_bpw: Bits of the whole file per weight of the source model.
-        nominal_bits: Average digit of the decoder types' names, the papers' accounting.
-        file_bytes: The file.
+        nominal_bits: Average digit in the names of the decoder's types, which is how papers count bits.
+        file_bytes: Size of the file.
         n_weights: Weights of the source model.
-        layers_bytes: The decoder layers' matrices.
-        embedding_bytes: Embedding and output matrix.
+        layers_bytes: Size of the decoder layers' matrices.
+        embedding_bytes: Size of embedding and output matrix.
     """
 
     layer_bpw: float
@@ -126,7 +126,7 @@ class BitMeter:
 
 
 def measure_bits(tensors: Iterable[TensorSpec], types: Mapping[str, str], file_bytes: int) -> BitMeter:
-    """Read the meter for tensors stored in ``types`` (tensor name to type name) in a file of ``file_bytes``."""
+    """The figures of tensors stored in ``types`` (tensor name to type name) in a file of ``file_bytes``."""
     tensors = list(tensors)
     matrices = [(t, QUANT_TYPES[types[t.name]]) for t in tensors if t.is_matrix]
     in_layers = [(t, q) for t, q in matrices if t.layer is not None]

@@ -1,4 +1,4 @@
-"""Reading and writing of the JSON records, so that nothing half-written stays and a wrong file is told apart."""
+"""Reads and writes JSON records: nothing half-written stays, and a wrong file is recognised."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SCHEMA_VERSION = 1
 
 @contextmanager
 def replaced_when_complete(target: Path) -> Iterator[Path]:
-    """A temporary file beside ``target`` that takes its place when the block ends well, and is removed otherwise.
+    """A temporary file that replaces ``target`` when the block succeeds, and is removed when it fails.
 
     Raises:
         OutputError: if the folder is missing, cannot be written, or is full.
     """
     try:
-        # 40 characters of the name, since with its own suffix a name of legal length can become too long
+        # only 40 characters of the name, which with a second suffix could become too long
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=".partial", dir=target.parent)
     except OSError as error:
         raise OutputError(f"cannot write into {target.parent}: {error.strerror}; choose another folder") from None
@@ -31,7 +31,7 @@ def replaced_when_complete(target: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; a result gets the permissions of any new file.
+        # mkstemp makes private files; the result gets the usual permissions of a new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -43,7 +43,7 @@ def replaced_when_complete(target: Path) -> Iterator[Path]:
 
 
 def check_output(target: Path, force: bool) -> None:
-    """Refuse an output that cannot or must not be written, before any work.
+    """Refuse an output that cannot or must not be written, before any work starts.
 
     Raises:
         OutputError: if ``target`` exists and ``force`` is off, is a folder, or its folder is not writable.
@@ -74,7 +74,7 @@ def read_json(file: Path, kind: str) -> dict[str, Any]:
     """Read a record of a kind (``scores``, ``plan``).
 
     Raises:
-        FormatError: if the file is missing, no JSON object, of another kind, or of another schema version.
+        FormatError: if the file is missing, not a JSON object, or of another kind or schema version.
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -85,6 +85,6 @@ def read_json(file: Path, kind: str) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("kind") != kind:
         raise FormatError(f"{file} is not a {kind} file made by lieq-gguf")
     if document.get("schema_version") != SCHEMA_VERSION:
-        found = document.get("schema_version")
-        raise FormatError(f"{file} has schema version {found}, expected {SCHEMA_VERSION}; make it again")
+        version = document.get("schema_version")
+        raise FormatError(f"{file} has schema version {version}, expected {SCHEMA_VERSION}; make it again")
     return document

@@ -12,12 +12,12 @@ import platformdirs
 
 
 def cache_root() -> Path:
-    """Where caches are kept, or ``LIEQ_GGUF_CACHE``. That may be a folder with other things in it."""
+    """The folder for caches, or ``LIEQ_GGUF_CACHE``, which may be a folder with other things in it."""
     named = os.environ.get("LIEQ_GGUF_CACHE")
     return Path(named) if named else platformdirs.user_cache_path("lieq-gguf", appauthor=False)
 
 
 def data_root() -> Path:
-    """Where the user's own data are kept, or ``LIEQ_GGUF_DATA``."""
+    """The folder for the user's own data, or ``LIEQ_GGUF_DATA``."""
     named = os.environ.get("LIEQ_GGUF_DATA")
     return Path(named) if named else platformdirs.user_data_path("lieq-gguf", appauthor=False)

@@ -40,9 +40,9 @@ class ImportanceMatrix:
         return self.n_tokens // self.chunk_size
 
     def mean(self, name: str) -> FloatArray | None:
-        """Mean squared input of each column ``[n_in]``, what ggml's encoders take; None for a tensor without entry.
+        """Mean squared input of each column ``[n_in]``, as ggml's encoders take it; None for a tensor without entry.
 
-        For experts ``[n_experts, n_in]``, over the tokens of each; one that no token has reached gets the mean of all.
+        For experts ``[n_experts, n_in]``, over the tokens of each; an expert without tokens gets the mean of all.
         """
         sums = self.in_sum2.get(name)
         if sums is None or name not in self.counts:
@@ -54,11 +54,11 @@ class ImportanceMatrix:
 
     @property
     def n_unseen(self) -> int:
-        """Matrices of experts that no token has reached."""
+        """Matrices of experts that no token reached."""
         return sum(int((counts == 0).sum()) for counts in self.counts.values())
 
     def expert_shares(self, name: str, n_experts: int) -> FloatArray:
-        """Share of the tokens that reached each expert ``[n_experts]``; all alike where that is not known."""
+        """Share of the tokens that reached each expert ``[n_experts]``; equal shares if it was not measured."""
         counts = self.counts.get(name, np.ones(n_experts, dtype=np.float32))
         return np.asarray(counts / np.maximum(counts.sum(), 1), dtype=np.float32)
 
@@ -75,13 +75,13 @@ class ImportanceMatrix:
         """Require an entry of the right width for every matrix of the layers.
 
         Raises:
-            CalibrationError: naming what is missing or of another width.
+            CalibrationError: if an entry is missing or has another width, naming it.
         """
         matrices = [t for layer in spec.layer_matrices for t in layer]
         missing = [t.name for t in matrices if t.name not in self.in_sum2]
         if missing:
             raise CalibrationError(
-                f"the importance matrix lacks {len(missing)} of {len(matrices)} matrices of the model, "
+                f"the importance matrix lacks {len(missing)} of the model's {len(matrices)} matrices, "
                 f"for example {missing[0]}; expected one made from this model"
             )
         for tensor in matrices:
@@ -89,6 +89,6 @@ class ImportanceMatrix:
             if found != expected:
                 experts = f" of {expected[0]} experts" if tensor.of_experts else ""
                 raise CalibrationError(
-                    f"the importance matrix has {' x '.join(map(str, found))} columns for {tensor.name}, the model "
+                    f"the importance matrix has {' x '.join(map(str, found))} columns for {tensor.name}, the model has "
                     f"{' x '.join(map(str, expected))}{experts}; expected one made from this model"
                 )

@@ -1,4 +1,4 @@
-"""``LayerMeasurement``: what a pass over the calibration tokens finds out about a layer, for every scorer."""
+"""``LayerMeasurement``: what a pass over the calibration tokens measures in a layer, for every scorer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMeasurement:
-    """The statistics of one decoder layer; None for one that was not measured.
+    """The statistics of one decoder layer; None for a statistic that was not measured.
 
     Attributes:
         layer: Index of the layer.
@@ -45,18 +45,18 @@ class LayerMeasurement:
 
 
 STATISTICS = frozenset(field.name for field in fields(LayerMeasurement)) - {"layer"}
-"""Names of everything that a layer can be measured for."""
+"""Names of all statistics."""
 
 COSTLY_STATISTICS = frozenset({"perplexity_drop"})
-"""Those that are measured only when a score that needs them is asked for: the model is run without each layer."""
+"""Statistics measured only for a score that needs them: the model is run once without each layer."""
 
 
 def measured(statistic: _T | None) -> _T:
-    """A statistic that a scorer has said it needs.
+    """A statistic that a scorer needs.
 
     Raises:
-        ScoringError: if the pass has not measured it.
+        ScoringError: if the pass did not measure it.
     """
     if statistic is None:
-        raise ScoringError("the pass has not measured what this score needs; name the score before the pass is made")
+        raise ScoringError("the pass did not measure what this score needs; name the score before the pass is run")
     return statistic

@@ -1,4 +1,4 @@
-"""What the user says of a source, of the measuring, of the file, and of the machine; all with defaults."""
+"""The user's options for the source, the measuring, the file and the machine; all with defaults."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a user says of a source beside where it is.
+    """How to read a source.
 
     Attributes:
         revision: Branch, tag or commit of a model on the hub; None for its main branch.
         adapter: Directory of a LoRA adapter to merge into a model directory.
         allow_requantize: Whether a GGUF file may be quantised already.
-        initializer_range: Standard deviation of the weights of a GGUF file's untrained twin, if the file does not tell.
+        initializer_range: Standard deviation of the initial weights, for GGUF files that do not store it.
     """
 
     revision: str | None = None
@@ -31,16 +31,16 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class MeasuringOptions:
-    """What the user says of the measuring.
+    """How to measure the model.
 
     Attributes:
         text_file: Calibration text, or None for the shipped one.
-        n_tokens: Tokens of it to use.
-        imatrix_file: Importance matrix to use instead of a measured one.
+        n_tokens: Number of its tokens to use.
+        imatrix_file: Importance matrix to use instead of measuring one.
         use_imatrix: Whether to quantise with an importance matrix at all.
-        scores_file: Scores to use instead of measured ones.
+        scores_file: Scores to use instead of measuring them.
         seed: Seed of the untrained twin.
-        use_cache: Whether to use what an earlier pass has found, and to keep what this one finds.
+        use_cache: Whether to use the results of an earlier pass, and to keep those of this one.
     """
 
     text_file: Path | None = None
@@ -54,15 +54,15 @@ class MeasuringOptions:
 
 @dataclass(frozen=True)
 class WritingOptions:
-    """How the file is made.
+    """How to write the file.
 
     Attributes:
-        output: File to write; None for a name made of the model's and the target.
-        force: Whether an existing file may be replaced.
-        error_feedback: Whether to write with error feedback, in a second pass; None for what a given plan was made for,
-            and otherwise with it wherever there is an importance matrix.
+        output: File to write; None for a name made from the model's name and the target.
+        force: Whether to replace an existing file.
+        error_feedback: Whether to write with error feedback, in a second pass. None: as a given plan says; without a
+            plan, if there is an importance matrix.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, if it cannot be recognised.
-        command_line: Kept in the file.
+        command_line: The command, stored in the file.
     """
 
     output: Path | None = None
@@ -74,12 +74,12 @@ class WritingOptions:
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """What a run may use of the machine.
+    """Device, threads and precision of a run.
 
     Attributes:
         device: Torch device that layers are run on.
-        n_threads: Threads of everything.
-        in_float32: Whether to multiply in float32 even where the device is fast in bfloat16.
+        n_threads: Threads, for all work.
+        in_float32: Whether to multiply in float32 even if the device is fast in bfloat16.
     """
 
     device: str = "cpu"

@@ -24,12 +24,12 @@ class QuantPlan:
         method: Name of the allocation method.
         scorer: Name of the layer score it used.
         budget: The target.
-        reachable_bpw: Least and largest ``layer_bpw`` that the types offered can reach.
+        reachable_bpw: Smallest and largest ``layer_bpw`` that the offered types can reach.
         types: Tensor name to type name, for every tensor.
         layer_scores: The score of each layer.
         profile: What the file is made for.
-        error_feedback: Whether the file is to be written with error feedback: the types were chosen for that.
-        expected_kld: Divergence from the model's next-token distribution that the scores foretell, in nats, or None.
+        error_feedback: Whether to write the file with error feedback; the types were chosen for that.
+        expected_kld: Predicted divergence from the model's next-token distribution, in nats, or None.
     """
 
     model: str
@@ -47,7 +47,7 @@ class QuantPlan:
         """Require a type that fits for every tensor of the model.
 
         Raises:
-            FormatError: naming the tensor that has none, or does not fit.
+            FormatError: naming a tensor that has no type, or whose type does not fit.
         """
         names = {t.name for t in spec.tensors}
         for name in sorted(names ^ set(self.types)):
@@ -63,19 +63,19 @@ class QuantPlan:
             if quant_type.needs_imatrix and tensor.layer is None:
                 raise FormatError(
                     f"the plan gives {tensor.name} the type {quant_type.name}, which needs an importance matrix; "
-                    "no embedding or output has one"
+                    "embedding and output matrix never have one"
                 )
             if not quant_type.fits(tensor.shape[-1]) or (
                 not tensor.is_matrix and quant_type.is_quantized and quant_type.name != tensor.fixed_type
             ):
                 raise FormatError(
-                    f"the plan gives {tensor.name} of shape {tensor.shape} the type {quant_type.name}, no fit; "
-                    "choose a type whose blocks divide the row, and F32 for vectors"
+                    f"the plan gives {tensor.name} of shape {tensor.shape} the type {quant_type.name}, which does not "
+                    "fit; choose a type whose blocks divide the row, and F32 for vectors"
                 )
 
     @property
     def needs_imatrix(self) -> bool:
-        """Whether any tensor has a type that is of use only with an importance matrix."""
+        """Whether any tensor has a type that is useless without an importance matrix."""
         return any(QUANT_TYPES[name].needs_imatrix for name in self.types.values())
 
     @property
@@ -101,10 +101,10 @@ class QuantPlan:
         }
 
     def tensor_type_lines(self, spec: ModelSpec) -> str:
-        """Lines for ``llama-quantize --tensor-type-file``, one a matrix.
+        """Lines for ``llama-quantize --tensor-type-file``, one per matrix.
 
-        llama-quantize searches its patterns in names, so each is anchored and escaped. Its options
-        ``--token-embedding-type`` and ``--output-tensor-type`` would come before these lines.
+        llama-quantize searches names for its patterns, so each is anchored and escaped. Its options
+        ``--token-embedding-type`` and ``--output-tensor-type`` take precedence over these lines.
         """
         return "".join(f"^{re.escape(t.name)}$={self.types[t.name]}\n" for t in spec.tensors if t.is_matrix)
 
@@ -114,7 +114,7 @@ class QuantPlan:
 
     @classmethod
     def load(cls, file: Path) -> QuantPlan:
-        """Read what ``save`` has written; edits of the types by hand are welcome.
+        """Read a file of ``save``; its types may have been edited by hand.
 
         Raises:
             FormatError: if the file is not a complete plan or names an unknown type.
@@ -153,7 +153,7 @@ class QuantPlan:
 
 
 def quantizes_layers(types: Mapping[str, str], spec: ModelSpec) -> bool:
-    """Whether any matrix of the layers has a type with blocks, and with it a use for importance."""
+    """Whether any matrix of the layers has a type with blocks, so that importance matters."""
     return any(QUANT_TYPES[types[t.name]].is_quantized for layer in spec.layer_matrices for t in layer)
 
 

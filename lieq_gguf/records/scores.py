@@ -1,4 +1,4 @@
-"""``LayerScores``: how much each layer matters by every scorer, and how much error each type would make in it."""
+"""``LayerScores``: how much each layer matters by every scorer, and the error of each type in each matrix."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lieq_gguf.errors import FormatError
 from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
 from lieq_gguf.records.spec import ModelSpec
 
-# Share of a matrix's error that error feedback leaves, on text that calibration has not seen. One for all types: theirs
-# are mostly between 0.58 and 0.74, but plans that told them apart were no better (docs/experiments.md).
+# Share of a matrix's error that error feedback leaves, on text other than the calibration text. One number for all
+# types: most of theirs are between 0.58 and 0.74, but plans that told them apart were no better (docs/experiments.md).
 _LEFT_BY_FEEDBACK = 0.72
 
 
@@ -26,12 +26,12 @@ class LayerScores:
         n_tokens: Calibration tokens of the pass.
         dataset: Name of the calibration text.
         seed: Seed of the untrained twin.
-        by_scorer: Scorer to one score a layer; higher means protect.
+        by_scorer: Scorer to one score per layer; higher means protect.
         type_errors: Tensor name to type name to ``Σ im·(W − Ŵ)² / Σ im·W²``, estimated on a sample.
-        sensitivities: Tensor name to block error per unit of that error: how far the layer's output moves; empty in
-            files that know none.
-        fingerprint: Digest of the model's files, to tell another model of the same shape; None if it is not known.
-        kld_per_block_error: Divergence of the logits, in nats, that a block error ends in; None if it is not known.
+        sensitivities: Tensor name to block error per unit of that error: how far the layer's output moves; empty if
+            not measured.
+        fingerprint: Digest of the model's files, to recognise another model of the same shape; None if unknown.
+        kld_per_block_error: Divergence of the logits, in nats, per unit of block error; None if not measured.
     """
 
     model: str
@@ -50,37 +50,38 @@ class LayerScores:
         return len(next(iter(self.by_scorer.values())))
 
     def with_feedback(self, spec: ModelSpec) -> LayerScores:
-        """The same with the errors that error feedback leaves; it is for the matrices of the layers alone."""
-        refined = {
+        """The same scores with the errors that error feedback leaves in the layers' matrices."""
+        remaining = {
             t.name: {name: error * _LEFT_BY_FEEDBACK for name, error in self.type_errors[t.name].items()}
             for layer in spec.layer_matrices
             for t in layer
         }
-        return replace(self, type_errors={**self.type_errors, **refined})
+        return replace(self, type_errors={**self.type_errors, **remaining})
 
     def check(self, spec: ModelSpec, fingerprint: str | None = None) -> None:
-        """Require scores of this very model.
+        """Require scores of exactly this model.
 
         Raises:
-            FormatError: if layers, matrices or, where both are known, fingerprints differ.
+            FormatError: if layers, matrices or fingerprints differ; an unknown fingerprint matches any.
         """
         if self.n_layers != spec.n_layers:
             raise FormatError(
-                f"the scores are of {self.model} with {self.n_layers} layers; {spec.name} has {spec.n_layers}: "
-                "score it anew"
+                f"the scores are for {self.model} with {self.n_layers} layers; {spec.name} has {spec.n_layers}: "
+                "score it again"
             )
         names = {t.name for layer in spec.layer_matrices for t in layer}
-        if names != set(self.type_errors) - {t.name for t in spec.other_matrices}:
+        if names != set(self.type_errors) - {t.name for t in spec.outer_matrices}:
             raise FormatError(
-                f"the scores are of {self.model}, whose matrices are not those of {spec.name}: score it anew"
+                f"the scores are for {self.model}, whose matrices differ from those of {spec.name}: score it again"
             )
         if None not in (fingerprint, self.fingerprint) and fingerprint != self.fingerprint:
             raise FormatError(
-                f"the scores are of another {self.model}: its weights are not those of {spec.name} now; score it anew"
+                f"the scores are for another {self.model}, whose weights differ from those of {spec.name}; "
+                "score it again"
             )
 
     def to_json(self, scorer: str) -> dict[str, Any]:
-        """The document that ``score --json`` prints, with ``scorer`` as the one called score."""
+        """The document that ``score --json`` prints, with the values of ``scorer`` under the key ``score``."""
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": "scores",
@@ -107,7 +108,7 @@ class LayerScores:
 
     @classmethod
     def load(cls, file: Path) -> LayerScores:
-        """Read what ``save`` has written.
+        """Read a file of ``save``.
 
         Raises:
             FormatError: if the file is not a complete scores file.
@@ -139,11 +140,11 @@ class LayerScores:
             raise FormatError(f"{file} holds no scores; make it again")
         for name, values in scores.by_scorer.items():
             if not all(map(math.isfinite, values)):
-                raise FormatError(f"{file} holds scores of {name} that are no finite numbers; make it again")
+                raise FormatError(f"{file} holds scores of {name} that are not finite numbers; make it again")
         for name, errors in scores.type_errors.items():
             if not all(math.isfinite(e) and e >= 0 for e in errors.values()):
-                raise FormatError(f"{file} holds errors of {name} that are no finite numbers; make it again")
+                raise FormatError(f"{file} holds errors of {name} that are not finite numbers; make it again")
         rates = () if scores.kld_per_block_error is None else (scores.kld_per_block_error,)
         if not all(math.isfinite(s) and s >= 0 for s in (*scores.sensitivities.values(), *rates)):
-            raise FormatError(f"{file} holds sensitivities that are no finite numbers; make it again")
+            raise FormatError(f"{file} holds sensitivities that are not finite numbers; make it again")
         return scores

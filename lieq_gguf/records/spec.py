@@ -19,10 +19,10 @@ class TensorSpec:
             from the configuration.
         shape: ``(n_out, n_in)`` for a matrix, ``(n_experts, n_out, n_in)`` for those of experts, ``(n,)`` for a
             vector; rows last, as in numpy.
-        layer: Index of the decoder layer, or None outside of them.
+        layer: Index of the decoder layer, or None for a tensor outside the layers.
         rotary_heads: Heads whose rows the rotary layout of llama.cpp reorders; 0 for all other tensors.
         offset: What the file adds to every weight of the source.
-        is_fixed: Whether the tensor keeps ``fixed_type`` although it has rows, since llama.cpp does not quantise it.
+        is_fixed: Whether the tensor keeps ``fixed_type`` even though it has rows: llama.cpp does not quantise it.
         fixed_type: Name of the type of a vector, and of a tensor that is fixed.
         active_share: Share of the weights that a token uses; less than 1 for experts.
     """
@@ -39,7 +39,7 @@ class TensorSpec:
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """Names in the source model: none for a computed tensor, one for each expert."""
+        """Names in the source model: one, one for each expert, or none for a computed tensor."""
         if self.source_name is None:
             return ()
         return tuple(self.source_name.format(i) for i in range(self.shape[0] if self.of_experts else 1))
@@ -66,7 +66,7 @@ class TensorSpec:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a plan gives this tensor its type."""
+        """Whether a plan chooses the type of this tensor."""
         return len(self.shape) > 1 and not self.is_fixed
 
     @property
@@ -88,7 +88,7 @@ class ModelSpec:
     Attributes:
         name: Name of the model, for people.
         architecture: llama.cpp's name of the architecture.
-        config: The source's ``config.json``; of a GGUF file what its metadata amounts to, or nothing.
+        config: The source's ``config.json``; for a GGUF file its equivalent made from the metadata, or empty.
         n_layers: Number of decoder layers.
         tensors: All tensors of the file, in file order.
         has_tied_embeddings: Whether the embedding is the output matrix as well.
@@ -111,10 +111,10 @@ class ModelSpec:
         return tuple(tuple(layer) for layer in layers)
 
     @cached_property
-    def other_matrices(self) -> tuple[TensorSpec, ...]:
-        """The matrices outside of the layers, the embedding first, whatever their order in the file."""
-        found = (t for t in self.tensors if t.layer is None and t.is_matrix)
-        return tuple(sorted(found, key=lambda tensor: tensor.name != "token_embd.weight"))
+    def outer_matrices(self) -> tuple[TensorSpec, ...]:
+        """The matrices outside the layers, the embedding first, whatever their order in the file."""
+        matrices = (t for t in self.tensors if t.layer is None and t.is_matrix)
+        return tuple(sorted(matrices, key=lambda tensor: tensor.name != "token_embd.weight"))
 
     @property
     def embedding(self) -> TensorSpec:

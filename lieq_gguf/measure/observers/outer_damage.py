@@ -1,8 +1,8 @@
-"""What quantising the matrices outside of the layers does: the embedding, the output matrix, or the one that is both.
+"""The damage of quantising the outer matrices: the embedding, the output matrix, or the one matrix that is both.
 
-Their damage is counted in the same unit as that of the layers' matrices, the block error. The embedding's is what its
-error makes of the first layer's output. The output matrix has no layer behind it: its damage is the divergence of the
-logits, changed into block error at the rate at which the block errors of the whole decoder turn into divergence.
+Their damage has the same unit as that of the layers' matrices, the block error. For the embedding it is the change of
+the first layer's output. No layer follows the output matrix: its damage is the divergence of the logits, converted into
+block error at the rate of the whole decoder, the divergence it causes over the sum of its block errors.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lieq_gguf.measure.type_errors import probe_matrix, probe_type, relative_err
 from lieq_gguf.native import encoders, ggml
 from lieq_gguf.quant_types import DEFAULT_LADDER
 
-_N_SAMPLED_ROWS = 1024  # of the most frequent tokens, which are what both ends of the model are used for
-_TOKEN_STEP = 2  # of the sample, every second token is compared: logits are as costly as several layers
+_N_SAMPLED_ROWS = 1024  # rows of the most frequent tokens, which are used most
+_TOKEN_STEP = 2  # compares every second token of the sample, since logits cost as much as several layers
 
 
 class OuterDamage(Observer):
-    """Quantises each outer matrix with the probe, and compares.
+    """Quantises each outer matrix with the probe and compares the results.
 
     Attributes:
-        type_errors: Tensor name to type name to relative error. No importance: no embedding has any.
+        type_errors: Tensor name to type name to relative error, unweighted, since outer matrices have no importance.
         sensitivities: Tensor name to block error per unit of relative error; without the output matrix if the probe is
             exact.
         kld_per_block_error: Divergence of the logits, in nats, with the whole decoder quantised with the probe, per
@@ -41,10 +41,10 @@ class OuterDamage(Observer):
         self.sensitivities: dict[str, float] = {}
         self.kld_per_block_error: float | None = None
         source = setting.source
-        self._matrices = [(tensor, source.read(tensor)) for tensor in source.spec.other_matrices]
+        self._matrices = [(tensor, source.read(tensor)) for tensor in source.spec.outer_matrices]
         self._sample = setting.damage_sample
         self._decoder = others[QuantizationDamage]
-        # by rule, embedding and output can have types that the layers are not offered
+        # the rule for outer matrices may choose types that are not offered to the layers
         self._types = tuple(dict.fromkeys([*setting.options.error_types, *DEFAULT_LADDER]))
         self._n_threads = setting.options.compute.n_threads
         ids, counts = np.unique(setting.tokens.ids, return_counts=True)
@@ -57,14 +57,14 @@ class OuterDamage(Observer):
             before = hidden[self._sample]
             self._embedding_error = relative_change(layer.forward(before), layer.forward(self._probed(before)))
 
-    def conclude(self, head: OutputHead, hidden: torch.Tensor) -> None:
+    def conclude(self, output_head: OutputHead, hidden: torch.Tensor) -> None:
         """Compare logits, and express the divergence as block error."""
         intact = hidden[self._sample][:, ::_TOKEN_STEP]
-        divergence = head.divergence(intact, change=self._probed)
+        divergence = output_head.divergence(intact, change=self._probed)
         of_decoder = sum(self._decoder.block_errors.values())
         assert self._decoder.drifted is not None
         if of_decoder > 0:
-            drift = head.divergence(intact, self._decoder.drifted[:, ::_TOKEN_STEP])
+            drift = output_head.divergence(intact, self._decoder.drifted[:, ::_TOKEN_STEP])
             self.kld_per_block_error = drift / of_decoder or None
         embedding, output = self._matrices[0][0], self._matrices[-1][0]  # the same if they are tied
         for tensor, matrix in self._matrices:
@@ -73,7 +73,7 @@ class OuterDamage(Observer):
             damage = self._embedding_error if tensor is embedding else 0.0
             self.type_errors[tensor.name] = relative_errors([probe], self._types, self._n_threads)[0]
             if tensor is output:
-                if self.kld_per_block_error is None:  # an exact probe tells nothing of the output matrix
+                if self.kld_per_block_error is None:  # an exact probe shows no damage of the output matrix
                     continue
                 damage += divergence / self.kld_per_block_error
             self.sensitivities[tensor.name] = damage / (probe.relative_error or 1.0)
