@@ -177,7 +177,7 @@ def test_a_broken_file_is_refused(run_cli: RunCli, files: dict[str, Path], text_
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(files["Q2_K"].read_bytes()[:100_000])
     said = refused(run_cli, broken, "--reference", files["F16"], "--text", text_file)
-    assert "llama.cpp does not load" in said
+    assert "llama.cpp cannot load" in said
 
 
 def test_another_tokenizer_is_refused(run_cli: RunCli, files: dict[str, Path], text_file: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_zeros_stay_zeros(quant_type: QuantType, importance: FloatArray) -> None
 
 @pytest.mark.parametrize(("name", "width"), [("Q2_K", 576), ("IQ4_NL", 100), ("Q8_0", 16), ("IQ3_S", 128)])
 def test_refuses_a_row_that_does_not_fit(name: str, width: int) -> None:
-    with pytest.raises(QuantizationError, match=f"{width} weights is no whole number of {name}'s blocks"):
+    with pytest.raises(QuantizationError, match=f"{width} weights cannot be divided into {name}'s blocks"):
         ggml.quantize(np.zeros((2, width), dtype=np.float32), QUANT_TYPES[name])
 
 
@@ -146,7 +146,7 @@ def test_refuses_wrong_importance(importance: FloatArray, weights: FloatArray) -
 
 
 def test_refuses_bytes_that_are_no_whole_blocks() -> None:
-    with pytest.raises(QuantizationError, match="143 bytes is no whole number of Q4_K's blocks"):
+    with pytest.raises(QuantizationError, match="143 bytes cannot be divided into Q4_K's blocks"):
         ggml.dequantize(np.zeros((1, 143), dtype=np.uint8), QUANT_TYPES["Q4_K"])
 
 

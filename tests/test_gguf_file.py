@@ -111,13 +111,13 @@ def test_value_falls_back_to_the_default(small: Path) -> None:
 def test_refuses_what_is_no_gguf(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "some.gguf"
     file.write_bytes(content)
-    with pytest.raises(FormatError, match=f"no complete GGUF file \\({len(content)} bytes"):
+    with pytest.raises(FormatError, match=f"not a complete GGUF file \\({len(content)} bytes"):
         GgufFile(file)
 
 
 def test_refuses_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.gguf", tmp_path):
-        with pytest.raises(FormatError, match="does not exist or is no file"):
+        with pytest.raises(FormatError, match="does not exist or is not a file"):
             GgufFile(path)
 
 
@@ -126,7 +126,7 @@ def test_refuses_every_cut(small: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     for n_bytes in range(0, len(data), 7):
         cut.write_bytes(data[:n_bytes])
-        with pytest.raises(FormatError, match="no complete GGUF"):
+        with pytest.raises(FormatError, match="not a complete GGUF"):
             GgufFile(cut)
 
 
@@ -269,11 +269,11 @@ def test_written_file_is_that_of_ggufs_writer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [[1, 1.5], [None], ["\ud800"], [1 << 40], [], 7])
 def test_value_that_no_header_can_have_is_one_line(value: Any) -> None:
-    with pytest.raises(FormatError, match="is no value for a GGUF header") as refused:
+    with pytest.raises(FormatError, match="cannot be stored in a GGUF header") as refused:
         HeaderWriter("").add_key_value("some.array", value, gguf.GGUFValueType.ARRAY)
     assert "\n" not in str(refused.value)
 
 
 def test_number_too_large_for_its_type_is_one_line() -> None:
-    with pytest.raises(FormatError, match=r"1e\+39 is no value"):
+    with pytest.raises(FormatError, match=r"1e\+39 cannot be stored"):
         HeaderWriter("").add_float32("some.float32", 1e39)

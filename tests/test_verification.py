@@ -108,7 +108,7 @@ def test_catches_logits_that_are_not_finite(damage: Damage) -> None:
 def test_catches_a_truncated_file(conversion: pipeline.Conversion, tmp_path: Path) -> None:
     file = tmp_path / "cut.gguf"
     file.write_bytes(conversion.output.read_bytes()[:-1])
-    with pytest.raises(FormatError, match="no complete GGUF"):
+    with pytest.raises(FormatError, match="not a complete GGUF"):
         verify(file)
 
 
@@ -126,7 +126,7 @@ def test_quotes_llama_cpp_when_it_refuses_the_file(conversion: pipeline.Conversi
     start = data.index(b"llama", data.index(b"general.architecture"))
     file = tmp_path / "unknown.gguf"
     file.write_bytes(data[:start] + b"lhama" + data[start + 5 :])
-    with pytest.raises(VerificationError, match=r"does not load .*unknown model architecture: 'lhama'"):
+    with pytest.raises(VerificationError, match=r"cannot load .*unknown model architecture: 'lhama'"):
         verify(file)
 
 

@@ -1,1 +1,1 @@
-"""The files that others defined, as bytes."""
+"""File formats defined by others, read and written as bytes."""

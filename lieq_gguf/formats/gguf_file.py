@@ -26,10 +26,10 @@ _COUNTS = (
     "embedding_length", "expert_count", "expert_feed_forward_length", "expert_used_count", "vocab_size",
 )  # fmt: skip
 COMPUTED_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
-"""Made by the converter: no weights of the source."""
+"""Computed by the converter; not weights of the source."""
 
-# llama-quantize leaves these matrices as they are; build 0.3.36 of llama-cpp-python, tensor_allows_quantization
-_KEPT_PARTS = (
+# llama-quantize does not quantise these matrices; build 0.3.36 of llama-cpp-python, tensor_allows_quantization
+_UNQUANTIZED_SUBSTRINGS = (
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
     "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
     "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_v0.weight", "time_mix_v1.weight",
@@ -38,7 +38,7 @@ _KEPT_PARTS = (
     "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd",
     ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
 )  # fmt: skip
-_KEPT_NAMES = ("position_embd.weight", "token_types.weight")
+_UNQUANTIZED_NAMES = ("position_embd.weight", "token_types.weight")
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class StoredTensor:
 
 
 class GgufFile:
-    """A readable GGUF file; tensors are mapped, not loaded.
+    """A GGUF file; tensors are mapped, not loaded.
 
     Attributes:
         path: The file.
         tensors: Its tensors in file order.
 
     Raises:
-        FormatError: if the file is missing, damaged, cut short, or has a tensor type unknown here.
+        FormatError: if the file is missing, damaged or cut short, or has an unsupported tensor type.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise FormatError(f"{path} does not exist or is no file; expected a GGUF file")
+            raise FormatError(f"{path} does not exist or is not a file; expected a GGUF file")
         try:
             # an empty file cannot be mapped
             self._content = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, dtype=np.uint8)
@@ -82,7 +82,7 @@ class GgufFile:
             self.tensors = tuple(self._stored(t) for t in header.tensors)
         except (ValueError, OSError) as error:
             size = path.stat().st_size
-            raise FormatError(f"{path} is no complete GGUF file ({size:,} bytes: {error}); make it again") from None
+            raise FormatError(f"{path} is not a complete GGUF file ({size:,} bytes: {error}); make it again") from None
 
     @property
     def file_bytes(self) -> int:
@@ -106,7 +106,7 @@ class GgufFile:
 
     @cached_property
     def _active_share(self) -> float:
-        """Share of the experts that a token passes."""
+        """Share of the experts that a token uses."""
         arch = self.architecture
         return int(self.value(f"{arch}.expert_used_count", 1)) / max(1, int(self.value(f"{arch}.expert_count", 1)))
 
@@ -120,7 +120,7 @@ class GgufFile:
         return tuple(self._values)
 
     def value_bytes(self, key: str) -> bytes:
-        """A value of the metadata as it is stored, its type at the front."""
+        """A value of the metadata as stored, its type first."""
         start, stop = self._spans[key]
         return self._content[start:stop].tobytes()
 
@@ -144,7 +144,9 @@ class GgufFile:
         if not tensor.shape or 0 in tensor.shape:
             raise FormatError(f"{tensor.name} has the shape {tensor.shape}; expected at least one weight")
         if not quant_type.fits(tensor.shape[-1]):
-            raise FormatError(f"{tensor.name} has rows of {tensor.shape[-1]}, which are no blocks of {quant_type.name}")
+            raise FormatError(
+                f"{tensor.name} has rows of {tensor.shape[-1]}, which do not fit the blocks of {quant_type.name}"
+            )
         layer = _LAYER.match(tensor.name)
         spec = TensorSpec(
             name=tensor.name,
@@ -162,15 +164,20 @@ class GgufFile:
 
 
 def _require_counts(values: Mapping[str, Any]) -> None:
-    """Refuse numbers of things that are none; some may be given layer by layer."""
+    """Refuse counts that are not whole numbers; some keys may hold one count per layer."""
     arch = values.get("general.architecture")
     for key in (*_FILE_COUNTS, *(f"{arch}.{name}" for name in _COUNTS)):
-        found = values.get(key, 0)
-        of_layers = found if isinstance(found, list) and key.removeprefix(f"{arch}.") in _COUNTS_OF_LAYERS else [found]
-        if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 1 << 32 for n in of_layers):
-            raise ValueError(f"{key} is {str(found)[:40]!r}, expected a whole number")
+        value = values.get(key, 0)
+        is_per_layer = isinstance(value, list) and key.removeprefix(f"{arch}.") in _COUNTS_OF_LAYERS
+        counts = value if is_per_layer else [value]
+        if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 1 << 32 for n in counts):
+            raise ValueError(f"{key} is {str(value)[:40]!r}, expected a whole number")
 
 
 def is_never_quantised(name: str) -> bool:
-    """Whether llama-quantize leaves a tensor as it is, whatever its shape."""
-    return not name.endswith("weight") or name in _KEPT_NAMES or any(part in name for part in _KEPT_PARTS)
+    """Whether llama-quantize never quantises a tensor, whatever its shape."""
+    return (
+        not name.endswith("weight")
+        or name in _UNQUANTIZED_NAMES
+        or any(substring in name for substring in _UNQUANTIZED_SUBSTRINGS)
+    )

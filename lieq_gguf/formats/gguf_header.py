@@ -1,6 +1,7 @@
-"""The header of a GGUF file: metadata, and name, shape, type and place of every tensor.
+"""The header of a GGUF file: metadata, and name, shape, type and offset of every tensor.
 
-``gguf.GGUFReader`` makes an array of every string, seconds for a vocabulary of 150,000; here it takes a tenth of that.
+``gguf.GGUFReader`` makes an array of every string, which takes seconds for a vocabulary of 150,000; this reader takes
+a tenth of that.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -40,10 +41,10 @@ _MAX_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is, and what it says of itself.
+    """A tensor as the header describes it.
 
     Attributes:
-        name: Its name.
+        name: Name of the tensor.
         shape: Rows first.
         ggml_id: Number of its type.
         offset: First byte in the file.
@@ -62,7 +63,7 @@ class GgufHeader:
     Attributes:
         values: Metadata by key.
         tensors: In file order.
-        spans: First byte and end of every value in the file, type included, by key.
+        spans: Key to first byte and end of the value in the file, its type included.
     """
 
     values: dict[str, Any]
@@ -75,9 +76,9 @@ class TensorLayout:
     """A tensor of a header to write.
 
     Attributes:
-        name: Its name.
+        name: Name of the tensor.
         shape: Rows first.
-        ggml_id: ``enum ggml_type``, by number: llama.cpp can be ahead of gguf, which then has no name for it.
+        ggml_id: ``enum ggml_type`` as a number, since gguf has no name yet for llama.cpp's newest types.
         n_bytes: Size of its data.
     """
 
@@ -90,38 +91,38 @@ class TensorLayout:
 class HeaderWriter(gguf.GGUFWriter):
     """Collects metadata as bytes.
 
-    Of gguf's writer it takes only the many ``add_…`` functions, which know the keys of the format and all end in
-    :meth:`add_key_value`; :func:`pack_header` and :func:`write_gguf` take the place of those that write.
+    It uses only the many ``add_…`` functions of gguf's writer, which know the keys of the format and all call
+    :meth:`add_key_value`; :func:`pack_header` and :func:`write_gguf` replace the functions that write.
 
     Attributes:
-        values: Key to value as it is stored, its type at the front.
+        values: Key to value as stored, its type first.
     """
 
     def __init__(self, architecture: str) -> None:
         self.values: dict[str, bytes] = {}
-        super().__init__(None, architecture)  # which adds it, unless it is empty
+        super().__init__(None, architecture)  # adds the architecture, unless it is empty
 
     def add_key_value(
         self, key: str, val: Any, vtype: gguf.GGUFValueType, sub_type: gguf.GGUFValueType | None = None
     ) -> None:
-        """Add a value; one of the same key is replaced where it is.
+        """Add a value, or replace the value of the same key in its place.
 
         Raises:
             FormatError: if the value is not of the type.
         """
-        del sub_type  # told by the elements
+        del sub_type  # the elements determine it
         self.values[key] = struct.pack("<I", vtype) + _packed(val, vtype)
 
     def add_bytes(self, key: str, content: bytes) -> None:
-        """Add a value, its type at the front, as :attr:`GgufHeader.spans` finds it."""
+        """Add a value as stored, its type first, for example the bytes of a span of :attr:`GgufHeader.spans`."""
         self.values[key] = content
 
 
 def pack_header(values: Mapping[str, bytes], tensors: Iterable[TensorLayout]) -> bytes:
-    """Everything before the first tensor, padded to where that begins.
+    """Everything before the first tensor, padded to where that tensor begins.
 
     Args:
-        values: Metadata, as :attr:`HeaderWriter.values` has it; no other alignment than the usual one.
+        values: Metadata in the form of :attr:`HeaderWriter.values`; it must not set another alignment.
         tensors: In file order; each begins at a multiple of the alignment.
     """
     layouts = list(tensors)
@@ -153,7 +154,7 @@ def float_tensor(name: str, values: npt.NDArray[np.float32]) -> tuple[TensorLayo
 
 
 def _packed(value: Any, kind: gguf.GGUFValueType) -> bytes:
-    """A value as it is stored, without its type."""
+    """A value as stored, without its type."""
     try:
         if kind == gguf.GGUFValueType.STRING:
             text = value.encode("utf-8") if isinstance(value, str) else value
@@ -164,12 +165,12 @@ def _packed(value: Any, kind: gguf.GGUFValueType) -> bytes:
             return struct.pack("<IQ", gguf.GGUFValueType.UINT8, len(value)) + value
         (element,) = {gguf.GGUFValueType.get_type(v) for v in value}
     except (struct.error, OverflowError, ValueError, TypeError) as error:  # a configuration can say anything
-        raise FormatError(f"{value!r:.80} is no value for a GGUF header ({error}); correct config.json") from None
+        raise FormatError(f"{value!r:.80} cannot be stored in a GGUF header ({error}); correct config.json") from None
     return struct.pack("<IQ", element, len(value)) + b"".join(_packed(v, element) for v in value)
 
 
 def type_name(ggml_id: int) -> str:
-    """Name of a tensor type, for people; llama.cpp can be ahead of gguf."""
+    """Name of a tensor type for messages; a type that gguf does not know gets its number."""
     try:
         return gguf.GGMLQuantizationType(ggml_id).name
     except ValueError:
@@ -180,7 +181,7 @@ def read_header(content: memoryview) -> GgufHeader:
     """Read the header of a mapped file.
 
     Raises:
-        ValueError: if it is no GGUF of a known version, or is damaged or cut short.
+        ValueError: if it is not GGUF of a supported version, or is damaged or cut short.
     """
     return _HeaderReader(content).read()
 
@@ -210,7 +211,7 @@ class _HeaderReader:
         infos = [self._tensor() for _ in range(n_tensors)]
         alignment = values.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"the alignment {alignment} is no power of two")
+            raise ValueError(f"the alignment {alignment} is not a power of two")
         data_start = -(-self._place // alignment) * alignment
         tensors = tuple(TensorInfo(name, shape, kind, data_start + offset) for name, shape, kind, offset in infos)
         if len({t.name for t in tensors}) != len(tensors):
@@ -221,9 +222,9 @@ class _HeaderReader:
         stop = self._place + n_bytes
         if stop > len(self._content):
             raise ValueError(f"it ends before byte {stop:,}")
-        part = self._content[self._place : stop]
+        taken = self._content[self._place : stop]
         self._place = stop
-        return part
+        return taken
 
     def _scalar(self, form: str) -> Any:
         return struct.unpack("<" + form, self._take(struct.calcsize("<" + form)))[0]
@@ -239,7 +240,7 @@ class _HeaderReader:
         return self._scalar(_scalar_form(kind))
 
     def _array(self, kind: int, n: int) -> list[Any]:
-        if n > len(self._content):  # every element takes a byte at least
+        if n > len(self._content):  # every element takes at least a byte
             raise ValueError(f"an array of {n:,} elements in a file of {len(self._content):,} bytes")
         if kind == gguf.GGUFValueType.STRING:
             return [self._string() for _ in range(n)]

@@ -1,4 +1,4 @@
-"""Files of an importance matrix, as llama-imatrix writes them: GGUF, and the older ``.dat``."""
+"""Importance-matrix files as llama-imatrix writes them: GGUF, and the older ``.dat``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lieq_gguf.quant_types import F32
 from lieq_gguf.records.files import replaced_when_complete
 from lieq_gguf.records.importance import FloatArray, ImportanceMatrix
 
-_CHUNK_SIZE = 512  # what llama-imatrix takes unless told otherwise
+_CHUNK_SIZE = 512  # llama-imatrix's default
 
 
 def save_importance(matrix: ImportanceMatrix, path: Path) -> None:
-    """Write the GGUF that llama-imatrix writes and llama-quantize reads."""
+    """Write the same GGUF form that llama-imatrix writes and llama-quantize reads."""
     writer = HeaderWriter("")  # the format has no general.architecture
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [matrix.dataset])
@@ -37,10 +37,10 @@ def save_importance(matrix: ImportanceMatrix, path: Path) -> None:
 
 
 def load_importance(path: Path) -> ImportanceMatrix:
-    """Read what llama-imatrix or :func:`save_importance` has written, in GGUF or in the older ``.dat`` form.
+    """Read a file of llama-imatrix or :func:`save_importance`, in GGUF or in the older ``.dat`` form.
 
     Raises:
-        FormatError: if the file is no importance matrix, or an entry saw no token.
+        FormatError: if the file is not an importance matrix, or no token reached an entry.
     """
     try:
         content = path.read_bytes()
@@ -55,22 +55,22 @@ def _read_gguf(path: Path, content: bytes) -> ImportanceMatrix:
     try:
         header = read_header(memoryview(content))
         if header.values.get("general.type") != "imatrix":
-            raise FormatError(f"{path} is a GGUF, but not an importance matrix; expected what llama-imatrix writes")
+            raise FormatError(f"{path} is a GGUF file, but not an importance matrix; expected one of llama-imatrix")
         chunk_size, dataset = _chunk_size(header.values), _dataset(header.values)
         arrays: dict[str, FloatArray] = {}
         for tensor in header.tensors:
             if tensor.ggml_id != F32.ggml_id:
                 raise ValueError(f"{tensor.name} is {type_name(tensor.ggml_id)}, expected F32")
             arrays[tensor.name] = np.frombuffer(content, "<f4", prod(tensor.shape), tensor.offset)
-    except (ValueError, OverflowError) as error:  # numpy's as well, of an array that ends behind the file
+    except (ValueError, OverflowError) as error:  # numpy raises them for an array that reaches beyond the file
         raise FormatError(f"{path} is not an importance matrix in GGUF form ({error})") from None
     counts = {n.removesuffix(".counts"): a for n, a in arrays.items() if n.endswith(".counts")}
     sums = {n.removesuffix(".in_sum2"): a for n, a in arrays.items() if n.endswith(".in_sum2")}
     if not sums or sums.keys() != counts.keys():
-        raise FormatError(f"{path} is incomplete; expected a pair in_sum2 and counts for every matrix")
+        raise FormatError(f"{path} is incomplete; expected in_sum2 and counts for every matrix")
     for name in sums:
         _check_entry(path, name, sums[name], counts[name])
-    # llama-imatrix sees every token in every dense matrix; scale the odd entry so that one count serves all.
+    # llama-imatrix sees every token in every dense matrix; scale an entry with another count, so that one serves all.
     of_experts = {name: count for name, count in counts.items() if count.size > 1}
     dense = {name: float(count[0]) for name, count in counts.items() if count.size == 1}
     n_tokens = max(dense.values(), default=1.0)
@@ -85,12 +85,12 @@ def _read_gguf(path: Path, content: bytes) -> ImportanceMatrix:
 
 
 def _check_entry(path: Path, name: str, sums: FloatArray, counts: FloatArray) -> None:
-    """Require counts of tokens, one or one for each expert, and sums of squares."""
+    """Require one count of tokens, or one per expert, and sums of squares."""
     is_count = counts.size > 0 and bool(np.isfinite(counts).all() and (counts >= 0).all() and counts.max() >= 1)
     if not is_count or sums.size == 0 or sums.size % counts.size:
-        raise FormatError(f"{path} has no usable count for {name}; make it again on more text")
+        raise FormatError(f"{path} has no usable count for {name}; make it again with more text")
     if not np.isfinite(sums).all() or (sums < 0).any():
-        raise FormatError(f"{path} has sums for {name} that are no squares; make it again")
+        raise FormatError(f"{path} has sums for {name} that are negative or not finite; make it again")
 
 
 def _chunk_size(values: Mapping[str, Any]) -> int:
@@ -108,8 +108,8 @@ def _dataset(values: Mapping[str, Any]) -> str:
 def _read_dat(path: Path, content: bytes) -> ImportanceMatrix:
     """The form of llama-imatrix before August 2025: little-endian counts, names, and means times calls.
 
-    An entry's values are ``Σ x² / n_rows · n_calls``, so that over ``n_calls`` they are the means. It does not tell the
-    number of tokens; a call is a sequence of 512 unless the user said otherwise.
+    An entry's values are ``Σ x² / n_rows · n_calls``; divided by ``n_calls`` they are the means. The file does not
+    store the number of tokens; a call is a sequence of 512 tokens unless the user changed it.
     """
     place = 0
 
@@ -138,7 +138,7 @@ def _read_dat(path: Path, content: bytes) -> ImportanceMatrix:
             values = np.frombuffer(content, dtype="<f4", count=n_values, offset=place)
             place += values.nbytes
             if not np.isfinite(values).all() or (values < 0).any():
-                raise ValueError(f"{name} with sums that are no squares")
+                raise ValueError(f"{name} with sums that are negative or not finite")
             means[name] = (values / np.float32(n_calls)).astype(np.float32)
             most_calls = max(most_calls, n_calls)
         has_more = place < len(content)
@@ -147,7 +147,7 @@ def _read_dat(path: Path, content: bytes) -> ImportanceMatrix:
     except (struct.error, ValueError) as error:
         why = f"it ends at byte {len(content)}" if isinstance(error, struct.error) else str(error)
         raise FormatError(
-            f"{path} is not an importance matrix ({why}); expected what llama-imatrix writes, .gguf or .dat"
+            f"{path} is not an importance matrix ({why}); expected a .gguf or .dat file of llama-imatrix"
         ) from None
     n_tokens = max(1, n_chunks) * _CHUNK_SIZE
     sums = {name: mean * np.float32(n_tokens) for name, mean in means.items()}

@@ -1,7 +1,7 @@
-"""Where the codes of a block's weights lie: the types whose weights are rounded one by one to a grid.
+"""Where a block stores the codes of its weights, for the types that round weights one by one to a grid.
 
-A block of such a type has scales, and for every weight a code that picks one of a few levels: ``base + step · level``.
-How the scales are kept does not matter here: ``grid`` asks ggml's decoder what codes stand for.
+A block of such a type has scales, and for every weight a code for one of a few levels: ``base + step · level``. How
+scales are stored does not matter here: ``grid`` reads base and step off ggml's decoder.
 
 Source: the block structs of ggml-common.h and the decoders of ggml-quants.c, in llama.cpp.
 """
@@ -30,10 +30,10 @@ class Field:
     """Some neighbouring bits of every weight's code.
 
     Attributes:
-        first_bit: The lowest of them in the code.
-        n_bits: How many.
-        byte: ``[block_size]``, the byte of the block that has them.
-        shift: ``[block_size]``, the lowest of them in that byte.
+        first_bit: Position in the code of the lowest of these bits.
+        n_bits: Their number.
+        byte: ``[block_size]``, the byte of the block that holds them.
+        shift: ``[block_size]``, position in that byte of the lowest of them.
     """
 
     first_bit: int
@@ -44,12 +44,12 @@ class Field:
 
 @dataclass(frozen=True)
 class CodeLayout:
-    """How a type keeps its codes.
+    """How a type stores its codes.
 
     Attributes:
         quant_type: The type.
-        fields: The parts of a code.
-        levels: ``[n_codes]``, ascending: what a code stands for, in steps.
+        fields: The groups of bits that make up a code.
+        levels: ``[n_codes]``, ascending: the level of each code, in steps.
         flipped_bits: Bits that are stored inverted, as in two's complement.
     """
 
@@ -59,7 +59,7 @@ class CodeLayout:
     flipped_bits: int = 0
 
     def nearest(self, values: FloatArray) -> tuple[ByteArray, FloatArray]:
-        """Codes of the levels nearest to some values, and the levels; values are in steps."""
+        """Codes of the levels nearest to some values, and these levels; values are in steps."""
         if self._is_even:
             levels = np.clip(np.rint(values), self.levels[0], self.levels[-1])
             return (levels - self.levels[0]).astype(np.uint8), levels
@@ -99,7 +99,7 @@ class CodeLayout:
 
     @cached_property
     def _scale_bits(self) -> ByteArray:
-        """``[block_bytes]``, the bits that are no codes."""
+        """``[block_bytes]``, mask of the bits that do not belong to codes."""
         result = np.full(self.quant_type.block_bytes, 0xFF, dtype=np.uint8)
         for field in self.fields:
             for byte, shift in zip(field.byte, field.shift, strict=True):
@@ -116,11 +116,11 @@ def _field(first_bit: int, n_bits: int, offset: int, byte: IntArray, shift: IntA
     return Field(first_bit, n_bits, offset + byte, shift + np.zeros_like(byte))
 
 
-def _strided(offset: int, n_bits: int, lines: int, first_bit: int = 0, block_size: int = 256) -> Field:
-    """Codes in runs of ``lines``, as many runs side by side in ``lines`` bytes as fit a byte, then the next bytes."""
-    run, place = np.divmod(np.arange(block_size), lines)
+def _strided(offset: int, n_bits: int, run_length: int, first_bit: int = 0, block_size: int = 256) -> Field:
+    """Codes in runs: ``8 / n_bits`` runs share ``run_length`` bytes, each at its own shift; then the next bytes."""
+    run, place = np.divmod(np.arange(block_size), run_length)
     n_runs = 8 // n_bits
-    return _field(first_bit, n_bits, offset, run // n_runs * lines + place, run % n_runs * n_bits)
+    return _field(first_bit, n_bits, offset, run // n_runs * run_length + place, run % n_runs * n_bits)
 
 
 def _layouts() -> dict[str, CodeLayout]:
@@ -148,7 +148,7 @@ def _layouts() -> dict[str, CodeLayout]:
         CodeLayout(QUANT_TYPES["IQ4_NL"], (_strided(2, 4, 16, block_size=32),), iq4_levels),
         CodeLayout(QUANT_TYPES["IQ4_XS"], (_strided(8, 4, 16),), iq4_levels),
     ]
-    return {found.quant_type.name: found for found in layouts}
+    return {each.quant_type.name: each for each in layouts}
 
 
 _LAYOUTS = _layouts()

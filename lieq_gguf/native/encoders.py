@@ -1,7 +1,7 @@
 """Encoders: ggml's own, and a better one where ggml's is naive.
 
-ggml takes the largest magnitude of a block as the scale of Q2_0, which leaves nearly all weights on zero. Here the
-scale is searched, of either sign, for the least weighted error; format and decoder are the same.
+For Q2_0, ggml takes the largest magnitude of a block as its scale, which rounds nearly all weights to zero. Here we
+search for the scale, of either sign, with the least weighted error; format and decoder are the same.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
 _Q2_0 = QUANT_TYPES["Q2_0"]
-_LEAST, _MOST = -1, 2  # its levels, in scales
+_LEAST, _MOST = -1, 2  # smallest and largest level, in scales
 _SPREADS = tuple(np.linspace(0.9, 3.9, 16))
-"""Largest magnitude of a block over the scales to try: of 64 normally distributed weights about 2.2 is best."""
+"""Scales to try, as largest magnitude of the block over scale; for 64 normal weights about 2.2 is best."""
 
 
 def quantize(
     weights: FloatArray, quant_type: QuantType, importance: FloatArray | None = None, n_threads: int = 1
 ) -> ByteArray:
-    """Encode rows of weights; arguments, result and errors as of :func:`lieq_gguf.native.ggml.quantize`."""
+    """Encode rows of weights; same arguments, result and errors as :func:`lieq_gguf.native.ggml.quantize`."""
     if quant_type is not _Q2_0:
         return ggml.quantize(weights, quant_type, importance, n_threads)
     weights, importance = ggml.require_encodable(weights, quant_type, importance)
     result = np.empty((len(weights), quant_type.row_bytes(weights.shape[1])), dtype=np.uint8)
 
     def encode(rows: tuple[int, int]) -> None:
-        part = slice(*rows)
-        blocks = weights[part].reshape(-1, quant_type.block_size)
+        first, end = rows
+        blocks = weights[first:end].reshape(-1, quant_type.block_size)
         if importance is None:
             weighted = np.ones_like(blocks)
         else:
-            weighted = np.tile(importance.reshape(-1, quant_type.block_size), (part.stop - part.start, 1))
-        result[part] = _encode_q2_0(blocks, weighted).reshape(part.stop - part.start, -1)
+            weighted = np.tile(importance.reshape(-1, quant_type.block_size), (end - first, 1))
+        result[first:end] = _encode_q2_0(blocks, weighted).reshape(end - first, -1)
 
     ggml.over_rows(encode, len(weights), weights.shape[1], n_threads)
     return result
@@ -52,9 +52,9 @@ def _encode_q2_0(blocks: FloatArray, importance: FloatArray) -> ByteArray:
 
 
 def _least_error_scales(blocks: FloatArray, importance: FloatArray) -> FloatArray:
-    """Scales ``[n]``: of the best codes that some scale gives, the one that fits them best.
+    """Scales ``[n]``: each scale to try gives codes; of all these, the best codes with the scale that fits them best.
 
-    For codes ``q`` the best scale is ``Σ w x q / Σ w q²``, and takes ``(Σ w x q)² / Σ w q²`` off the error.
+    For codes ``q`` the best scale is ``Σ w x q / Σ w q²``, and reduces the error by ``(Σ w x q)² / Σ w q²``.
     """
     largest = np.abs(blocks).max(axis=1)
     weighted = importance * blocks
@@ -73,7 +73,7 @@ def _least_error_scales(blocks: FloatArray, importance: FloatArray) -> FloatArra
 
 
 def _levels(blocks: FloatArray, scales: FloatArray) -> FloatArray:
-    """The level nearest to each weight, as a float; zero where the scale is."""
+    """The level nearest to each weight, as a float; zero where the scale is zero."""
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     levels = blocks * inverse[:, None]
     return np.clip(np.rint(levels, out=levels), _LEAST, _MOST, out=levels)

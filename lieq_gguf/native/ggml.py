@@ -1,8 +1,7 @@
-"""ggml's own encoders and decoders, out of the library that llama-cpp-python ships.
+"""ggml's own encoders and decoders, from the library that llama-cpp-python ships.
 
-The library is the very code of llama-quantize, so a tensor encoded here is byte for
-byte what llama.cpp would have written. Rows are independent and a call through ctypes releases the interpreter lock, so
-a few threads over rows use all cores.
+llama-quantize runs the same library, so a tensor encoded here equals llama.cpp's byte for byte. Rows are independent and
+a call through ctypes releases the interpreter lock, so threads over rows use all cores.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
-_CHUNK_WEIGHTS = 1 << 14  # weights a thread takes at a time: milliseconds, so that no thread waits long for the last
+_CHUNK_WEIGHTS = 1 << 14  # weights per task of a thread: milliseconds, so that no thread waits long for the last
 _init_lock = threading.Lock()
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -57,7 +56,7 @@ def library_file() -> Path:
     name = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
     if not (folder / name).is_file():
         raise QuantizationError(
-            f"{folder / name} is missing; expected the library llama-cpp-python ships: reinstall llama-cpp-python"
+            f"{folder / name} is missing; expected the library that llama-cpp-python ships: reinstall llama-cpp-python"
         )
     return folder / name
 
@@ -88,27 +87,27 @@ def ggml_library() -> ctypes.CDLL:
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    for quant_type in QUANT_TYPES.values():  # a struct laid out otherwise would make to_float a wild pointer
+    for quant_type in QUANT_TYPES.values():  # with another layout of the struct, to_float would be a wild pointer
         traits = library.ggml_get_type_traits(quant_type.ggml_id).contents
         found = (traits.type_name or b"").upper(), traits.block_size, traits.type_size
         if found != (quant_type.name.encode(), quant_type.block_size, quant_type.block_bytes):
             raise QuantizationError(
-                f"{path} describes {quant_type.name} as {found}, which this version does not know; "
+                f"{path} describes {quant_type.name} as {found}, which this version does not support; "
                 "install the llama-cpp-python that pyproject.toml names"
             )
     return library
 
 
 def type_traits(quant_type: QuantType) -> tuple[str, int, int]:
-    """The library's own name (lower case), block size and block bytes of a type, to hold our table against."""
+    """The library's own name (lower case), block size and block bytes of a type, to compare with our table."""
     traits = ggml_library().ggml_get_type_traits(quant_type.ggml_id).contents
     return traits.type_name.decode(), int(traits.block_size), int(traits.type_size)
 
 
 def prepare(types: Sequence[QuantType]) -> None:
-    """Make the tables that some encoders need, in the background; they take seconds of one core.
+    """Compute the tables that some encoders need, in the background; it takes one core some seconds.
 
-    All encoders wait for ggml's lock meanwhile, so call this when there is other work to do first.
+    Meanwhile all encoders wait for ggml's lock, so call this when there is other work to do first.
     """
     with_tables = [t for t in types if t.has_tables]
     if with_tables:
@@ -132,15 +131,15 @@ def quantize(
         weights: ``[n_rows, n_per_row]``, finite.
         quant_type: Target type; ``n_per_row`` must be a whole number of its blocks.
         importance: ``[n_per_row]``, non-negative weight of each column's squared error (mean squared input of the
-            matrix); required by the types that say so.
+            matrix); required by types with ``needs_imatrix``.
         n_threads: Threads over rows. The bytes do not depend on it.
 
     Returns:
         ``[n_rows, row_bytes]``, the bytes of the file.
 
     Raises:
-        QuantizationError: if the rows do not fit, are not finite, or the type needs importance and has none.
-            ggml itself would end the process.
+        QuantizationError: if the rows do not fit or are not finite, or a type that needs importance gets none.
+            ggml itself would abort the process.
     """
     source, importance = require_encodable(weights, quant_type, importance)
     n_rows, n_per_row = source.shape
@@ -162,7 +161,9 @@ def quantize(
             importance_address,
         )
         if written != (stop - start) * result.shape[1]:
-            raise QuantizationError(f"ggml wrote {written} bytes of {quant_type.name}, not {result[start:stop].nbytes}")
+            raise QuantizationError(
+                f"ggml wrote {written} bytes of {quant_type.name}; expected {result[start:stop].nbytes}"
+            )
 
     over_rows(encode, n_rows, n_per_row, n_threads)
     return result
@@ -171,7 +172,7 @@ def quantize(
 def require_encodable(
     weights: FloatArray, quant_type: QuantType, importance: FloatArray | None
 ) -> tuple[FloatArray, FloatArray | None]:
-    """Weights and importance, contiguous, if an encoder of the type can take them.
+    """Weights and importance as contiguous arrays, if an encoder of the type can take them.
 
     Raises:
         QuantizationError: as :func:`quantize`.
@@ -179,7 +180,7 @@ def require_encodable(
     n_per_row = weights.shape[1]
     if not quant_type.fits(n_per_row):
         raise QuantizationError(
-            f"a row of {n_per_row} weights is no whole number of {quant_type.name}'s blocks of {quant_type.block_size}"
+            f"a row of {n_per_row} weights cannot be divided into {quant_type.name}'s blocks of {quant_type.block_size}"
         )
     if not np.isfinite(weights).all():
         raise QuantizationError("the weights hold NaN or infinite values; the source model is damaged")
@@ -187,7 +188,7 @@ def require_encodable(
         raise QuantizationError(f"{quant_type.name} needs an importance matrix; choose another type or give --imatrix")
     if importance is not None:
         if importance.shape != (n_per_row,) or not np.isfinite(importance).all() or (importance < 0).any():
-            raise QuantizationError(f"the importance of {n_per_row} columns must be as many finite, positive numbers")
+            raise QuantizationError(f"expected the importance as {n_per_row} finite, positive numbers, one per column")
         importance = np.ascontiguousarray(importance, dtype=np.float32)
     return np.ascontiguousarray(weights, dtype=np.float32), importance
 
@@ -196,16 +197,16 @@ def dequantize(data: ByteArray, quant_type: QuantType, n_threads: int = 1) -> Fl
     """Decode rows of bytes ``[n_rows, row_bytes]`` into float32 ``[n_rows, n_per_row]``.
 
     Raises:
-        QuantizationError: if the bytes are no whole number of blocks.
+        QuantizationError: if the bytes are not a whole number of blocks.
     """
     n_rows, row_bytes = data.shape
     if row_bytes % quant_type.block_bytes:
         raise QuantizationError(
-            f"a row of {row_bytes} bytes is no whole number of {quant_type.name}'s blocks of {quant_type.block_bytes}"
+            f"a row of {row_bytes} bytes cannot be divided into {quant_type.name}'s blocks of {quant_type.block_bytes}"
         )
     n_per_row = row_bytes // quant_type.block_bytes * quant_type.block_size
     source = np.ascontiguousarray(data)
-    if quant_type.name == "F32":  # ggml has no decoder for what needs none
+    if quant_type.name == "F32":  # needs no decoder, and ggml has none
         return source.view(np.float32)
     result = np.empty((n_rows, n_per_row), dtype=np.float32)
     to_float = ggml_library().ggml_get_type_traits(quant_type.ggml_id).contents.to_float
@@ -219,7 +220,7 @@ def dequantize(data: ByteArray, quant_type: QuantType, n_threads: int = 1) -> Fl
 
 
 def over_rows(work: Callable[[tuple[int, int]], None], n_rows: int, n_per_row: int, n_threads: int) -> None:
-    """Call ``work`` with the first row and the end of parts of a matrix, in threads."""
+    """Call ``work`` in threads with ``(first, end)`` of consecutive chunks of a matrix's rows."""
     chunks = list(_row_chunks(n_rows, n_per_row))
     if n_threads <= 1 or len(chunks) == 1:
         for chunk in chunks:

@@ -42,10 +42,10 @@ _NUMBERS = {QUANT_TYPES["F32"].ggml_id: np.dtype(np.float32), 26: np.dtype(np.in
 
 
 class Node:
-    """A tensor of llama.cpp's compute graph, as long as the graph is being evaluated.
+    """A tensor of llama.cpp's compute graph, valid while the graph is evaluated.
 
     Attributes:
-        name: Its name, for example ``l_out-3``; of a weight the tensor's.
+        name: Its name, for example ``l_out-3``; for a weight the name of the tensor.
     """
 
     def __init__(self, address: int) -> None:
@@ -55,7 +55,7 @@ class Node:
 
     @property
     def op(self) -> str:
-        """Ggml's name of what computes it, such as ``MUL_MAT``; ``NONE`` for a weight."""
+        """Ggml's name of the operation that computes it, such as ``MUL_MAT``; ``NONE`` for a weight."""
         return str(_graph_functions().ggml_op_name(self._struct.op).decode())
 
     @property
@@ -64,7 +64,7 @@ class Node:
         return tuple(reversed(self._struct.ne))
 
     def source(self, index: int) -> Node | None:
-        """One of the tensors it is computed from."""
+        """One of the tensors from which it is computed."""
         address = self._struct.src[index]
         return None if address is None else Node(address)
 
@@ -74,7 +74,7 @@ class Node:
         return self._struct.type in _NUMBERS
 
     def read(self) -> npt.NDArray[np.float32] | npt.NDArray[np.int32]:
-        """A copy of its values, wherever they are, of :attr:`shape`; a view may skip bytes between rows."""
+        """A copy of its values, of :attr:`shape`, from any backend; in a view, rows may lie apart."""
         library = _graph_functions()
         content = np.empty(library.ggml_nbytes(self._address), dtype=np.uint8)
         library.ggml_backend_tensor_get(self._address, content.ctypes.data, 0, content.nbytes)
@@ -84,7 +84,7 @@ class Node:
 
 @lru_cache(maxsize=1)
 def _graph_functions() -> ctypes.CDLL:
-    """The library with what graphs need, once the layout of its tensors is known to be ours."""
+    """The library with the functions for graphs, after a check that ``_Tensor`` matches its tensors."""
     library = ggml_library()
     signatures = {
         "ggml_op_name": (ctypes.c_char_p, [ctypes.c_int]),
@@ -121,7 +121,7 @@ def _graph_functions() -> ctypes.CDLL:
         library.ggml_free(context)
     if found != expected:
         raise QuantizationError(
-            f"{library_file()} lays out tensors otherwise than this version knows; "
+            f"{library_file()} has a tensor layout that this version does not support; "
             "install the llama-cpp-python that pyproject.toml names"
         )
     return library

@@ -1,7 +1,7 @@
 """llama.cpp itself, as llama-cpp-python ships it: the engine the user will run.
 
-The low-level interface, because the high-level one prints to stderr, copies logits it does not need, and answers a file
-it cannot load with no reason. Everything llama.cpp logs is kept, so that an error can quote it.
+Uses the low-level interface: the high-level one prints to stderr, copies logits it does not need, and gives no reason
+when it cannot load a file. The last lines of llama.cpp's log are kept, so that an error can quote them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log_lines: list[str] = []
 
 @lru_cache(maxsize=1)
 def llama_cpp() -> Any:
-    """The llama_cpp module with its log going to memory; imported late, since it loads every backend."""
+    """The llama_cpp module, which logs to memory; imported late, since it loads every backend."""
     import llama_cpp as module
 
     def keep(_level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
@@ -42,11 +42,11 @@ def llama_cpp() -> Any:
 
 
 def _keep_off_amx(module: Any) -> None:
-    """Load models without llama.cpp's AMX kernels, and with them without its other repacked layouts.
+    """Load models without llama.cpp's AMX kernels; this turns off its other repacked layouts too.
 
-    On virtual machines that announce AMX those kernels end the process at the first quantised matrix
-    (ggml-org/llama.cpp#20824), which no caller could catch. llama_cpp.Llama starts from the same defaults, which it
-    takes from the inner module.
+    On virtual machines that announce AMX, these kernels abort the process at the first quantised matrix
+    (ggml-org/llama.cpp#20824), which no caller could catch. llama_cpp.Llama reads the same defaults, from the inner
+    module.
     """
     default_params = module.llama_model_default_params
 
@@ -60,17 +60,17 @@ def _keep_off_amx(module: Any) -> None:
 
 
 class Watcher(Protocol):
-    """Is shown the compute graph while llama.cpp evaluates it."""
+    """Sees the nodes of the compute graph while llama.cpp evaluates it."""
 
     def wants(self, node: Node) -> bool:
-        """Whether to be shown the values of a node, asked before it is computed."""
+        """Whether to see the values of a node; called before it is computed."""
 
     def see(self, node: Node) -> None:
-        """A node that was wanted, just computed."""
+        """Take a wanted node that was just computed."""
 
 
 class _Callback:
-    """A watcher as llama.cpp calls it, from C: what it raises is kept until the call into llama.cpp is over."""
+    """A watcher for llama.cpp to call from C; an error it raises is kept until the call into llama.cpp returns."""
 
     def __init__(self, api: Any, watcher: Watcher) -> None:
         self._watcher = watcher
@@ -84,12 +84,12 @@ class _Callback:
             if ask:
                 return self._watcher.wants(Node(address))
             self._watcher.see(Node(address))
-        except BaseException as error:  # whatever it is, it must not go through C
+        except BaseException as error:  # no error may pass through C
             self._error = error
         return self._error is None
 
     def reraise(self) -> None:
-        """Raise what the watcher has raised."""
+        """Raise the watcher's error, if any."""
         if self._error is not None:
             raise self._error
 
@@ -107,9 +107,9 @@ class LoadedModel:
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self._vocabulary)
 
     def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; special tokens written in it are recognised."""
+        """Token ids of a text; special tokens in the text are recognised."""
         content = text.encode()
-        n_max = len(content) + 8  # no token is shorter than a byte; a blank and markers may be added
+        n_max = len(content) + 8  # at most one token per byte; a blank and special tokens may be added
         ids = (self._api.llama_token * n_max)()
         n = self._api.llama_tokenize(self._vocabulary, content, len(content), ids, n_max, add_special_tokens, True)
         if n < 0:
@@ -119,7 +119,7 @@ class LoadedModel:
         return [int(i) for i in ids[:n]]
 
     def use_threads(self, n_threads: int) -> None:
-        """Run with so many threads from now on."""
+        """Run with this number of threads from now on."""
         self._api.llama_set_n_threads(self._context, n_threads, n_threads)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -133,12 +133,12 @@ class LoadedModel:
         return buffer.raw[:n].decode(errors="replace")
 
     def generate(self, ids: Sequence[int], n_tokens: int, pick: Callable[[npt.NDArray[np.float32]], int]) -> list[int]:
-        """Continue a sequence from an empty context, as far as the context reaches or the model ends it.
+        """Continue a sequence from an empty context until the context is full or the model ends the text.
 
         Args:
             ids: The beginning.
-            n_tokens: Tokens to add at most.
-            pick: Chooses a token by the logits ``[n_vocab]`` of the position.
+            n_tokens: Largest number of tokens to add.
+            pick: Chooses a token from the logits ``[n_vocab]`` of the position.
 
         Raises:
             VerificationError: if llama.cpp fails.
@@ -160,15 +160,15 @@ class LoadedModel:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
     def decode(self, ids: Sequence[int]) -> None:
-        """Run the next tokens, keeping only the last one's logits, and wait until it is done.
+        """Run the next tokens, keep only the last one's logits, and wait until llama.cpp is done.
 
         Raises:
             VerificationError: if llama.cpp fails.
         """
         for start in range(0, len(ids), self._n_batch):
-            part = ids[start : start + self._n_batch]
-            tokens = (self._api.llama_token * len(part))(*part)  # the batch only points to it
-            self._run(self._api.llama_batch_get_one(tokens, len(part)))
+            batch_ids = ids[start : start + self._n_batch]
+            tokens = (self._api.llama_token * len(batch_ids))(*batch_ids)  # the batch only points to it
+            self._run(self._api.llama_batch_get_one(tokens, len(batch_ids)))
         self._api.llama_synchronize(self._context)
 
     @property
@@ -180,7 +180,7 @@ class LoadedModel:
 
     @property
     def bos_token(self) -> int | None:
-        """The token that goes before every text, or None if none does."""
+        """The token that starts every text, or None."""
         adds_bos = self._api.llama_vocab_get_add_bos(self._vocabulary)
         return int(self._api.llama_vocab_bos(self._vocabulary)) if adds_bos else None
 
@@ -190,7 +190,7 @@ class LoadedModel:
         return int(self._api.llama_vocab_eos(self._vocabulary))
 
     def logits(self, ids: Sequence[int], first: int = 0) -> npt.NDArray[np.float32]:
-        """Logits of the positions from ``first`` of a sequence run from an empty context.
+        """Run a sequence from an empty context; logits of the positions from ``first`` on.
 
         Returns:
             ``[n_tokens - first, n_vocab]``.
@@ -206,7 +206,7 @@ class LoadedModel:
         return result
 
     def run(self, ids: Sequence[int]) -> None:
-        """Run a sequence from an empty context through all of the graph, for a watcher.
+        """Run a sequence from an empty context through the whole graph, for a watcher.
 
         Raises:
             VerificationError: if llama.cpp fails.
@@ -215,18 +215,18 @@ class LoadedModel:
             pass
 
     def _batches(self, ids: Sequence[int], first: int) -> Iterator[tuple[int, int]]:
-        """Run a sequence from an empty context: where each batch starts and its length, when it is done."""
+        """Run a sequence from an empty context; yields start and length of each batch once it is done."""
         self.clear()
         for start in range(0, len(ids), self._n_batch):
-            part = ids[start : start + self._n_batch]
-            batch = self._api.llama_batch_init(len(part), 0, 1)
+            batch_ids = ids[start : start + self._n_batch]
+            batch = self._api.llama_batch_init(len(batch_ids), 0, 1)
             try:
-                batch.n_tokens = len(part)
-                for i, token in enumerate(part):
+                batch.n_tokens = len(batch_ids)
+                for i, token in enumerate(batch_ids):
                     batch.token[i], batch.pos[i] = token, start + i
                     batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, start + i >= first
                 self._run(batch)
-                yield start, len(part)
+                yield start, len(batch_ids)
             finally:
                 self._api.llama_batch_free(batch)
 
@@ -235,7 +235,7 @@ class LoadedModel:
         if self._callback is not None:
             self._callback.reraise()
         if status != 0:
-            raise VerificationError(f"llama.cpp fails to run the model (status {status}): {_last_error()}")
+            raise VerificationError(f"llama.cpp failed to run the model (status {status}): {_last_error()}")
 
 
 @contextmanager
@@ -247,12 +247,12 @@ def open_model(
     Args:
         file: The file.
         vocab_only: Whether to load the tokenizer alone.
-        n_ctx: Tokens the context holds, and runs at a time.
+        n_ctx: Number of tokens the context holds, and that run at a time.
         n_threads: Threads to run with.
-        watcher: Is shown the graph as it is evaluated, or None.
+        watcher: Sees the graph while it is evaluated, or None.
 
     Raises:
-        VerificationError: if llama.cpp refuses the file, in its own words.
+        VerificationError: if llama.cpp refuses the file, quoting it.
     """
     api = llama_cpp()
     _log_lines.clear()
@@ -261,7 +261,7 @@ def open_model(
     parameters.n_gpu_layers = 0
     model = api.llama_model_load_from_file(str(file).encode(), parameters)
     if not model:
-        raise VerificationError(f"llama.cpp does not load {file}: {_last_error()}")
+        raise VerificationError(f"llama.cpp cannot load {file}: {_last_error()}")
     context = None
     callback = None if watcher is None else _Callback(api, watcher)
     try:
@@ -273,7 +273,7 @@ def open_model(
                 settings.cb_eval = callback.function
             context = api.llama_init_from_model(model, settings)
             if not context:
-                raise VerificationError(f"llama.cpp makes no context for {file}: {_last_error()}")
+                raise VerificationError(f"llama.cpp cannot create a context for {file}: {_last_error()}")
         yield LoadedModel(model, context, n_ctx, callback)
     finally:
         if context:
@@ -282,10 +282,10 @@ def open_model(
 
 
 def load_vocabulary(file: Path) -> LoadedModel:
-    """Load the tokenizer of a file alone, for as long as somebody holds it.
+    """Load only the tokenizer of a file; it is freed with the last reference.
 
     Raises:
-        VerificationError: if llama.cpp refuses the file, in its own words.
+        VerificationError: if llama.cpp refuses the file, quoting it.
     """
     stack = ExitStack()
     model = stack.enter_context(open_model(file, vocab_only=True))
@@ -294,7 +294,7 @@ def load_vocabulary(file: Path) -> LoadedModel:
 
 
 def _last_error() -> str:
-    """The most telling line of llama.cpp's log: why it does not load, or else what it said last."""
+    """The most useful line of llama.cpp's log: why a model did not load, or else the last line."""
     marker = "error loading model:"
     reasons = [line.split(marker, 1)[1].strip() for line in _log_lines if marker in line]
     said = [line for line in _log_lines if line]

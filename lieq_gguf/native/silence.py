@@ -13,17 +13,17 @@ from contextlib import contextmanager
 def silenced_native_stdout() -> Iterator[None]:
     """Drop what C code prints to stdout for the length of a ``with``.
 
-    ``contextlib.redirect_stdout`` only sees Python. C's own buffer is emptied before the file descriptor is put back,
-    or the text would come out at exit.
+    ``contextlib.redirect_stdout`` only covers Python. C's own buffer is flushed before the file descriptor is restored,
+    or the text would appear at exit.
     """
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
         yield
     finally:
         if sys.platform != "win32":
             ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)
         os.close(nowhere)
