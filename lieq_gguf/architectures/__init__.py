@@ -1,4 +1,4 @@
-"""What llama.cpp calls the parts of each model family. One family, one file."""
+"""How llama.cpp names the tensors of each model family. One family, one file."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ def find_family(config: Mapping[str, Any]) -> Decoder:
     """The family of a ``config.json``.
 
     Raises:
-        ArchitectureError: if there is none, naming those there are.
+        ArchitectureError: if the architecture is not supported, naming those that are.
     """
     given = config.get("architectures") or []
     names = [str(name) for name in (given if isinstance(given, list) else [given])]
     for name in names:
         if name in _BY_SOURCE_CLASS:
             return _BY_SOURCE_CLASS[name]
-    found = ", ".join(names) or f"model_type {config.get('model_type', 'missing')}"
-    raise ArchitectureError(f"unsupported architecture {found}; supported are {', '.join(_BY_SOURCE_CLASS)}")
+    architecture = ", ".join(names) or f"model_type {config.get('model_type', 'missing')}"
+    raise ArchitectureError(
+        f"unsupported architecture {architecture}; supported architectures: {', '.join(_BY_SOURCE_CLASS)}"
+    )
 
 
 def family_named(gguf_name: str) -> Decoder | None:
-    """The family by llama.cpp's name of the architecture, if it is one of ours."""
+    """The family with llama.cpp's name of the architecture, or None if it is not supported."""
     return _BY_GGUF_NAME.get(gguf_name)

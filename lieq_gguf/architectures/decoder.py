@@ -1,7 +1,7 @@
 """What the families have in common: RMS norms, rotary attention, a gated feed-forward network.
 
-A family is a ``Decoder`` that says where it differs. llama.cpp's graphs are written by hand for each, so what a graph
-cannot express has to be refused here: it would run, and give other numbers.
+A family is a ``Decoder`` that states where it differs. llama.cpp has a hand-written graph for each family, so this room
+refuses what a graph cannot express: it would run and give other numbers.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ Config = Mapping[str, Any]
 """``config.json``."""
 
 
-_WINDOWS_WHEN_ASKED_FOR = ("qwen2", "qwen3", "qwen3_moe", "smollm3")  # whose windows have a switch, off by default
+_WITH_WINDOW_SWITCH = ("qwen2", "qwen3", "qwen3_moe", "smollm3")  # families with use_sliding_window, off by default
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerModule:
     """A module of a decoder layer.
 
     Attributes:
         role: GGUF name without layer and suffix, such as ``attn_q``.
-        module: Name in the source's layer, such as ``self_attn.q_proj``; with ``{}`` for the index of an expert.
-        shape: Its weight's, in names of :meth:`Decoder.sizes`.
-        heads: Size that counts the heads whose rows llama.cpp's rotary layout reorders; empty where it keeps the order.
+        name: Name in the source's layer, such as ``self_attn.q_proj``; with ``{}`` for the index of an expert.
+        shape: Shape of its weight, in names of :meth:`Decoder.sizes`.
+        heads: Name of the number of heads whose rows llama.cpp's rotary layout reorders; empty if it keeps the order.
         bias: Key of ``config.json`` that says whether there is a bias; ``always``; or empty for never.
-        is_fixed: Whether it stays in F32 although it has rows, since llama.cpp does not quantise it.
+        is_fixed: Whether it stays in F32 even though it has rows: llama.cpp does not quantise it.
     """
 
     role: str
-    module: str
+    name: str
     shape: tuple[str, ...]
     heads: str = ""
     bias: str = ""
@@ -48,35 +48,35 @@ class Part:
 
 
 NORMS = (
-    Part("attn_norm", "input_layernorm", ("width",)),
-    Part("ffn_norm", "post_attention_layernorm", ("width",)),
+    LayerModule("attn_norm", "input_layernorm", ("width",)),
+    LayerModule("ffn_norm", "post_attention_layernorm", ("width",)),
 )
 ATTENTION = (
-    Part("attn_q", "self_attn.q_proj", ("q_width", "width"), bias="attention_bias"),
-    Part("attn_k", "self_attn.k_proj", ("kv_width", "width"), bias="attention_bias"),
-    Part("attn_v", "self_attn.v_proj", ("kv_width", "width"), bias="attention_bias"),
-    Part("attn_output", "self_attn.o_proj", ("width", "q_width"), bias="attention_bias"),
+    LayerModule("attn_q", "self_attn.q_proj", ("q_width", "width"), bias="attention_bias"),
+    LayerModule("attn_k", "self_attn.k_proj", ("kv_width", "width"), bias="attention_bias"),
+    LayerModule("attn_v", "self_attn.v_proj", ("kv_width", "width"), bias="attention_bias"),
+    LayerModule("attn_output", "self_attn.o_proj", ("width", "q_width"), bias="attention_bias"),
 )
-# Llama's own code rotates neighbours, transformers halves; graphs that came first keep the layout of Llama's code
+# Llama's own code rotates neighbouring rows, transformers the two halves; llama.cpp's older graphs follow Llama's code
 INTERLEAVED_ATTENTION = (
-    Part("attn_q", "self_attn.q_proj", ("q_width", "width"), heads="n_heads", bias="attention_bias"),
-    Part("attn_k", "self_attn.k_proj", ("kv_width", "width"), heads="n_kv_heads", bias="attention_bias"),
+    LayerModule("attn_q", "self_attn.q_proj", ("q_width", "width"), heads="n_heads", bias="attention_bias"),
+    LayerModule("attn_k", "self_attn.k_proj", ("kv_width", "width"), heads="n_kv_heads", bias="attention_bias"),
     *ATTENTION[2:],
 )
 HEAD_NORMS = (
-    Part("attn_q_norm", "self_attn.q_norm", ("head_dim",)),
-    Part("attn_k_norm", "self_attn.k_norm", ("head_dim",)),
+    LayerModule("attn_q_norm", "self_attn.q_norm", ("head_dim",)),
+    LayerModule("attn_k_norm", "self_attn.k_norm", ("head_dim",)),
 )
 FEED_FORWARD = (
-    Part("ffn_gate", "mlp.gate_proj", ("n_ff", "width"), bias="mlp_bias"),
-    Part("ffn_up", "mlp.up_proj", ("n_ff", "width"), bias="mlp_bias"),
-    Part("ffn_down", "mlp.down_proj", ("width", "n_ff"), bias="mlp_bias"),
+    LayerModule("ffn_gate", "mlp.gate_proj", ("n_ff", "width"), bias="mlp_bias"),
+    LayerModule("ffn_up", "mlp.up_proj", ("n_ff", "width"), bias="mlp_bias"),
+    LayerModule("ffn_down", "mlp.down_proj", ("width", "n_ff"), bias="mlp_bias"),
 )
 SANDWICH_NORMS = (
-    Part("attn_norm", "input_layernorm", ("width",)),
-    Part("post_attention_norm", "post_attention_layernorm", ("width",)),
-    Part("ffn_norm", "pre_feedforward_layernorm", ("width",)),
-    Part("post_ffw_norm", "post_feedforward_layernorm", ("width",)),
+    LayerModule("attn_norm", "input_layernorm", ("width",)),
+    LayerModule("post_attention_norm", "post_attention_layernorm", ("width",)),
+    LayerModule("ffn_norm", "pre_feedforward_layernorm", ("width",)),
+    LayerModule("post_ffw_norm", "post_feedforward_layernorm", ("width",)),
 )
 
 
@@ -87,20 +87,20 @@ class Decoder:
         gguf_name: llama.cpp's name of the architecture.
         model_type: transformers' name of it.
         source_classes: Names in ``architectures`` of ``config.json`` that belong to the family.
-        parts: Modules of every layer.
-        activation: The only one that llama.cpp's graph computes.
-        rope_types: Rotary scalings that it computes.
-        default_theta: Rotary base where ``config.json`` has none.
-        default_head_dim: The same of the width of a head; None for the model's width divided by its heads.
-        tied_by_default: Whether the embedding is the output matrix as well where ``config.json`` does not say.
-        norm_offset: What is added to the weights of norms, since the graph multiplies by the weight alone.
-        has_windows: Whether the graph knows layers that look back some tokens only.
+        modules: Modules of every layer.
+        activation: The only activation that llama.cpp's graph computes.
+        rope_types: Rotary scalings that the graph computes.
+        default_theta: Rotary base, if ``config.json`` has none.
+        default_head_dim: Width of a head, if ``config.json`` has none; None for the model's width over its heads.
+        tied_by_default: Whether the embedding is also the output matrix, if ``config.json`` does not say.
+        norm_offset: Added to the weights of norms, since the graph multiplies by the weight alone.
+        has_windows: Whether the graph supports layers that look back only some tokens.
     """
 
     gguf_name: ClassVar[str]
     model_type: ClassVar[str]
     source_classes: ClassVar[tuple[str, ...]]
-    parts: ClassVar[tuple[Part, ...]]
+    modules: ClassVar[tuple[LayerModule, ...]]
     activation: ClassVar[str] = "silu"
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
     default_theta: ClassVar[float] = 10000.0
@@ -110,7 +110,7 @@ class Decoder:
     has_windows: ClassVar[bool] = False
 
     def check(self, config: Config) -> None:
-        """Refuse with ArchitectureError what llama.cpp's graph cannot express; KeyError for what is missing."""
+        """Raise ArchitectureError for what llama.cpp's graph cannot express, and KeyError for a missing key."""
         for key in ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
                     "num_hidden_layers", "vocab_size"):  # fmt: skip
             require_count(key, config[key])
@@ -124,14 +124,14 @@ class Decoder:
         self.check_rope(self.rope(config))
 
     def caveats(self, config: Config) -> tuple[str, ...]:
-        """What llama.cpp computes otherwise, where the model can be of use nevertheless."""
+        """Where llama.cpp computes differently, but the model is still usable."""
         window = config.get("sliding_window")
-        is_used = config.get("use_sliding_window", self.model_type not in _WINDOWS_WHEN_ASKED_FOR)
+        is_used = config.get("use_sliding_window", self.model_type not in _WITH_WINDOW_SWITCH)
         if self.has_windows or not is_used or window is None or window >= config["max_position_embeddings"]:
             return ()
         return (
-            f"layers of this model look back {window} tokens at most, but llama.cpp runs {self.gguf_name} without such "
-            "a window: in longer contexts the results are others",
+            f"layers of this model look back at most {window} tokens, but llama.cpp runs {self.gguf_name} without such "
+            "a window: in longer contexts the results will differ",
         )
 
     def check_activation(self, config: Config) -> None:
@@ -139,18 +139,20 @@ class Decoder:
         key = next((k for k in ("hidden_activation", "hidden_act") if config.get(k) is not None), None)
         if key is not None and config[key] != self.activation:
             raise ArchitectureError(
-                f"{key} is '{config[key]}', but llama.cpp runs {self.gguf_name} models with '{self.activation}' only"
+                f"{key} is '{config[key]}', but llama.cpp runs {self.gguf_name} models only with '{self.activation}'"
             )
 
     def check_rope(self, rope: Config) -> None:
-        """Refuse rotary parameters that the graph does not know."""
+        """Refuse rotary parameters that the graph does not support."""
         require_number("rope_theta", rope["rope_theta"])
         kind = rope["rope_type"]
         if kind not in self.rope_types:
-            raise ArchitectureError(f"rope type '{kind}' is not supported; supported are {', '.join(self.rope_types)}")
+            raise ArchitectureError(
+                f"rope type '{kind}' is not supported; expected one of {', '.join(self.rope_types)}"
+            )
         if kind in ("linear", "llama3", "yarn") and not isinstance(rope.get("factor"), float | int):
             raise ArchitectureError(f"rope type '{kind}' has no factor in config.json; expected a number")
-        # llama.cpp scales attention by a formula of its own, which these replace in transformers
+        # in transformers these keys replace the formula by which llama.cpp always scales attention
         unsupported = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
         if kind == "yarn" and unsupported:
             raise ArchitectureError(
@@ -158,7 +160,7 @@ class Decoder:
             )
 
     def sizes(self, config: Config) -> dict[str, int]:
-        """Everything that shapes are made of, by name."""
+        """All sizes that occur in shapes, by name."""
         n_heads = int(config["num_attention_heads"])
         n_kv_heads = int(config.get("num_key_value_heads") or n_heads)
         head_dim = self.head_dim(config)
@@ -181,7 +183,7 @@ class Decoder:
     def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:
         """Rotary parameters in one form, with type and base.
 
-        transformers 5 has ``rope_parameters``, in some families one set for each kind of attention; older files have
+        transformers 5 writes ``rope_parameters``, in some families one set for each kind of attention; older files have
         two keys.
         """
         given = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -195,7 +197,7 @@ class Decoder:
         return rope
 
     def tensors(self, config: Config, source_names: frozenset[str]) -> tuple[TensorSpec, ...]:
-        """All tensors in file order; ``source_names`` tells which optional ones exist."""
+        """All tensors in file order; ``source_names`` shows which optional ones exist."""
         return tuple(self._tensors(config, source_names))
 
     def _tensors(self, config: Config, source_names: frozenset[str]) -> Iterator[TensorSpec]:
@@ -205,37 +207,37 @@ class Decoder:
         for name, length in self.computed_lengths(config).items():
             yield TensorSpec(name, None, (length,))
         for layer in range(config["num_hidden_layers"]):
-            for part in self.parts:
-                yield from self._part_tensors(config, source_names, sizes, layer, part)
+            for module in self.modules:
+                yield from self._module_tensors(config, source_names, sizes, layer, module)
         yield TensorSpec("output_norm.weight", "model.norm.weight", matrix[1:], offset=self.norm_offset)
         if not config.get("tie_word_embeddings", self.tied_by_default):
             yield TensorSpec("output.weight", "lm_head.weight", matrix)
 
-    def _part_tensors(
-        self, config: Config, source_names: frozenset[str], sizes: Mapping[str, int], layer: int, part: Part
+    def _module_tensors(
+        self, config: Config, source_names: frozenset[str], sizes: Mapping[str, int], layer: int, module: LayerModule
     ) -> Iterator[TensorSpec]:
-        source = f"model.layers.{layer}.{part.module}"
-        shape = tuple(sizes[name] for name in part.shape)
-        heads = sizes[part.heads] if part.heads else 0
-        of_expert = "{}" in part.module
+        source = f"model.layers.{layer}.{module.name}"
+        shape = tuple(sizes[name] for name in module.shape)
+        heads = sizes[module.heads] if module.heads else 0
+        of_expert = "{}" in module.name
         yield TensorSpec(
-            f"blk.{layer}.{part.role}.weight",
+            f"blk.{layer}.{module.role}.weight",
             f"{source}.weight",
             shape,
             layer,
             rotary_heads=heads,
-            offset=self.norm_offset if part.role.endswith("_norm") else 0.0,
-            is_fixed=part.is_fixed,
+            offset=self.norm_offset if module.role.endswith("_norm") else 0.0,
+            is_fixed=module.is_fixed,
             active_share=sizes["n_experts_used"] / sizes["n_experts"] if of_expert else 1.0,
         )
-        has_bias = part.bias == "always" or bool(part.bias and config.get(part.bias, False))
+        has_bias = module.bias == "always" or bool(module.bias and config.get(module.bias, False))
         if f"{source}.bias" in source_names or has_bias:
             if not has_bias:
                 raise ArchitectureError(
-                    f"the weights hold {source}.bias, but {part.bias or 'a bias'} in config.json is not set; "
-                    "transformers would leave it out and llama.cpp not"
+                    f"the weights hold {source}.bias, but {module.bias or 'a bias'} in config.json is not set; "
+                    "transformers would ignore it and llama.cpp would not"
                 )
-            yield TensorSpec(f"blk.{layer}.{part.role}.bias", f"{source}.bias", shape[:1], layer, heads)
+            yield TensorSpec(f"blk.{layer}.{module.role}.bias", f"{source}.bias", shape[:1], layer, heads)
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Write the keys that llama.cpp needs to build the graph, as its converter does."""
@@ -271,17 +273,17 @@ class Decoder:
                 writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
-        """Back from the keys of :meth:`add_hyper_parameters` to what ``config.json`` says.
+        """``config.json`` made from the keys of :meth:`add_hyper_parameters`.
 
         Raises:
-            ArchitectureError: if a key is missing or has a value that transformers' model cannot have.
+            ArchitectureError: if a key is missing or has a value that transformers' model does not support.
         """
         n_heads = stored.count("attention.head_count")
         n_vocab, width = stored.shapes["token_embd.weight"]
         head_dim = stored.count("attention.key_length", width // n_heads)
         if stored.count("attention.value_length", head_dim) != head_dim:
             raise ArchitectureError("keys and values differ in width")
-        stored.count("vocab_size", n_vocab)  # the embedding tells
+        stored.count("vocab_size", n_vocab)  # not needed: the embedding has the size
         config = {
             "architectures": [self.source_classes[0]],
             "model_type": self.model_type,
@@ -296,21 +298,21 @@ class Decoder:
             "rms_norm_eps": stored.number("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in stored.shapes,
         }
-        for part in self.parts:
-            if part.bias not in ("", "always"):
-                config[part.bias] = f"blk.0.{part.role}.bias" in stored.shapes
+        for module in self.modules:
+            if module.bias not in ("", "always"):
+                config[module.bias] = f"blk.0.{module.role}.bias" in stored.shapes
         return config | {"rope_parameters": self.source_rope(stored, head_dim)}
 
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
-        """Rotary parameters back from the keys of :meth:`add_rope`."""
+        """Rotary parameters made from the keys of :meth:`add_rope`."""
         if stored.count("rope.dimension_count", head_dim) != head_dim:
-            raise ArchitectureError("only a part of each head is rotated")
+            raise ArchitectureError("the rotation covers only some dimensions of each head")
         kind = stored.value("rope.scaling.type", "none")
         rope = {"rope_type": kind, "rope_theta": stored.number("rope.freq_base", 10000.0)}
         if kind == "none":
             return rope | {"rope_type": "default"}
         if kind not in ("linear", "yarn"):
-            raise ArchitectureError(f"rope scaling is of type '{kind}'")
+            raise ArchitectureError(f"the rope scaling is of type '{kind}'")
         rope["factor"] = stored.number("rope.scaling.factor")
         if kind == "yarn":
             rope["original_max_position_embeddings"] = stored.count(
@@ -330,12 +332,12 @@ class Decoder:
 
 
 def windowed_layers(n_layers: int, period: int) -> tuple[str, ...]:
-    """Kinds of layers, as transformers names them, where every ``period``-th looks at all tokens."""
+    """Attention types of the layers, as transformers names them, where every ``period``-th layer sees all tokens."""
     return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers))
 
 
 def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[str, ...]) -> None:
-    """Refuse an order of attention types that is not the one built into llama.cpp's graph."""
+    """Refuse an order of attention types other than the one built into llama.cpp's graph."""
     if found != expected:
         layer = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(found))
         raise ArchitectureError(
@@ -346,13 +348,13 @@ def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[
 
 
 def require_count(key: str, value: object, least: int = 1) -> None:
-    """Refuse what is no positive integer, or less than there must be."""
+    """Require an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ArchitectureError(f"{key} in config.json is {value!r}; expected {expected}")
 
 
 def require_number(key: str, value: object) -> None:
-    """Refuse what is no number."""
+    """Require a number."""
     if not isinstance(value, float | int) or isinstance(value, bool):
         raise ArchitectureError(f"{key} in config.json is {value!r}; expected a number")

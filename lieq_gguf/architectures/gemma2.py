@@ -29,7 +29,7 @@ class Gemma2(Decoder):
     has_windows = True
     model_type = "gemma2"
     source_classes = ("Gemma2ForCausalLM",)
-    parts = (SANDWICH_NORMS[0], *ATTENTION, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
+    modules = (SANDWICH_NORMS[0], *ATTENTION, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
     activation = "gelu_pytorch_tanh"
     rope_types = ("default",)
     default_head_dim = 256
@@ -37,15 +37,15 @@ class Gemma2(Decoder):
     norm_offset = 1.0
 
     def check(self, config: Config) -> None:
-        """Refuse also what is built into the graph: base of rotation, order of windows, scale of attention."""
+        """Refuse also values other than those built into the graph: rotary base, order of windows, attention scale."""
         super().check(config)
         theta = self.rope(config)["rope_theta"]
         if theta != self.default_theta:
-            raise ArchitectureError(f"rope_theta is {theta}, but llama.cpp runs Gemma 2 with {self.default_theta} only")
+            raise ArchitectureError(f"rope_theta is {theta}, but llama.cpp runs Gemma 2 only with {self.default_theta}")
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             require_number(key, config.get(key, 1.0) or 0)
             if not config.get(key, 1.0):
-                raise ArchitectureError(f"{key} is {config[key]!r}, but llama.cpp caps Gemma 2's logits always")
+                raise ArchitectureError(f"{key} is {config[key]!r}, but llama.cpp always caps Gemma 2's logits")
         n_layers = config["num_hidden_layers"]
         alternating = windowed_layers(n_layers, 2)
         require_layer_types(config, alternating, tuple(config.get("layer_types") or alternating))
@@ -59,7 +59,7 @@ class Gemma2(Decoder):
         writer.add_sliding_window(config.get("sliding_window") or 4096)
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
-        """With caps, the window and the scale that is built into the graph."""
+        """The common keys, the caps, the window and the attention scale built into the graph."""
         config = super().source_config(stored)
         return config | {
             "attn_logit_softcapping": stored.value("attn_logit_softcapping", 50.0),
@@ -69,21 +69,21 @@ class Gemma2(Decoder):
         }
 
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
-        """Nothing: the base of rotation is built into the graph."""
+        """Write nothing: the rotary base is built into the graph."""
 
 
 def check_attention_scale(family: Decoder, config: Config) -> None:
-    """Refuse a scale of attention that llama.cpp, which goes by the number of layers, would not use."""
+    """Refuse an attention scale other than llama.cpp's, which depends on the number of layers."""
     given, built_in = config.get("query_pre_attn_scalar", 256), built_in_attention_scale(family, config)
     if given != built_in:
         raise ArchitectureError(
             f"query_pre_attn_scalar is {given}, but llama.cpp runs {family.gguf_name} of "
-            f"{config['num_hidden_layers']} layers with {built_in} only"
+            f"{config['num_hidden_layers']} layers only with {built_in}"
         )
 
 
 def built_in_attention_scale(family: Decoder, config: Config) -> int:
-    """What llama.cpp's graph takes for ``query_pre_attn_scalar``."""
+    """The value of ``query_pre_attn_scalar`` built into llama.cpp's graph."""
     if config["num_hidden_layers"] == _N_LAYERS_OF_27B[family.gguf_name]:
         return int(config["hidden_size"] // config["num_attention_heads"])
     return family.head_dim(config)

@@ -1,4 +1,4 @@
-"""Gemma 3, text only: of six layers five have a sliding window and a rotation of their own."""
+"""Gemma 3, text only: five of six layers have a sliding window and their own rotation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Gemma3(Decoder):
     has_windows = True
     model_type = "gemma3_text"
     source_classes = ("Gemma3ForCausalLM",)
-    parts = (SANDWICH_NORMS[0], *ATTENTION, *HEAD_NORMS, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
+    modules = (SANDWICH_NORMS[0], *ATTENTION, *HEAD_NORMS, *SANDWICH_NORMS[1:3], *FEED_FORWARD, SANDWICH_NORMS[3])
     activation = "gelu_pytorch_tanh"
     rope_types = ("default", "linear")
     default_theta = 1_000_000.0
@@ -41,7 +41,7 @@ class Gemma3(Decoder):
     norm_offset = 1.0
 
     def check(self, config: Config) -> None:
-        """Refuse also what is built into the graph: the order of windows, the scale of attention."""
+        """Refuse also values other than those built into the graph: order of windows, attention scale."""
         super().check(config)
         if config.get("attn_logit_softcapping") is not None:
             raise ArchitectureError("attn_logit_softcapping is set, which llama.cpp does not compute for Gemma 3")
@@ -53,7 +53,7 @@ class Gemma3(Decoder):
         if local["rope_type"] != "default":
             raise ArchitectureError(
                 f"layers with a sliding window have rope type '{local['rope_type']}', but llama.cpp runs them "
-                "with 'default' only"
+                "only with 'default'"
             )
         n_layers = config["num_hidden_layers"]
         expected = windowed_layers(n_layers, _PERIOD)
@@ -65,7 +65,7 @@ class Gemma3(Decoder):
         """Rotary parameters of one kind of layer."""
         rope = super().rope(config, layer_type)
         if layer_type == "sliding_attention" and "sliding_attention" not in (config.get("rope_parameters") or {}):
-            # older files have one key for these layers, and the rest is for the others
+            # older files have one key for these layers; the other rotary keys are for the rest
             return {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or _LOCAL_THETA}
         return rope
 
@@ -77,7 +77,7 @@ class Gemma3(Decoder):
         writer.add_sliding_window(config.get("sliding_window") or 4096)
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
-        """With the cap, the window, both rotations and the scale that is built into the graph."""
+        """The common keys, the cap, the window, both rotations and the attention scale built into the graph."""
         config = super().source_config(stored)
         local = {"rope_type": "default", "rope_theta": stored.number("rope.freq_base_swa", _LOCAL_THETA)}
         return config | {
@@ -88,6 +88,6 @@ class Gemma3(Decoder):
         }
 
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
-        """Both rotations."""
+        """Write both rotations."""
         super().add_rope(config, writer)
         writer.add_float32("gemma3.rope.freq_base_swa", self.rope(config, "sliding_attention")["rope_theta"])

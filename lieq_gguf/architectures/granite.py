@@ -22,15 +22,15 @@ class Granite(Llama):
     source_classes = ("GraniteForCausalLM",)
 
     def check(self, config: Config) -> None:
-        """Refuse also heads of a width of their own, which the format does not hold for Granite."""
+        """Refuse also heads of an unusual width, which the format cannot store for Granite."""
         super().check(config)
         for key in _FACTORS:
             require_number(key, config.get(key, 1.0))
         usual = config["hidden_size"] // config["num_attention_heads"]
         if self.head_dim(config) != usual:
             raise ArchitectureError(
-                f"head_dim is {self.head_dim(config)}, but llama.cpp runs Granite with hidden_size / "
-                f"num_attention_heads = {usual} only"
+                f"head_dim is {self.head_dim(config)}, but llama.cpp runs Granite only with hidden_size / "
+                f"num_attention_heads = {usual}"
             )
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
@@ -43,7 +43,7 @@ class Granite(Llama):
         writer.add_logit_scale(config.get("logits_scaling", 1.0))
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
-        """With the factors."""
+        """The common keys and the factors."""
         return super().source_config(stored) | {
             "attention_multiplier": stored.number("attention.scale", 1.0),
             "embedding_multiplier": stored.number("embedding_scale", 1.0),

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class Llama(Decoder):
-    """Llama, and what was built on its graph."""
+    """Llama, and models that use its graph."""
 
     gguf_name = "llama"
     model_type = "llama"
     source_classes: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM", "MistralForCausalLM")
-    parts = (NORMS[0], *INTERLEAVED_ATTENTION, NORMS[1], *FEED_FORWARD)
+    modules = (NORMS[0], *INTERLEAVED_ATTENTION, NORMS[1], *FEED_FORWARD)
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
@@ -31,15 +31,16 @@ class Llama(Decoder):
         writer.add_rope_dimension_count(self.head_dim(config))
 
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
-        """The common parameters, or the factors that Llama 3.1's scaling has come to.
+        """The common parameters, or the factors of Llama 3.1's scaling.
 
-        Its own parameters are not in the file; the one type of transformers that takes factors gives the same numbers.
+        The file has only the factors, not the parameters of the scaling; transformers' ``longrope`` takes factors and
+        gives the same numbers.
         """
         rope = super().source_rope(stored, head_dim)
         if "rope_freqs.weight" not in stored.shapes:
             return rope
         if rope["rope_type"] != "default":
-            raise ArchitectureError(f"rope scaling is of type '{rope['rope_type']}' and has factors besides")
+            raise ArchitectureError(f"the rope scaling is of type '{rope['rope_type']}' and has factors as well")
         factors = stored.vector("rope_freqs.weight")
         return rope | {
             "rope_type": "longrope",
@@ -58,8 +59,8 @@ class Llama(Decoder):
     def computed_tensor(self, config: Config, name: str) -> torch.Tensor:  # noqa: ARG002
         """The factor by which Llama 3.1 slows down each rotary frequency, ``[head_dim / 2]``.
 
-        Long waves are slowed by ``factor``, short ones are kept, and those between are blended. In float32 like the
-        frequencies themselves. Source: ``rope_type: llama3`` in transformers' ``modeling_rope_utils``.
+        Long waves are slowed by ``factor``, short ones are unchanged, and those between are blended. In float32 like
+        the frequencies themselves. Source: ``rope_type: llama3`` in transformers' ``modeling_rope_utils``.
         """
         import torch
 
@@ -69,8 +70,8 @@ class Llama(Decoder):
         context = float(rope.get("original_max_position_embeddings") or 8192)
         frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         wavelengths: torch.Tensor = 2 * math.pi / frequencies
-        kept = (context / wavelengths - low) / (high - low)
-        blended: torch.Tensor = 1 / ((1 - kept) / factor + kept)
+        unchanged = (context / wavelengths - low) / (high - low)  # share of the original frequency
+        blended: torch.Tensor = 1 / ((1 - unchanged) / factor + unchanged)
         blended[wavelengths < context / high] = 1.0
         blended[wavelengths > context / low] = factor
         return blended

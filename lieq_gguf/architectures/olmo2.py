@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms behind attention and feed-forward network, and over all heads of queries and keys together."""
+"""OLMo 2 and 3: norms after attention and feed-forward network, and over all heads of queries and keys together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, Config, Decoder, Part, windowed_layers
+from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, Config, Decoder, LayerModule, windowed_layers
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
@@ -20,18 +20,18 @@ class Olmo2(Decoder):
     has_windows = True
     model_type = "olmo2"
     source_classes = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
-    parts = (
+    modules = (
         *ATTENTION,
-        Part("attn_q_norm", "self_attn.q_norm", ("q_width",)),
-        Part("attn_k_norm", "self_attn.k_norm", ("kv_width",)),
-        Part("post_attention_norm", "post_attention_layernorm", ("width",)),
+        LayerModule("attn_q_norm", "self_attn.q_norm", ("q_width",)),
+        LayerModule("attn_k_norm", "self_attn.k_norm", ("kv_width",)),
+        LayerModule("post_attention_norm", "post_attention_layernorm", ("width",)),
         *FEED_FORWARD,
-        Part("post_ffw_norm", "post_feedforward_layernorm", ("width",)),
+        LayerModule("post_ffw_norm", "post_feedforward_layernorm", ("width",)),
     )
     default_theta = 500_000.0
 
     def check(self, config: Config) -> None:
-        """Refuse also two kinds of rotation."""
+        """Refuse also layers with different rotations."""
         super().check(config)
         if _has_windows(config):
             local = self.rope(config, "sliding_attention")
@@ -39,7 +39,7 @@ class Olmo2(Decoder):
             if local["rope_theta"] != theta:
                 raise ArchitectureError(
                     f"layers with a sliding window have rope_theta {local['rope_theta']} and the others {theta}; "
-                    "expected the same"
+                    "expected the same value"
                 )
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
@@ -53,7 +53,7 @@ class Olmo2(Decoder):
             writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in types])
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
-        """A file with a window is of OLMo 3, whose layers with one are not scaled."""
+        """The common keys. A file with a window is OLMo 3, whose layers with a window have no rotary scaling."""
         config = super().source_config(stored)
         window = stored.value("attention.sliding_window", None)
         if window is None:
@@ -75,7 +75,7 @@ class Olmo2(Decoder):
         }
 
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
-        """One rotation for all layers; OLMo 3's files have it twice."""
+        """Write the rotation that all layers share; OLMo 3's files have it twice."""
         super().add_rope(config, writer)
         if _has_windows(config):
             writer.add_float32("olmo2.rope.freq_base_swa", self.rope(config, "sliding_attention")["rope_theta"])

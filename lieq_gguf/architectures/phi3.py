@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, Part, require_count
+from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, LayerModule, require_count
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
@@ -19,29 +19,29 @@ _FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weigh
 
 
 class Phi3(Decoder):
-    """Long contexts have two sets of rotary factors, of which llama.cpp takes the one for the context in use."""
+    """Long contexts have two sets of rotary factors; llama.cpp picks the one for the context in use."""
 
     gguf_name = "phi3"
     model_type = "phi3"
     source_classes = ("Phi3ForCausalLM",)
-    parts = (
+    modules = (
         NORMS[0],
-        Part("attn_qkv", "self_attn.qkv_proj", ("qkv_width", "width")),
-        Part("attn_output", "self_attn.o_proj", ("width", "q_width")),
+        LayerModule("attn_qkv", "self_attn.qkv_proj", ("qkv_width", "width")),
+        LayerModule("attn_output", "self_attn.o_proj", ("width", "q_width")),
         NORMS[1],
-        Part("ffn_up", "mlp.gate_up_proj", ("gate_up_width", "width")),
-        Part("ffn_down", "mlp.down_proj", ("width", "n_ff")),
+        LayerModule("ffn_up", "mlp.gate_up_proj", ("gate_up_width", "width")),
+        LayerModule("ffn_down", "mlp.down_proj", ("width", "n_ff")),
     )
     rope_types = ("default", "longrope")
 
     def sizes(self, config: Config) -> dict[str, int]:
-        """With the rows of the two fused matrices."""
+        """The common sizes and the rows of the two fused matrices."""
         sizes = super().sizes(config)
         fused = {"qkv_width": sizes["q_width"] + 2 * sizes["kv_width"], "gate_up_width": 2 * sizes["n_ff"]}
         return sizes | fused
 
     def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:
-        """Rotary parameters; earlier files called the long scaling otherwise."""
+        """Rotary parameters; earlier files have other names for the long scaling."""
         rope = super().rope(config, layer_type)
         if rope["rope_type"] in ("su", "yarn"):
             rope["rope_type"] = "longrope"
@@ -64,7 +64,7 @@ class Phi3(Decoder):
         writer.add_sliding_window(config.get("sliding_window") or 0)
 
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
-        """Rotated dimensions, and the scale of attention that comes with a longer context."""
+        """Write the rotated dimensions, and the attention scale of a longer context."""
         rope = self.rope(config)
         original = _original_context(config, rope)
         writer.add_rope_dimension_count(rope["n_dimensions"])
@@ -76,14 +76,14 @@ class Phi3(Decoder):
             writer.add_rope_scaling_attn_factors(factor)
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
-        """With the window, and the context that short factors are for."""
+        """The common keys, the window, and the context for which the short factors are made."""
         return super().source_config(stored) | {
             "sliding_window": stored.value("attention.sliding_window", 0) or None,
             "original_max_position_embeddings": stored.count("rope.scaling.original_context_length", _ORIGINAL_CONTEXT),
         }
 
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
-        """Rotated dimensions, and both sets of factors if there are any."""
+        """The rotated dimensions, and both sets of factors if there are any."""
         rope = {
             "rope_type": "default",
             "rope_theta": stored.number("rope.freq_base", self.default_theta),

@@ -8,15 +8,15 @@ from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, NORMS, Deco
 
 
 class Qwen2(Decoder):
-    """Halves rotated as in transformers, so that no row is reordered."""
+    """Rotates halves as transformers does, so no row is reordered."""
 
     gguf_name = "qwen2"
     model_type = "qwen2"
     source_classes = ("Qwen2ForCausalLM",)
-    parts = (
+    modules = (
         NORMS[0],
-        *(replace(part, bias="always") for part in ATTENTION[:3]),
+        *(replace(module, bias="always") for module in ATTENTION[:3]),
         replace(ATTENTION[3], bias=""),
         NORMS[1],
-        *(replace(part, bias="") for part in FEED_FORWARD),
+        *(replace(module, bias="") for module in FEED_FORWARD),
     )

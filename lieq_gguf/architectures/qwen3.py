@@ -11,5 +11,5 @@ class Qwen3(Decoder):
     gguf_name = "qwen3"
     model_type = "qwen3"
     source_classes = ("Qwen3ForCausalLM",)
-    parts = (NORMS[0], *ATTENTION, *HEAD_NORMS, NORMS[1], *FEED_FORWARD)
+    modules = (NORMS[0], *ATTENTION, *HEAD_NORMS, NORMS[1], *FEED_FORWARD)
     default_head_dim = 128

@@ -6,30 +6,30 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import ATTENTION, HEAD_NORMS, NORMS, Config, Decoder, Part, require_count
+from lieq_gguf.architectures.decoder import ATTENTION, HEAD_NORMS, NORMS, Config, Decoder, LayerModule, require_count
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
 
 class Qwen3Moe(Decoder):
-    """In the file, the same matrix of all experts is one tensor."""
+    """In the file, one tensor holds the same matrix of all experts."""
 
     gguf_name = "qwen3moe"
     model_type = "qwen3_moe"
     source_classes = ("Qwen3MoeForCausalLM",)
-    parts = (
+    modules = (
         NORMS[0],
         *ATTENTION,
         *HEAD_NORMS,
         NORMS[1],
-        Part("ffn_gate_inp", "mlp.gate", ("n_experts", "width"), is_fixed=True),
-        Part("ffn_gate_exps", "mlp.experts.{}.gate_proj", ("n_experts", "n_expert_ff", "width")),
-        Part("ffn_up_exps", "mlp.experts.{}.up_proj", ("n_experts", "n_expert_ff", "width")),
-        Part("ffn_down_exps", "mlp.experts.{}.down_proj", ("n_experts", "width", "n_expert_ff")),
+        LayerModule("ffn_gate_inp", "mlp.gate", ("n_experts", "width"), is_fixed=True),
+        LayerModule("ffn_gate_exps", "mlp.experts.{}.gate_proj", ("n_experts", "n_expert_ff", "width")),
+        LayerModule("ffn_up_exps", "mlp.experts.{}.up_proj", ("n_experts", "n_expert_ff", "width")),
+        LayerModule("ffn_down_exps", "mlp.experts.{}.down_proj", ("n_experts", "width", "n_expert_ff")),
     )
 
     def check(self, config: Config) -> None:
-        """Refuse also layers without experts and weights of experts that do not sum to one."""
+        """Refuse also layers without experts, and shares of experts that do not sum to one."""
         super().check(config)
         n_experts, n_used = config.get("num_experts") or config["num_local_experts"], config["num_experts_per_tok"]
         for key, value in (
@@ -48,7 +48,7 @@ class Qwen3Moe(Decoder):
             raise ArchitectureError("norm_topk_prob is not set, but llama.cpp makes the weights of experts sum to one")
 
     def sizes(self, config: Config) -> dict[str, int]:
-        """With the number of experts and their width."""
+        """The common sizes, the number of experts and their width."""
         n_experts = int(config.get("num_experts") or config["num_local_experts"])
         return super().sizes(config) | {
             "n_experts": n_experts,
@@ -57,7 +57,7 @@ class Qwen3Moe(Decoder):
         }
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
-        """With the experts."""
+        """The common keys and those of the experts."""
         n_experts = stored.count("expert_count")
         return super().source_config(stored) | {
             "num_experts": n_experts,

@@ -10,7 +10,7 @@ _INTERVAL = 4
 
 
 class SmolLM3(Llama):
-    """The rows of query and key are reordered in all layers, also in those without rotation."""
+    """The rows of query and key are reordered in all layers, even in those without rotation."""
 
     gguf_name = "smollm3"
     model_type = "smollm3"
@@ -20,7 +20,7 @@ class SmolLM3(Llama):
     tied_by_default = True
 
     def check(self, config: Config) -> None:
-        """Refuse also another order of layers without rotation, and windows."""
+        """Refuse also windows, and another order of layers without rotation."""
         super().check(config)
         n_layers = config["num_hidden_layers"]
         interval = config.get("no_rope_layer_interval") or _INTERVAL
@@ -28,8 +28,8 @@ class SmolLM3(Llama):
         expected = [int((i + 1) % _INTERVAL != 0) for i in range(n_layers)]
         if list(found[:n_layers]) != expected:
             raise ArchitectureError(
-                f"no_rope_layers in config.json is {found}, but llama.cpp's graph leaves out the rotation of every "
-                f"fourth layer only: {expected}"
+                f"no_rope_layers in config.json is {found}, but llama.cpp's graph leaves out the rotation only in "
+                f"every fourth layer: {expected}"
             )
         if config.get("use_sliding_window"):
             raise ArchitectureError("use_sliding_window is set, which llama.cpp does not compute for SmolLM3")

@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model's structure, for the way back to transformers' configuration."""
+"""A model's structure as a GGUF file stores it, to make transformers' configuration from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REQUIRED = object()
 
 
 class StoredParameters:
-    """Hyper-parameters of a file. It remembers which were asked for: one that nobody reads may change the graph.
+    """Hyper-parameters of a file. It remembers which were read: one that nobody reads may change the graph.
 
     Attributes:
         shapes: Tensor name to shape, rows first.
@@ -35,7 +35,7 @@ class StoredParameters:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Keys that were never asked for."""
+        """Keys that were never read."""
         return tuple(sorted(self._unread))
 
     def value(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -44,46 +44,46 @@ class StoredParameters:
         Raises:
             ArchitectureError: if it is missing and has no default, or differs from layer to layer.
         """
-        found = self.per_layer(key, default)
-        if isinstance(found, list):
-            if any(value != found[0] for value in found[1:]) or not found:
+        value = self.per_layer(key, default)
+        if isinstance(value, list):
+            if any(other != value[0] for other in value[1:]) or not value:
                 raise ArchitectureError(f"{key} differs from layer to layer")
-            return found[0]
-        return found
+            return value[0]
+        return value
 
     def count(self, key: str, default: Any = _REQUIRED) -> int:
         """A positive whole number, the same for all layers.
 
         Raises:
-            ArchitectureError: as :meth:`value`, or if it is none.
+            ArchitectureError: as :meth:`value`, or if it is not a positive integer.
         """
-        found = self.value(key, default)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise ArchitectureError(f"{key} is {found!r}; expected a positive integer")
-        return found
+        count = self.value(key, default)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ArchitectureError(f"{key} is {count!r}; expected a positive integer")
+        return count
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """A finite number, the same for all layers.
 
         Raises:
-            ArchitectureError: as :meth:`value`, or if it is none.
+            ArchitectureError: as :meth:`value`, or if it is not a finite number.
         """
-        found = self.value(key, default)
-        if not isinstance(found, float | int) or isinstance(found, bool) or not math.isfinite(found):
-            raise ArchitectureError(f"{key} is {found!r}; expected a number")
-        return found
+        number = self.value(key, default)
+        if not isinstance(number, float | int) or isinstance(number, bool) or not math.isfinite(number):
+            raise ArchitectureError(f"{key} is {number!r}; expected a number")
+        return number
 
     def per_layer(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The value as the file has it, a list where there is one a layer.
+        """The value as stored, a list if there is one per layer.
 
         Raises:
             ArchitectureError: if it is missing and has no default.
         """
         self._unread.discard(key)
-        found = self._values.get(key, default)
-        if found is _REQUIRED:
+        value = self._values.get(key, default)
+        if value is _REQUIRED:
             raise ArchitectureError(f"{key} is missing")
-        return found
+        return value
 
     def vector(self, name: str) -> list[float]:
         """The weights of a tensor of one dimension."""

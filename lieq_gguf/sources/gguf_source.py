@@ -350,10 +350,10 @@ def _known_tensors(
 ) -> tuple[TensorSpec, ...]:
     """The tensors that a family has by a configuration, with the biases that the file has."""
     biases = frozenset(
-        f"model.layers.{layer}.{part.module}.bias"
+        f"model.layers.{layer}.{module.name}.bias"
         for layer in range(config["num_hidden_layers"])
-        for part in family.parts
-        if f"blk.{layer}.{part.role}.bias" in shapes
+        for module in family.modules
+        if f"blk.{layer}.{module.role}.bias" in shapes
     )
     return tuple(t for t in family.tensors(config, biases) if t.name not in COMPUTED_TENSORS)
 
