@@ -1,4 +1,4 @@
-"""``Job``: what will be done, from headers alone. Nothing optional is undecided, and nothing impossible is left."""
+"""``Job``: what will be done, decided from headers alone. Every default is filled in, everything impossible refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lieq_gguf.allocation.methods import METHODS
 from lieq_gguf.allocation.problem import AllocationOptions, Problem
 from lieq_gguf.errors import BudgetError, CalibrationError, ScoringError
 from lieq_gguf.measure.engines import Engine, engine_of
-from lieq_gguf.measure.measuring import MeasuringTask, Wanted, resolve_measuring, run_by
+from lieq_gguf.measure.measuring import MeasuringNeeds, MeasuringTask, resolve_measuring, run_by
 from lieq_gguf.progress import Progress
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.files import check_output
@@ -26,7 +26,7 @@ from lieq_gguf.sources import find_model, model_name, open_source
 from lieq_gguf.sources.source import Source, SourceMetadata
 from lieq_gguf.writing.header import ImatrixNote, PlanLabels, Provenance, header_bytes
 
-_HEADER_SLACK = 4096  # bytes of a file of given size that are left for the longer command line of 'convert --plan'
+_HEADER_SLACK = 4096  # bytes kept free under a size target, for the longer command line of 'convert --plan'
 _TARGET_NAMES = {"bits": "bpw", "nominal": "-nominal", "file-bits": "bpw-file"}
 
 
@@ -38,11 +38,11 @@ class Job:
         request: What the user said.
         output: The file to write.
         source: The model.
-        metadata: What the file will say of the model.
-        measuring: What is to be found out about it.
-        costs: What decoding takes by type.
+        metadata: What the file will say about the model.
+        measuring: What to measure.
+        costs: Decoding time of each type.
         problem: The bits to divide; None if a plan is given.
-        plan: The plan that is given, or None.
+        plan: The given plan, or None.
     """
 
     request: Request
@@ -55,18 +55,18 @@ class Job:
     plan: QuantPlan | None
 
     def provenance(self, importance: ImportanceMatrix | None, types_are_quantized: bool) -> Provenance:
-        """What the file says of where it comes from."""
+        """What the file says about its origin."""
         note = imatrix_note(self.source.spec, self.request.measuring, importance) if types_are_quantized else None
         return Provenance(self.request.writing.command_line, note)
 
 
 def resolve(request: Request, progress: Progress, *, for_writing: bool = True) -> Job:
-    """Decide everything, and refuse what cannot be; no weights are read and torch is not loaded.
+    """Decide everything and refuse what is impossible, without reading weights or loading torch.
 
     Args:
         request: What the user said.
         progress: Where warnings and notes are shown.
-        for_writing: Whether a file will be written; off, no importance matrix is measured where scores are given.
+        for_writing: Whether a file will be written; if not, no importance matrix is measured when scores are given.
 
     Raises:
         LieqError: whatever is wrong.
@@ -84,7 +84,7 @@ def resolve(request: Request, progress: Progress, *, for_writing: bool = True) -
 
 def _job_with_budget(request: Request, budget: BitBudget, source: Source, progress: Progress, for_writing: bool) -> Job:
     options, costs = _limited_to_engine(source, request), decode_costs()
-    # Where the file is the target, the vocabulary is part of it; elsewhere it can wait until the target is known to do.
+    # A file-size target includes the vocabulary; otherwise reading it can wait until the target is known to be met.
     metadata = _read_metadata(source, request, progress) if budget.covers_file else None
     problem = build_problem(
         source.spec,
@@ -92,7 +92,7 @@ def _job_with_budget(request: Request, budget: BitBudget, source: Source, progre
         options,
         costs=costs,
         has_imatrix=request.measuring.use_imatrix,
-        error_feedback=_feedback_is_wanted(source, request),
+        error_feedback=_uses_error_feedback(source, request),
         header_bytes=0 if metadata is None else _expected_header_bytes(request, budget, options, source, metadata),
     )
     check_reachable(problem)
@@ -119,10 +119,10 @@ def _job_with_plan(request: Request, file: Path, source: Source, progress: Progr
 
 
 def open_model(model: str, options: SourceOptions, progress: Progress) -> Source:
-    """Open a model to convert, downloaded if need be, and say what the user should know of it.
+    """Open a model to convert, download it if needed, and show its warnings and notes.
 
     Raises:
-        LieqError: if it is no readable model.
+        LieqError: if the model cannot be read.
     """
     source = open_source(find_model(model, options.revision, progress), options)
     for warning in source.warnings:
@@ -133,7 +133,7 @@ def open_model(model: str, options: SourceOptions, progress: Progress) -> Source
 
 
 def output_of(request: Request) -> Path:
-    """The file to write: the one asked for, or one named after the model and the target."""
+    """The file to write: the requested one, or one named after the model and the target."""
     if request.writing.output is not None:
         return request.writing.output
     target = request.target
@@ -147,7 +147,7 @@ def output_of(request: Request) -> Path:
 
 
 def imatrix_note(spec: ModelSpec, options: MeasuringOptions, importance: ImportanceMatrix | None) -> ImatrixNote | None:
-    """What the file will say of its importance matrix; as long without the matrix at hand, for plans."""
+    """What the file will say about its importance matrix. Without the matrix, as for plans, it takes as many bytes."""
     if not options.use_imatrix:
         return None
     file = options.imatrix_file.name if options.imatrix_file else "computed by lieq-gguf"
@@ -163,10 +163,10 @@ def _read_metadata(source: Source, request: Request, progress: Progress) -> Sour
 
 
 def _limited_to_engine(source: Source, request: Request) -> AllocationOptions:
-    """The user's options of allocation, as far as the engine that runs the model allows.
+    """The user's allocation options, limited to what the engine that runs the model can do.
 
     Raises:
-        BudgetError, CalibrationError, ScoringError: if something was asked for by name that it does not.
+        BudgetError, CalibrationError, ScoringError: if the user named something that it cannot do.
     """
     options, engine = request.allocation, engine_of(source)
     if engine.runs_layers_again:
@@ -183,69 +183,69 @@ def _limited_to_engine(source: Source, request: Request) -> AllocationOptions:
         return replace(options, method="weighted-error")
     if METHODS[options.method].needs_block_errors or scorer_of(options) not in _scorers_of(engine):
         raise BudgetError(
-            f"{why}, which gives no '{scorer_of(options)}'; expected --method weighted-error, lim or zd, "
+            f"{why}, which cannot give '{scorer_of(options)}'; expected --method weighted-error, lim or zd, "
             "or another --layer-score"
         )
     return options
 
 
 def _scorers_of(engine: Engine) -> tuple[str, ...]:
-    """Layer scores that an engine can give, those that no model keeps from it first."""
+    """Layer scores that an engine can give: first those it gives for every model."""
     return tuple(dict.fromkeys([*scorers_from(engine.certain_statistics), *scorers_from(engine.statistics)]))
 
 
-def shown_scorer(source: Source, asked: str | None) -> str:
-    """The layer score to show first: the one asked for, or the first there is.
+def shown_scorer(source: Source, requested: str | None) -> str:
+    """The layer score to show first: the requested one, or the first one available.
 
     Raises:
-        ScoringError: if the one asked for cannot be had of this model, naming those that can.
+        ScoringError: if this model cannot give the requested score, naming those it can.
     """
     engine = engine_of(source)
     names = _scorers_of(engine)
-    if asked is not None and asked not in names:
-        raise ScoringError(f"{run_by(source, engine)}, which gives no '{asked}'; expected {' or '.join(names)}")
-    return asked or names[0]
+    if requested is not None and requested not in names:
+        raise ScoringError(f"{run_by(source, engine)}, which cannot give '{requested}'; expected {' or '.join(names)}")
+    return requested or names[0]
 
 
-def _feedback_is_wanted(source: Source, request: Request) -> bool:
+def _uses_error_feedback(source: Source, request: Request) -> bool:
     if not engine_of(source).runs_layers_again:
         return False
-    asked = request.writing.error_feedback
-    return request.measuring.use_imatrix if asked is None else asked
+    requested = request.writing.error_feedback
+    return request.measuring.use_imatrix if requested is None else requested
 
 
 def _measuring_for_problem(source: Source, request: Request, problem: Problem, for_writing: bool) -> MeasuringTask:
-    """What has to be known to divide the bits and to write the file."""
+    """What to measure in order to divide the bits and write the file."""
     options = problem.options
-    wanted = Wanted(
+    needs = MeasuringNeeds(
         scores=not problem.has_single_choice,
         importance=for_writing and problem.is_quantized,
-        types=types_on_offer(options.types, request.measuring.use_imatrix),  # another profile finds them in the cache
+        types=types_on_offer(options.types, request.measuring.use_imatrix),  # of any profile: the cache serves all
         costly=scorers()[problem.scorer].is_costly,
         tokens=for_writing and problem.error_feedback and problem.is_quantized,
     )
-    return resolve_measuring(source, request.measuring, request.compute, wanted)
+    return resolve_measuring(source, request.measuring, request.compute, needs)
 
 
 def _given_plan(file: Path, source: Source, request: Request) -> QuantPlan:
-    """A plan from a file, to be written as the user says now.
+    """A plan from a file; the options given now decide how it is written.
 
     Raises:
-        FormatError: if the plan is damaged or of another model.
-        CalibrationError: if it needs an importance matrix and there shall be none.
+        FormatError: if the plan is damaged or belongs to another model.
+        CalibrationError: if it needs an importance matrix and the user wants none.
     """
     plan = QuantPlan.load(file)
     plan.check(source.spec)
     if plan.needs_imatrix and not request.measuring.use_imatrix:
         raise CalibrationError(f"{file} has types that need an importance matrix; drop --no-imatrix")
-    asked, use_imatrix = request.writing.error_feedback, request.measuring.use_imatrix
-    wanted = asked if asked is not None else plan.error_feedback and use_imatrix
-    possible = engine_of(source).runs_layers_again and quantizes_layers(plan.types, source.spec)
-    return replace(plan, error_feedback=wanted and possible)
+    requested, use_imatrix = request.writing.error_feedback, request.measuring.use_imatrix
+    is_chosen = requested if requested is not None else plan.error_feedback and use_imatrix
+    is_possible = engine_of(source).runs_layers_again and quantizes_layers(plan.types, source.spec)
+    return replace(plan, error_feedback=is_chosen and is_possible)
 
 
 def _measuring_for_plan(source: Source, request: Request, plan: QuantPlan, for_writing: bool) -> MeasuringTask:
-    """What has to be known to write the file."""
+    """What to measure in order to write the file."""
     is_quantized = quantizes_layers(plan.types, source.spec) and for_writing
-    wanted = Wanted(scores=False, importance=is_quantized, tokens=for_writing and plan.error_feedback)
-    return resolve_measuring(source, request.measuring, request.compute, wanted)
+    needs = MeasuringNeeds(scores=False, importance=is_quantized, tokens=for_writing and plan.error_feedback)
+    return resolve_measuring(source, request.measuring, request.compute, needs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lieq_gguf.allocation.allocate import allocate
 from lieq_gguf.errors import BudgetError, ScoringError, TokenizerError
 from lieq_gguf.job import Job, open_model, resolve, shown_scorer
-from lieq_gguf.measure.measuring import Measured, Wanted, measure, resolve_measuring
+from lieq_gguf.measure.measuring import Measured, MeasuringNeeds, measure, resolve_measuring
 from lieq_gguf.native import ggml
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES
@@ -37,7 +37,7 @@ class PreparedFile:
 
     Attributes:
         job: What is to be done.
-        measured: What is known of the model.
+        measured: What was measured.
         plan: One type per tensor.
         header: Metadata and figures.
         seconds: Stage name to wall-clock seconds.
@@ -51,7 +51,7 @@ class PreparedFile:
 
     @property
     def tokens_per_sec(self) -> float:
-        """Predicted speed of generation, by the decode costs."""
+        """Generation speed predicted from the decode costs."""
         return 1 / self.job.costs.seconds(self.job.source.spec.tensors, self.plan.types)
 
     def to_json(self) -> dict[str, Any]:
@@ -73,13 +73,13 @@ class PreparedFile:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What ``convert`` has done.
+    """What ``convert`` did.
 
     Attributes:
         output: The file.
         prepared: Its plan and figures.
         seconds: Stage name to wall-clock seconds.
-        block_errors: With error feedback, one a layer: how far its matrices, all quantised, move its output.
+        block_errors: With error feedback, one per layer: how far quantising all its matrices moves its output.
     """
 
     output: Path
@@ -102,11 +102,11 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
     """From a model directory or a GGUF file to a verified GGUF file.
 
     Args:
-        request: What the user says.
+        request: What the user said.
         progress: Where stages are shown and timed.
 
     Raises:
-        LieqError: whatever is wrong; an existing file of that name is then as it was before.
+        LieqError: on any expected error; an existing file of that name is then unchanged.
     """
     progress = progress or Progress()
     job = resolve(request, progress)
@@ -126,11 +126,11 @@ def plan(request: Request, progress: Progress | None = None) -> PreparedFile:
     """The types and the figures of the file that a request would become, without writing it.
 
     Args:
-        request: What the user says.
+        request: What the user said.
         progress: Where stages are shown and timed.
 
     Raises:
-        LieqError: whatever is wrong.
+        LieqError: on any expected error.
     """
     progress = progress or Progress()
     return prepare(resolve(request, progress, for_writing=False), progress)
@@ -138,7 +138,7 @@ def plan(request: Request, progress: Progress | None = None) -> PreparedFile:
 
 @dataclass(frozen=True)
 class Scored:
-    """What ``score`` has found.
+    """The result of ``score``.
 
     Attributes:
         scores: All layer scores, and the errors by type.
@@ -153,18 +153,18 @@ def score(request: ScoreRequest, progress: Progress | None = None) -> Scored:
     """Score the layers of a model, from the cache or by one pass.
 
     Raises:
-        LieqError: whatever is wrong.
+        LieqError: on any expected error.
     """
     progress = progress or Progress()
     source = open_model(request.model, request.source, progress)
     scorer = shown_scorer(source, request.scorer)
     is_costly = request.measures_all or scorers()[scorer].is_costly
-    wanted = Wanted(types=request.types, costly=is_costly)
-    measured = measure(resolve_measuring(source, request.measuring, request.compute, wanted), progress)
+    needs = MeasuringNeeds(types=request.types, costly=is_costly)
+    measured = measure(resolve_measuring(source, request.measuring, request.compute, needs), progress)
     assert measured.scores is not None
     if scorer not in measured.scores.by_scorer:
         raise ScoringError(
-            f"llama.cpp does not show what '{scorer}' needs of {source.spec.architecture}; use --layer-score zd"
+            f"llama.cpp's graph of {source.spec.architecture} does not show what '{scorer}' needs; use --layer-score zd"
         )
     return Scored(measured.scores, scorer)
 
@@ -173,17 +173,19 @@ def imatrix(request: ImatrixRequest, progress: Progress | None = None) -> Import
     """Measure the importance matrix of a model, from the cache or by one pass.
 
     Raises:
-        LieqError: whatever is wrong.
+        LieqError: on any expected error.
     """
     progress = progress or Progress()
     source = open_model(request.model, request.source, progress)
-    measured = measure(resolve_measuring(source, request.measuring, request.compute, Wanted(scores=False)), progress)
+    measured = measure(
+        resolve_measuring(source, request.measuring, request.compute, MeasuringNeeds(scores=False)), progress
+    )
     assert measured.importance is not None
     return measured.importance
 
 
 def prepare(job: Job, progress: Progress) -> PreparedFile:
-    """Everything between the job and the first tensor: measure, and divide the bits."""
+    """Everything between the job and the first tensor: measure the model and divide the bits."""
     measured = measure(job.measuring, progress)
     chosen = job.plan or _allocated(job, measured, progress)
     spec = job.source.spec
@@ -200,17 +202,17 @@ def _allocated(job: Job, measured: Measured, progress: Progress) -> QuantPlan:
 
 
 def _check_size(job: Job, chosen: QuantPlan, header: Header, progress: Progress) -> None:
-    """Require that the file is no larger than its target; a plan edited by hand may be, and is welcome."""
+    """Require that the file is no larger than its target. A given plan, edited by hand, may exceed it."""
     if not chosen.budget.covers_file or 8 * header.meter.file_bytes <= chosen.budget.limit(job.source.spec):
         return
-    excess = f"the file has {header.meter.file_bytes} bytes, more than {chosen.budget}"
+    excess = f"the file takes {header.meter.file_bytes} bytes, more than {chosen.budget}"
     if job.plan is None:
         raise BudgetError(f"{excess}; please report this")
-    progress.warn(f"{excess}, which {job.request.target} was made for")
+    progress.warn(f"{excess}, the target of {job.request.target}")
 
 
 def _feedback_pass(prepared: PreparedFile, progress: Progress) -> FeedbackPass:
-    """The second pass, and what it will take."""
+    """Prepare the second pass and say how long it will take."""
     from lieq_gguf.writing.feedback_pass import FeedbackPass
 
     task = prepared.job.measuring
@@ -218,7 +220,7 @@ def _feedback_pass(prepared: PreparedFile, progress: Progress) -> FeedbackPass:
     if not progress.silent:
         progress.note(
             f"error feedback takes about {feedback.expected_seconds():.0f} s and "
-            f"{feedback.expected_bytes() / 1e6:.0f} MB; --no-error-feedback leaves it out"
+            f"{feedback.expected_bytes() / 1e6:.0f} MB; --no-error-feedback skips it"
         )
     return feedback
 
@@ -245,7 +247,7 @@ def _verify(file: Path, prepared: PreparedFile, progress: Progress) -> None:
 def check_tokenizer(source: Source, file: Path, vocabulary: Vocabulary | None, progress: Progress) -> None:
     """Tokenise a built-in text with the source's tokenizer and with the file in llama.cpp.
 
-    A difference where llama.cpp is known to deviate is a warning, since no file could avoid it.
+    Where llama.cpp is known to deviate, a difference is only a warning, since no file could avoid it.
 
     Raises:
         TokenizerError: at any other difference.
@@ -267,7 +269,7 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process so far; None where the system does not tell."""
+    """Largest resident memory of this process so far; None if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -13,16 +13,16 @@ from lieq_gguf.records.options import ComputeOptions, MeasuringOptions, SourceOp
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Layer scores as the user asks for them.
+    """The layer scores a user asks for.
 
     Attributes:
         model: Model directory, GGUF file, or name of a model on the hub.
-        source: How to take the model.
-        measuring: How to find out about the model.
-        compute: What may be used of the machine.
+        source: How to read the model.
+        measuring: How to measure the model.
+        compute: Device, threads and precision.
         types: Types whose errors to estimate.
-        scorer: The score to show first; None for the first there is.
-        measures_all: Whether to measure the scores as well that cost more than the pass.
+        scorer: The score to show first; None for the first one available.
+        measures_all: Whether to measure also the scores that cost more than the pass.
     """
 
     model: str
@@ -36,13 +36,13 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class ImatrixRequest:
-    """An importance matrix as the user asks for it.
+    """The importance matrix a user asks for.
 
     Attributes:
         model: Model directory, GGUF file, or name of a model on the hub.
-        source: How to take the model.
-        measuring: How to find out about the model.
-        compute: What may be used of the machine.
+        source: How to read the model.
+        measuring: How to measure the model.
+        compute: Device, threads and precision.
     """
 
     model: str
@@ -53,16 +53,16 @@ class ImatrixRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """A conversion as the user asks for it.
+    """The conversion a user asks for.
 
     Attributes:
         model: Model directory, GGUF file, or name of a model on the hub.
-        target: What the file may take, or the file of a plan to carry out.
-        source: How to take the model.
+        target: The bits the file may use, or a plan file to carry out.
+        source: How to read the model.
         allocation: How to divide the bits.
-        measuring: How to find out about the model.
-        writing: How the file is made.
-        compute: What may be used of the machine.
+        measuring: How to measure the model.
+        writing: How to write the file.
+        compute: Device, threads and precision.
     """
 
     model: str

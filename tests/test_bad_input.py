@@ -167,7 +167,7 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     "architecture": (config(architectures=["GPT2LMHeadModel"]), "unsupported architecture GPT2LMHeadModel; supported"),
     "architectures a number": (config(architectures=1), "unsupported architecture 1; supported"),
     "architectures of numbers": (config(architectures=[1]), "unsupported architecture 1; supported"),
-    "too large a number": (config(max_position_embeddings=1 << 40), "is no value for a GGUF header"),
+    "too large a number": (config(max_position_embeddings=1 << 40), "cannot be stored in a GGUF header"),
     "no architecture": (config(architectures=None), "unsupported architecture model_type llama"),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), "is already quantised (gptq)"),
     "quantised, odd": (config(quantization_config="awq"), "is already quantised"),
@@ -503,7 +503,7 @@ BAD_PLANS = BAD_JSON | {
 BAD_SCORES = BAD_JSON | {
     "layers of another kind": (edit(layers=[{"layer": 0}]), "is not a complete scores file"),
     "fewer layers": (edit(scorers=["lim"], layers=[{"layer": 0, "lim": 1.0}]), "with 1 layers"),
-    "other matrices": (edit(type_errors={"blk.0.attn_q.weight": {"Q2_K": 0.1}}), "whose matrices are not those"),
+    "other matrices": (edit(type_errors={"blk.0.attn_q.weight": {"Q2_K": 0.1}}), "whose matrices differ from those"),
     "scorer missing": (edit(scorers=["zd"], layers=[{"zd": 0.1}] * 3), "the scores have no 'energy-gain'; they"),
     "sensitivity not finite": (edit(sensitivities={"blk.0.attn_q.weight": float("inf")}), "sensitivities"),
     "no sensitivities": (edit(sensitivities={}), "the scores have no block error of blk.0.attn_q.weight"),
@@ -561,7 +561,7 @@ def test_scores_lack_a_type_on_offer(run_cli: RunCli, tiny_model: Path, document
 def test_scores_of_another_model(run_cli: RunCli, small_model: Path, documents: Path, folder: Path) -> None:
     done = run_cli("plan", small_model, "--scores-file", documents / "scores.json", "--no-imatrix", "-q",
                    "--types", "Q2_K,Q4_K", "--bits", 3, "-o", folder / "plan.json")  # fmt: skip
-    assert_refused(done, "the scores are of tiny with 3 layers; small has 2", folder)
+    assert_refused(done, "the scores are for tiny with 3 layers; small has 2", folder)
 
 
 def edit_imatrix(change: Callable[[str, np.ndarray[Any, Any]], np.ndarray[Any, Any] | None]) -> Change:
@@ -596,12 +596,12 @@ BAD_IMATRICES: dict[str, tuple[Change, str]] = {
     "a folder": (into_folder, "is not an importance matrix"),
     "numbers": (write(np.arange(500, dtype=np.int32).tobytes()), "is not an importance matrix ("),
     "cut": (cut, "is not an importance matrix in GGUF form"),
-    "no counts": (only("blk.1.attn_q.weight.counts", None), "expected a pair in_sum2 and counts"),
-    "no sums": (only("blk.1.attn_q.weight.in_sum2", None), "expected a pair in_sum2 and counts"),
+    "no counts": (only("blk.1.attn_q.weight.counts", None), "expected in_sum2 and counts"),
+    "no sums": (only("blk.1.attn_q.weight.in_sum2", None), "expected in_sum2 and counts"),
     "narrow": (edit_imatrix(lambda _, a: a[..., :128]), "columns for blk.0.attn_q.weight, the model 256"),
     "a matrix missing": (
         edit_imatrix(lambda n, a: None if n.startswith("blk.2.ffn_up") else a),
-        "lacks 1 of 21 matrices of the model, for example blk.2.ffn_up.weight",
+        "lacks 1 of the model's 21 matrices, for example blk.2.ffn_up.weight",
     ),
 }  # fmt: skip
 
@@ -618,7 +618,7 @@ def test_bad_imatrix(run_cli: RunCli, tiny_model: Path, documents: Path, folder:
 def test_imatrix_is_a_model(run_cli: RunCli, tiny_model: Path, conversion: pipeline.Conversion, folder: Path) -> None:
     done = run_cli("convert", tiny_model, "--types", "Q4_K", "--bits", 4.5, "-q", "--imatrix", conversion.output,
                    "-o", folder / "out.gguf")  # fmt: skip
-    assert_refused(done, "is a GGUF, but not an importance matrix", folder)
+    assert_refused(done, "is a GGUF file, but not an importance matrix", folder)
 
 
 def test_imatrix_of_another_model(run_cli: RunCli, small_model: Path, documents: Path, folder: Path) -> None:
@@ -636,14 +636,14 @@ READERS = {"inspect": (), "verify": ("-q",), "bench": ("-q",), "run": ("hello",)
 @pytest.mark.parametrize("command", READERS)
 def test_reading_what_is_not_there(run_cli: RunCli, tmp_path: Path, command: str) -> None:
     done = run_cli(command, tmp_path / "model.gguf", *READERS[command])
-    assert_refused(done, "does not exist or is no file", tmp_path)
+    assert_refused(done, "does not exist or is not a file", tmp_path)
 
 
 @pytest.mark.parametrize("command", READERS)
 def test_reading_a_cut_file(run_cli: RunCli, conversion: pipeline.Conversion, tmp_path: Path, command: str) -> None:
     file = Path(shutil.copy(conversion.output, tmp_path / "model.gguf"))
     cut(file, 0.9)
-    assert_refused(run_cli(command, file, *READERS[command]), "is no complete GGUF file")
+    assert_refused(run_cli(command, file, *READERS[command]), "is not a complete GGUF file")
 
 
 @pytest.mark.parametrize("command", READERS)

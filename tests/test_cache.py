@@ -51,10 +51,10 @@ def test_second_budget_starts_at_allocation(
     run_cli: RunCli, model: Path, options: list[object], n_passes: Callable[[], int], tmp_path: Path
 ) -> None:
     first = run_cli("convert", model, "--bits", 3.4, "-o", tmp_path / "a.gguf", *options)
-    assert "is used again" not in first.stderr
+    assert "using what an earlier pass measured" not in first.stderr
     second = run_cli("convert", model, "--bits", 4, "-o", tmp_path / "b.gguf", *options)
     assert (first.exit_code, second.exit_code, n_passes()) == (0, 0, 1)
-    assert "is used again" in second.stderr
+    assert "using what an earlier pass measured" in second.stderr
 
 
 def test_knowledge_from_the_cache_makes_the_same_file(
@@ -104,7 +104,7 @@ def test_scores_of_the_model_before_it_was_changed_are_refused_by_name(
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     done = run_cli("plan", model, "--bits", 3.4, "--scores-file", scores, "--types", "Q2_K,Q4_K")
     assert done.exit_code == 1
-    assert "scores are of another model" in done.stderr
+    assert "scores are for another model" in done.stderr
 
 
 def test_fingerprint_depends_on_the_weights_and_not_on_the_place(model: Path, tiny_model: Path) -> None:

@@ -1,1 +1,1 @@
-"""What one pass over calibration text finds out about a model."""
+"""Measures a model in one pass over calibration text."""

@@ -1,8 +1,8 @@
-"""Knowledge of models kept from one run to the next, under the key of all it depends on.
+"""Keeps what a pass measured for later runs, under a digest of everything the result depends on.
 
-Each pass has a folder of its own in ``passes`` below ``records.folders.cache_root``: ``passes/<32 hex digits>/`` with
-``scores.json`` and ``imatrix.gguf``. The root may be any folder of the user's, so nothing is ever removed but what is
-certainly such an entry.
+Each pass has its own folder in ``passes`` below ``records.folders.cache_root``: ``passes/<32 hex digits>/`` with
+``scores.json`` and ``imatrix.gguf``. The root may be any folder of the user, so only what is certainly such an entry is
+ever removed.
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ from lieq_gguf.records.scores import LayerScores
 
 _MAX_ENTRIES = 40
 _ENTRY_NAME = re.compile(r"[0-9a-f]{32}")
-_SIGNATURES = {"scores.json": b'"kind": "scores"', "imatrix.gguf": b"imatrix"}  # found in the first bytes
-_UNFINISHED = re.compile(r"\.(scores\.json|imatrix\.gguf)\.\w+\.partial")  # what a killed process leaves
+_SIGNATURES = {"scores.json": b'"kind": "scores"', "imatrix.gguf": b"imatrix"}  # these are among the first bytes
+_UNFINISHED = re.compile(r"\.(scores\.json|imatrix\.gguf)\.\w+\.partial")  # left by a killed process
 _N_SIGNATURE_BYTES = 256
 
 
 def passes_folder() -> Path:
-    """Where entries are kept."""
+    """The folder of all entries."""
     return cache_root() / "passes"
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A place for what one pass learns.
+    """The place for what one pass measures.
 
     Attributes:
-        folder: Its folder, there or not.
+        folder: Its folder, which may not exist yet.
     """
 
     folder: Path
 
     @classmethod
     def of(cls, **depends_on: Any) -> CacheEntry:
-        """The entry of a pass, by everything that its result depends on, as JSON takes it."""
+        """The entry of a pass; ``depends_on`` are JSON values of everything its result depends on."""
         key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
         return cls(passes_folder() / key)
 
     def load(self) -> tuple[LayerScores | None, ImportanceMatrix] | None:
-        """What was kept, or None. A damaged entry is as good as none."""
+        """What was saved, or None if there is no entry or it is damaged."""
         try:
             importance = load_importance(self._imatrix)
             scores = LayerScores.load(self._scores) if self._scores.is_file() else None
         except LieqError:
             return None
-        with suppress(OSError):  # a cache that cannot be written still can be read
-            os.utime(self.folder)  # entries used last are kept longest
+        with suppress(OSError):  # a read-only cache is still usable
+            os.utime(self.folder)  # the entries used last are kept
         return scores, importance
 
     def save(self, scores: LayerScores | None, importance: ImportanceMatrix) -> None:
-        """Keep it, and drop the entries that were used longest ago. A folder that cannot be written keeps nothing."""
+        """Save the results and drop the entries used longest ago. If the folder is not writable, save nothing."""
         try:
-            if self.folder.is_symlink():  # what it points to is somebody else's
+            if self.folder.is_symlink():  # its target is not ours
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
             if scores is not None:
@@ -85,7 +85,7 @@ class CacheEntry:
 
 
 def _prune(passes: Path) -> None:
-    """Remove all entries but those used last."""
+    """Remove all entries except those used last."""
     with suppress(OSError):
         entries = [folder for folder in passes.iterdir() if _entry_files(folder)]
         for folder in sorted(entries, key=_last_use, reverse=True)[_MAX_ENTRIES:]:
@@ -100,7 +100,7 @@ def _last_use(folder: Path) -> float:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder if it is an entry and nothing else: its files one by one, so that no other can go with them."""
+    """Remove a folder if it is an entry and nothing else; file by file, so that no other file is lost."""
     with suppress(OSError):
         for file in _entry_files(folder):
             file.unlink()
@@ -109,7 +109,7 @@ def _remove(folder: Path) -> None:
 
 
 def _entry_files(folder: Path) -> list[Path]:
-    """The files of an entry; none if the folder may be anything else."""
+    """The files of an entry; an empty list if the folder may be something else."""
     try:
         files = list(folder.iterdir()) if _is_entry_folder(folder) else []
         return files if all(_is_own_file(file) for file in files) else []
@@ -124,7 +124,7 @@ def _is_entry_folder(folder: Path) -> bool:
 
 
 def _is_own_file(file: Path) -> bool:
-    """Whether an entry's file was written here, by its name and its beginning."""
+    """Whether name and first bytes show that this package wrote a file."""
     if file.is_symlink() or not file.is_file():
         return False
     if _UNFINISHED.fullmatch(file.name):

@@ -1,7 +1,7 @@
-"""The two ways to run a model, and what each can find out about it.
+"""The two ways to run a model, and what each can measure.
 
-Only this module asks whether transformers has a source's model; everybody else asks the engine for what it can do.
-The passes themselves are imported when they are run: torch and transformers take seconds to load.
+Only this module asks whether transformers has a source's model; all others ask the engine what it can do. The passes
+themselves are imported when they are run: torch and transformers take seconds to load.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ RunPass: TypeAlias = Callable[[Source, CalibrationTokens, PassOptions, Progress]
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs a model.
+    """A library that runs a model.
 
     Attributes:
         name: Its name, for messages.
-        statistics: What it can measure of a layer, by field of ``LayerMeasurement``.
-        certain_statistics: Those of them that no model keeps from it.
-        runs_layers_again: Whether a layer can be run again with other weights, as block errors and error feedback do.
-        runs_on_devices: Whether it runs on other devices than the processor.
-        pass_module: Has ``run_pass``, the pass over the calibration tokens.
+        statistics: What it can measure in a layer, by field of ``LayerMeasurement``.
+        certain_statistics: The statistics it can measure in every model.
+        runs_layers_again: Whether it can run a layer again with other weights, as block errors and error feedback need.
+        runs_on_devices: Whether it runs on devices other than the CPU.
+        pass_module: Module with ``run_pass``, the pass over the calibration tokens.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Engine:
     pass_module: str
 
     def load(self) -> RunPass:
-        """Import what the pass needs."""
+        """Import the pass and what it needs."""
         run_pass: RunPass = import_module(self.pass_module).run_pass
         return run_pass
 
     def run_pass(
         self, source: Source, tokens: CalibrationTokens, options: PassOptions, progress: Progress
     ) -> PassResult:
-        """Make the pass."""
+        """Run the pass."""
         return self.load()(source, tokens, options, progress)
 
 

@@ -1,7 +1,7 @@
 """A mixture of experts with a linear module for every matrix of every expert.
 
-transformers stacks the matrices of all experts and multiplies without modules, so that nothing could watch what reaches
-an expert, nor change one matrix.
+transformers stacks the matrices of all experts and multiplies without modules, so there is no place to watch the inputs
+of an expert, or to change one matrix.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class Experts(nn.ModuleList):
-    """Feed-forward networks, of which each token passes some; takes and gives what transformers' stacked ones do."""
+    """Feed-forward networks, of which each token uses some; same input and output as transformers' stacked ones."""
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """Send tokens through their experts.
@@ -21,7 +21,7 @@ class Experts(nn.ModuleList):
         Args:
             hidden: ``[n_tokens, d_model]``.
             chosen: Index of the experts of each token ``[n_tokens, n_used]``.
-            shares: What each expert counts for ``[n_tokens, n_used]``.
+            shares: Weight of each expert's output ``[n_tokens, n_used]``.
         """
         result = torch.zeros_like(hidden)
         for index, expert in enumerate(self):
@@ -49,7 +49,7 @@ class Expert(nn.Module):
 
 
 def separate_experts(model: nn.Module) -> None:
-    """Put experts with modules of their own in the place of stacked ones, with the same random weights."""
+    """Replace stacked experts by experts with their own modules and the same random weights."""
     for name in [name for name, module in model.named_modules() if _is_stacked(module)]:
         stacked: Any = model.get_submodule(name)
         weights = zip(stacked.gate_up_proj.detach(), stacked.down_proj.detach(), strict=True)

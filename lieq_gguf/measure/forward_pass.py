@@ -1,7 +1,7 @@
 """One streamed pass over the calibration tokens: everything about a model, measured layer by layer.
 
-All sequences go through a layer together, then the layer's weights are replaced by the next one's; so a pass needs
-memory for one layer and the hidden states, however many layers there are. What is measured is up to the observers.
+All sequences go through a layer together, then the next layer's weights replace its own; so a pass needs memory for one
+layer and the hidden states, however many layers there are. The observers decide what is measured.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def run_pass(
 
     Args:
         source: The model.
-        tokens: What to run it on.
-        options: What to find out.
+        tokens: The calibration tokens.
+        options: What to measure.
         progress: Where to show and time the pass.
 
     Raises:
-        CalibrationError: if the device is not there or the activations are not finite.
+        CalibrationError: if the device is not available or the activations are not finite.
     """
     compute = options.compute
     torch.set_num_threads(compute.n_threads)
     config = source.transformers_config()
     device = torch_device(compute.device)
-    observers = Observers(_wanted(options), PassSetting(source, config, device, tokens, options))
+    observers = Observers(_observer_kinds(options), PassSetting(source, config, device, tokens, options))
     layer = LayerModel(config, device, in_bfloat16=not compute.in_float32 and has_fast_bfloat16(device))
     _stream(source, tokens.ids, layer, observers, progress or Progress())
     n_measured = source.spec.n_layers if options.statistics else 0
@@ -60,26 +60,26 @@ def run_pass(
     )
 
 
-def _wanted(options: PassOptions) -> list[type[Observer]]:
-    """Observers for what a pass is to find out; those that they need come by themselves."""
-    wanted: list[type[Observer]] = [InputSums]
-    wanted += [kind for kind in STATISTICS_BY if kind.gives & options.statistics]
+def _observer_kinds(options: PassOptions) -> list[type[Observer]]:
+    """The observers for a pass; ``Observers`` adds those that they need."""
+    kinds: list[type[Observer]] = [InputSums]
+    kinds += [kind for kind in STATISTICS_BY if kind.gives & options.statistics]
     if options.error_types:
-        wanted.append(QuantizationDamage)
+        kinds.append(QuantizationDamage)
     if options.measures_damage:
-        wanted.append(OuterDamage)
-    return wanted
+        kinds.append(OuterDamage)
+    return kinds
 
 
 def _measurement(layer: int, observers: Observers, options: PassOptions) -> LayerMeasurement:
-    found = {
+    statistics = {
         name: value for o in observers if o.gives & options.statistics for name, value in o.statistics(layer).items()
     }
-    return LayerMeasurement(layer=layer, **found)
+    return LayerMeasurement(layer=layer, **statistics)
 
 
 def _damage(observers: Observers) -> tuple[dict[str, dict[str, float]], dict[str, float], float | None]:
-    """Errors by type, sensitivities, and divergence per block error, of all matrices that were quantised."""
+    """Errors by type, sensitivities, and divergence per block error, for all matrices that were quantised."""
     if QuantizationDamage not in observers:
         return {}, {}, None
     decoder = observers[QuantizationDamage]
@@ -97,7 +97,7 @@ def _stream(
     observers: Observers,
     progress: Progress,
 ) -> None:
-    """Take all tokens through one layer after the other, and tell the observers."""
+    """Run all tokens through one layer after the other, and call the observers."""
     spec = source.spec
     tensor_named = {t.name: t for t in spec.tensors}
     hidden = layer.embed(source.read(spec.embedding)[torch.from_numpy(ids)])
@@ -117,7 +117,7 @@ def _stream(
                     output[rows] = result
                     for observer in observers:
                         observer.see_output(hidden[rows], output[rows])
-            if not bool(output.sum().isfinite()):  # one number that is not finite makes the sum so
+            if not bool(output.sum().isfinite()):  # one infinite or NaN value makes the sum not finite
                 raise CalibrationError(f"the output of layer {index} is not finite; the model's weights are damaged")
             for observer in observers:
                 observer.finish(layer, hidden)
@@ -125,7 +125,7 @@ def _stream(
             advance(1)
         output_matrix = tensor_named.get("output.weight", spec.embedding)
         layer.forget()
-        head = layer.output_head(source.read(tensor_named["output_norm.weight"]), source.read(output_matrix))
+        output_head = layer.output_head(source.read(tensor_named["output_norm.weight"]), source.read(output_matrix))
         for observer in observers:
-            observer.conclude(head, hidden)
+            observer.conclude(output_head, hidden)
         source.release()

@@ -1,4 +1,4 @@
-"""One decoder layer at a time: transformers' own arithmetic, weights that come and go, ways to watch it."""
+"""One decoder layer at a time: transformers' own arithmetic, weights loaded layer by layer, hooks to watch it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lieq_gguf.measure.output_head import OutputHead
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.source import Source
 
-_LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry a layer
-_BATCH_TOKENS = 2048  # tokens that pass a layer at once; more spill out of the caches
+_LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry per layer
+_BATCH_TOKENS = 2048  # tokens in a batch; more do not fit the processor's caches
 
 Recording: TypeAlias = dict[str, list[Any]]
-"""Outputs of a layer's modules, one a batch, by name, in the order in which the modules finish."""
+"""Name of a module to its outputs, one per batch; in the order in which the modules finish."""
 
 
 class LayerModel:
     """transformers' own model with one decoder layer: input and output are hidden states.
 
-    Where layers differ in more than their weights (a sliding window, no rotation), there is a module for each kind, and
+    If layers differ in more than their weights (a sliding window, no rotation), there is one module for each kind, and
     all share one set of weights. Until weights are loaded the layer has random ones.
 
     Attributes:
         index: Index of the layer whose weights are loaded.
         layer: Its module.
-        modules: Quantised tensors of the layer, and the names in it of the linear modules whose weights they hold: one,
-            or that of every expert.
+        modules: Quantised tensor of the layer to the names of the linear modules whose weights it holds: one module, or
+            one for every expert.
         device: Where it runs.
         in_bfloat16: Whether its matrices are multiplied in bfloat16.
     """
@@ -48,7 +48,7 @@ class LayerModel:
         self.in_bfloat16 = in_bfloat16
         self._kinds = layer_kinds(config)
         self._model = initialised(config, n_vocab=1, seed=0).to(device).requires_grad_(False)
-        self._model.get_input_embeddings().weight.fill_(1)  # type: ignore[operator]  # shows what the model makes of it
+        self._model.get_input_embeddings().weight.fill_(1)  # type: ignore[operator]  # so embed sees the scale
         self._init_weights = self._model._init_weights
         self._config = config
         self._layers: Sequence[nn.Module] = list(self._model.get_submodule("layers").children())
@@ -56,16 +56,16 @@ class LayerModel:
             _share_weights(self._layers[0], module)
         self.layer = self._layers[0]
         self._around: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-        self._rounded_weights: dict[str, nn.Parameter] = {}  # those of the weights that modules have now
+        self._rounded_weights: dict[str, nn.Parameter] = {}  # of the current weights
         self._forgotten: list[tuple[torch.Tensor, torch.Size]] = []
 
     def embed(self, rows: torch.Tensor) -> torch.Tensor:
-        """Hidden states before the first layer, from rows of the embedding ``[…, d_model]``; some models scale them."""
+        """Hidden states before the first layer from embedding rows ``[…, d_model]``, which some models scale."""
         [(scales, _), *_] = self._given_to_layers(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
         return rows.float() * scales.cpu()[0, 0]
 
     def initialise(self, seed: int, index: int) -> None:
-        """Give the layer random weights from the model's own initialiser, as layer ``index`` of an untrained twin."""
+        """Fill the layer with the model's own random initial weights, as layer ``index`` of an untrained twin."""
         self._prepare(index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -73,7 +73,7 @@ class LayerModel:
         self.layer.to(self.device)
 
     def load(self, source: Source, index: int) -> None:
-        """Copy a layer's weights in, converting to float32."""
+        """Load a layer's weights, converted to float32."""
         self._prepare(index)
         weights: dict[str, torch.Tensor] = {}
         for tensor in (t for t in source.spec.tensors if t.layer == index):
@@ -90,21 +90,21 @@ class LayerModel:
         }
 
     def forget(self) -> None:
-        """Give the memory of the matrices back; there are none until others are loaded or drawn."""
+        """Free the memory of the matrices; the layer has none until new ones are loaded or initialised."""
         self.forget_rounded()
         linear = [module for module in self.layer.modules() if isinstance(module, nn.Linear)]
         self._forgotten = self._forgotten or [(module.weight, module.weight.shape) for module in linear]
-        with torch.inference_mode(mode=False):  # whose tensors a parameter cannot hold
+        with torch.inference_mode(mode=False):  # a parameter cannot hold inference tensors
             for parameter, _ in self._forgotten:
                 parameter.data = torch.empty(0, device=self.device)
 
     def forget_rounded(self) -> None:
-        """Give the memory of the matrices in bfloat16 back; they are made anew when they are needed."""
+        """Free the memory of the bfloat16 matrices; they are rounded again when needed."""
         self._rounded_weights.clear()
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
-        """Linear modules by name, and the tensors that hold their weights."""
+        """Name of a linear module to the tensor that holds its weights."""
         return {module: tensor for tensor, modules in self.modules.items() for module in modules}
 
     def weight(self, module: str) -> torch.Tensor:
@@ -119,7 +119,7 @@ class LayerModel:
 
     @contextmanager
     def replaced(self, module: str, weight: torch.Tensor) -> Iterator[None]:
-        """Other weights in a linear module for the length of a ``with``."""
+        """Replace the weights of a linear module for the length of a ``with``."""
         self._rounded_weights.pop(module, None)
         with _given_weight(self.layer.get_submodule(module), nn.Parameter(weight.to(self.device), requires_grad=False)):
             yield
@@ -127,7 +127,7 @@ class LayerModel:
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
-        """For the length of a ``with``, keep what each module inside the layer gives."""
+        """For the length of a ``with``, record the output of each module inside the layer."""
         record: Recording = {}
 
         def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -141,10 +141,10 @@ class LayerModel:
 
     @contextmanager
     def replaying(self, record: Recording, until: str) -> Iterator[None]:
-        """For the length of a ``with``, modules that had finished before ``until`` ran are not run again.
+        """For the length of a ``with``, do not run modules again that had finished before ``until`` ran.
 
-        They give what was recorded; so the input must be that of the record, and only the weights of ``until`` may be
-        others.
+        They return the recorded outputs; so the input must be the recorded one, and only the weights of ``until`` may
+        differ.
         """
 
         def next_of(outputs: Sequence[Any]) -> Callable[..., Any]:
@@ -154,7 +154,7 @@ class LayerModel:
         with ExitStack() as stack:
             for name in takewhile(lambda name: name != until, record):
                 module = self.layer.get_submodule(name)
-                module.forward = next_of(record[name])  # hides the method of the class
+                module.forward = next_of(record[name])  # shadows the class's method
                 stack.callback(delattr, module, "forward")
             yield
 
@@ -163,7 +163,7 @@ class LayerModel:
 
         Args:
             hidden: ``[n_chunks, chunk_size, d_model]``.
-            exact: Whether to multiply in float32 even where bfloat16 is in use.
+            exact: Whether to multiply in float32 even if bfloat16 is in use.
 
         Returns:
             The same shape in float32, on the CPU.
@@ -174,9 +174,9 @@ class LayerModel:
         return result
 
     def outputs(self, hidden: torch.Tensor, *, exact: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Like :meth:`forward`, batch by batch: rows of ``hidden`` and what the layer makes of them.
+        """Like :meth:`forward`, batch by batch: rows of ``hidden`` and their outputs.
 
-        The weights of the layer must stay as they are until the last batch is out.
+        The weights of the layer must not change before the last batch.
         """
         in_bfloat16 = self.in_bfloat16 and not exact
         with self._rounded() if in_bfloat16 else nullcontext():
@@ -187,13 +187,13 @@ class LayerModel:
                 yield rows, output.float().cpu()
 
     def batches(self, hidden: torch.Tensor) -> Iterator[slice]:
-        """Rows of ``hidden`` that pass at once."""
+        """Rows of ``hidden`` for each batch."""
         step = max(1, _BATCH_TOKENS // hidden.shape[1])
         for start in range(0, hidden.shape[0], step):
             yield slice(start, start + step)
 
     def output_head(self, norm: torch.Tensor, matrix: torch.Tensor) -> OutputHead:
-        """What comes after the last layer, by the weights of the final norm ``[d_model]`` and of the output matrix."""
+        """What follows the last layer, from the weights of the final norm ``[d_model]`` and the output matrix."""
         final_norm = self._model.get_submodule("norm")
         final_norm.load_state_dict({"weight": norm})
         divisor = getattr(self._config, "logits_scaling", None) or 1.0
@@ -202,11 +202,11 @@ class LayerModel:
         )
 
     def watching_inputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
-        """For the length of a ``with``, tell of each linear module's name and input."""
+        """For the length of a ``with``, call ``see`` with name and input of each linear module that runs."""
         return self._watching(lambda name, _module, x, _z: see(name, x))
 
     def watching_outputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
-        """For the length of a ``with``, tell of each linear module's name and output without bias."""
+        """For the length of a ``with``, call ``see`` with name and output, without bias, of each linear module."""
         return self._watching(
             lambda name, module, _x, z: see(name, z - module.bias if isinstance(module.bias, torch.Tensor) else z)
         )
@@ -223,7 +223,7 @@ class LayerModel:
             yield
 
     def _prepare(self, index: int) -> None:
-        """Make the layer of an index ready for its weights."""
+        """Select the module for the layer of an index, and make room for its weights."""
         self.index = index
         self.layer = self._layers[sorted(set(self._kinds)).index(self._kinds[index])]
         self.forget_rounded()
@@ -234,7 +234,7 @@ class LayerModel:
 
     @contextmanager
     def _rounded(self) -> Iterator[None]:
-        """For the length of a ``with``, matrices are in bfloat16; autocast would round them anew for every batch."""
+        """For the length of a ``with``, hold matrices in bfloat16; autocast would round them again for every batch."""
         with ExitStack() as given:
             for name, module in self.layer.named_modules():
                 if isinstance(module, nn.Linear):
@@ -244,14 +244,14 @@ class LayerModel:
             yield
 
     def _around_layers(self, shape: tuple[int, ...]) -> list[dict[str, Any]]:
-        """What the model gives each kind of layer besides hidden states of a shape: positions, masks, rotations."""
+        """The arguments of each kind of layer besides hidden states of a shape: positions, masks, rotations."""
         if shape not in self._around:
             given = self._given_to_layers(inputs_embeds=torch.zeros(shape, device=self.device))
             self._around[shape] = [around for _, around in given]
         return self._around[shape]
 
     def _given_to_layers(self, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-        """Run the model without its layers, and catch what each would have been called with."""
+        """Run the model without its layers, and catch the arguments each layer would get."""
         caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
         def catch(hidden: torch.Tensor, **around: Any) -> torch.Tensor:
@@ -260,7 +260,7 @@ class LayerModel:
 
         with ExitStack() as stack:
             for module in self._layers:
-                module.forward = catch  # hides the method of the class
+                module.forward = catch  # shadows the class's method
                 stack.callback(delattr, module, "forward")
             self._model(use_cache=False, **inputs)
         return caught
@@ -268,32 +268,36 @@ class LayerModel:
 
 @contextmanager
 def _given_weight(module: nn.Module, weight: nn.Parameter) -> Iterator[None]:
-    """Another weight in a module for the length of a ``with``."""
-    kept = module.weight
+    """Replace the weight of a module for the length of a ``with``."""
+    original = module.weight
     module.weight = weight
     try:
         yield
     finally:
-        module.weight = kept
+        module.weight = original
 
 
 LayerKind: TypeAlias = tuple[str, ...]
-"""What tells apart layers that differ in more than their weights."""
+"""Entries of ``_LAYER_LISTS`` for a layer; layers of the same kind differ only in their weights."""
 
 
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
-    """The kind of every layer: attention over all tokens or a window, with a rotation or without."""
+    """The kind of every layer: attention over all tokens or a window, with or without rotation."""
     n_layers: int = config.num_hidden_layers
     lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
     return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
 
 
 def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
-    """A base model with a layer of each kind and a small vocabulary, as the model's own initialiser makes it."""
+    """A base model with one layer of each kind and a small vocabulary, filled by the model's own initialiser."""
     kinds = layer_kinds(config)
     examples = [kinds.index(kind) for kind in sorted(set(kinds))]
     lists = {key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))}
-    special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # outside of the small vocabulary
+    special_ids = {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }  # they lie outside the small vocabulary
     sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
     small = type(config).from_dict(config.to_dict() | sizes | lists | special_ids)
     with torch.random.fork_rng(devices=[]):
@@ -305,14 +309,14 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
 
 
 def _share_weights(source: nn.Module, target: nn.Module) -> None:
-    """Put the weights of a module in the place of another's."""
+    """Let the target use the weights of the source."""
     for name, parameter in source.named_parameters():
         owner, _, attribute = name.rpartition(".")
         setattr(target.get_submodule(owner), attribute, parameter)
 
 
 def twin_embedding(config: PretrainedConfig, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:
-    """Rows of a fresh embedding for the tokens that occur; the others would only take memory."""
+    """Rows of a fresh embedding for the tokens that occur; other rows would only take memory."""
     used, positions = np.unique(ids, return_inverse=True)
     embedding = initialised(config, n_vocab=len(used), seed=seed).get_input_embeddings()  # type: ignore[operator]
     rows: torch.Tensor = embedding.weight.detach()[torch.from_numpy(positions.reshape(ids.shape))]

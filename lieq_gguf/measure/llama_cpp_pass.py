@@ -1,6 +1,6 @@
-"""What can be found out about a model that only llama.cpp runs: a pass watched from outside, a look at the weights.
+"""Measures a model that only llama.cpp runs: watches a pass through its graph, then reads the weights.
 
-llama.cpp shows every node of its graph as it is computed. The inputs of the products with a weight give the importance
+llama.cpp shows every node of its graph when it is computed. The inputs of products with a weight give the importance
 matrix, as in llama-imatrix; the outputs of the layers give LIM. The layers cannot be run again with other weights, so
 there are no block errors, no untrained twin and no error feedback.
 """
@@ -28,7 +28,7 @@ from lieq_gguf.scorers.zd import z_share
 from lieq_gguf.sources.source import Source
 
 _LAYER_OUTPUT = re.compile(r"l_out-(\d+)")
-_NORM_OF_FIRST = "norm-0"  # what the first one of that name norms is the input of the first layer
+_NORM_OF_FIRST = "norm-0"  # the first node of this name takes the input of the first layer
 _INPUT = -1
 
 
@@ -39,8 +39,8 @@ def run_pass(
 
     Args:
         source: A GGUF file.
-        tokens: What to run it on.
-        options: What to find out; what needs layers that can be run again is left out.
+        tokens: The calibration tokens.
+        options: What to measure; whatever needs to run layers again is left out.
         progress: Where to show and time the pass.
 
     Raises:
@@ -62,8 +62,8 @@ def run_pass(
     unseen = [t.name for layer in spec.layer_matrices for t in layer if t.name not in watcher.in_sum2]
     if unseen:
         progress.warn(
-            f"llama.cpp multiplies {len(unseen)} matrices in a way that tells nothing of their inputs "
-            f"({unseen[0]}); all their columns count alike"
+            f"llama.cpp multiplies {len(unseen)} matrices in a way that hides their inputs "
+            f"({unseen[0]}); all their columns get the same importance"
         )
     sums, counts = watcher.in_sum2, watcher.counts
     for tensor in (t for layer in spec.layer_matrices for t in layer if t.name not in watcher.in_sum2):
@@ -77,17 +77,17 @@ def run_pass(
         tokens.ids.size,
         chunk_size,
         tokens.dataset,
-        {name: found.astype(np.float32) for name, found in counts.items()},
+        {name: numbers.astype(np.float32) for name, numbers in counts.items()},
     )
-    made_with = (options.importance or measured) if options.weigh_errors else None
+    importance = (options.importance or measured) if options.weigh_errors else None
     measurements: list[LayerMeasurement] = []
     type_errors: dict[str, dict[str, float]] = {}
     torch.set_num_threads(options.compute.n_threads)
-    n_looked_at = spec.n_layers if options.statistics or options.error_types else 0
-    with progress.stage("calibrate", "Measuring weights", n_looked_at) as advance:
-        for layer, matrices in enumerate(spec.layer_matrices[:n_looked_at]):
+    n_measured = spec.n_layers if options.statistics or options.error_types else 0
+    with progress.stage("calibrate", "Measuring weights", n_measured) as advance:
+        for layer, matrices in enumerate(spec.layer_matrices[:n_measured]):
             weights = [_weights(source, tensor) for tensor in matrices]
-            probes = probe_tensors(list(zip(matrices, weights, strict=True)), made_with, options.compute.n_threads)
+            probes = probe_tensors(list(zip(matrices, weights, strict=True)), importance, options.compute.n_threads)
             type_errors |= errors_of_tensors(probes, options.error_types, options.compute.n_threads)
             if options.statistics:
                 share = z_share([torch.from_numpy(w) for some in weights for w in some]) if weights else 0.0
@@ -101,7 +101,7 @@ class _Watcher:
 
     Attributes:
         in_sum2: Tensor name to ``[n_in]``, sum over tokens of the squared input, or to ``[n_experts, n_in]``.
-        counts: Tensors of experts by name, and the tokens that reached each, ``[n_experts]``.
+        counts: Name of a tensor of experts to the number of tokens that reached each, ``[n_experts]``.
     """
 
     def __init__(self, spec: ModelSpec, compares_layers: bool) -> None:
@@ -136,7 +136,7 @@ class _Watcher:
             self._add_inputs(node)
 
     def end_sequence(self) -> None:
-        """Compare what each layer was given with what it made of it."""
+        """Compare input and output of each layer."""
         for layer in range(self._last_layer + 1):
             before, after = self._hidden.get(layer - 1), self._hidden.get(layer)
             if before is None or after is None or before.shape != after.shape:
@@ -148,7 +148,7 @@ class _Watcher:
         self._hidden.clear()
 
     def cosine(self, layer: int) -> float | None:
-        """Mean over tokens of the cosine between input and output; None if llama.cpp has no node for one of them."""
+        """Mean over tokens of the cosine between input and output; None if the graph has no node for one of them."""
         return self._cosines[layer] / self._n_tokens if layer in self._cosines else None
 
     def _add_inputs(self, node: Node) -> None:
@@ -160,7 +160,7 @@ class _Watcher:
         n_matrices = weight.shape[1]
         if node.op == "MUL_MAT" and n_matrices == 1:
             squares = np.square(values.reshape(-1, n_in)).sum(axis=0, dtype=np.float64)
-        elif node.op == "MUL_MAT":  # several matrices, each with inputs of its own
+        elif node.op == "MUL_MAT":  # several matrices, each with its own inputs
             inputs = values.reshape(n_matrices, -1, n_in)
             squares = np.square(inputs).sum(axis=1, dtype=np.float64)
             self.counts[weight.name] = self.counts.get(weight.name, 0.0) + np.full(n_matrices, float(inputs.shape[1]))
@@ -196,7 +196,7 @@ def _rows(node: Node) -> npt.NDArray[np.float32]:
 
 
 def _weights(source: Source, tensor: TensorSpec) -> list[npt.NDArray[np.float32]]:
-    """The matrix ``[n_out, n_in]``, or that of every expert."""
+    """The matrix ``[n_out, n_in]``, or one for every expert."""
     rows = np.concatenate(list(source.rows(tensor)))
     source.release()
     return np.split(rows, tensor.shape[0] if tensor.of_experts else 1)

@@ -1,4 +1,4 @@
-"""The stage that finds out about a model: scores and importance from files, from the cache, or from one pass."""
+"""The measuring stage: scores and importance matrix from files, from the cache, or from one pass."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _FEW_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a job needs to know of a model.
+class MeasuringNeeds:
+    """What a job needs to have measured.
 
     Attributes:
-        scores: Whether layer scores and type errors are wanted.
-        importance: Whether an importance matrix is wanted for itself; off, none is measured where scores are given.
+        scores: Whether it needs layer scores and type errors.
+        importance: Whether it needs an importance matrix even if scores are given.
         types: Types whose errors to estimate.
-        costly: Whether the statistics that cost more than the pass are wanted as well.
-        tokens: Whether the calibration tokens are wanted whatever is measured, as error feedback does.
+        costly: Whether it needs also the statistics that cost more than the pass.
+        tokens: Whether it needs the calibration tokens in any case, as for error feedback.
     """
 
     scores: bool = True
@@ -48,11 +48,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a model before bits are divided.
+    """What was measured before the bits are divided.
 
     Attributes:
-        scores: Layer scores and type errors, or None if they were not wanted.
-        importance: Importance matrix, or None to quantise without.
+        scores: Layer scores and type errors, or None if they are not needed.
+        importance: Importance matrix, or None to quantise without one.
     """
 
     scores: LayerScores | None = None
@@ -61,24 +61,24 @@ class Measured:
 
 @dataclass(frozen=True)
 class MeasuringTask:
-    """What is to be found out about a model: files are read, and everything is decided.
+    """What to measure, with everything decided and all given files read.
 
     Attributes:
         source: The model.
         engine: What runs it.
-        options: What the user says.
-        compute: Where and how layers are run.
-        wanted: What is needed.
+        options: The user's options.
+        compute: Device, threads and precision.
+        needs: What the job needs.
         scores: Scores from a file, or None.
         importance: Importance matrix from a file, or None.
-        text: Calibration text; None if nothing is to be run on it.
+        text: Calibration text; None if it is not needed.
     """
 
     source: Source
     engine: Engine
     options: MeasuringOptions
     compute: ComputeOptions
-    wanted: Wanted
+    needs: MeasuringNeeds
     scores: LayerScores | None
     importance: ImportanceMatrix | None
     text: CalibrationText | None
@@ -86,66 +86,64 @@ class MeasuringTask:
     @property
     def measures_scores(self) -> bool:
         """Whether scores come from a pass."""
-        return self.wanted.scores and self.scores is None
+        return self.needs.scores and self.scores is None
 
     @property
     def needs_pass(self) -> bool:
-        """Whether the files leave anything to find out."""
-        needs_importance = self.wanted.importance and self.options.use_imatrix and self.importance is None
+        """Whether the given files leave anything to measure."""
+        needs_importance = self.needs.importance and self.options.use_imatrix and self.importance is None
         return self.measures_scores or needs_importance
 
     @cached_property
     def tokens(self) -> CalibrationTokens:
-        """The calibration text in the model's own tokens, made when it is first asked for."""
+        """The calibration text in the model's own tokens; tokenised at the first access."""
         assert self.text is not None
         return tokenize(self.text, self.source.load_tokenizer(), self.options.n_tokens)
 
 
 def resolve_measuring(
-    source: Source, options: MeasuringOptions, compute: ComputeOptions, wanted: Wanted
+    source: Source, options: MeasuringOptions, compute: ComputeOptions, needs: MeasuringNeeds
 ) -> MeasuringTask:
-    """Read the files that are given, and refuse what cannot be; no weights are read.
+    """Read the given files and refuse what is impossible; no weights are read.
 
     Raises:
         CalibrationError: if the engine does not run on the device, or a text or importance matrix cannot be used.
-        FormatError: if a file is damaged or of another model.
+        FormatError: if a file is damaged or belongs to another model.
     """
     engine = engine_of(source)
     if compute.device != "cpu" and not engine.runs_on_devices:
-        raise CalibrationError(f"{run_by(source, engine)}, here on the CPU only; leave out --device {compute.device}")
-    scores = LayerScores.load(options.scores_file) if wanted.scores and options.scores_file else None
+        raise CalibrationError(f"{run_by(source, engine)}, here only on the CPU; leave out --device {compute.device}")
+    scores = LayerScores.load(options.scores_file) if needs.scores and options.scores_file else None
     if scores is not None:
         scores.check(source.spec, source.fingerprint)
     importance = load_importance(options.imatrix_file) if options.imatrix_file else None
     if importance is not None:
         importance.check(source.spec)
-    task = MeasuringTask(source, engine, options, compute, wanted, scores, importance, text=None)
-    if not (task.needs_pass or wanted.tokens):
+    task = MeasuringTask(source, engine, options, compute, needs, scores, importance, text=None)
+    if not (task.needs_pass or needs.tokens):
         return task
     for scorer in scorers().values() if task.measures_scores else ():
-        scorer.load()  # another package's may not be there, and the pass takes minutes
+        scorer.load()  # fails now, not after a pass of minutes, if another package's scorer cannot be imported
     text = read_calibration_text(options.text_file)
-    return MeasuringTask(source, engine, options, compute, wanted, scores, importance, text)
+    return MeasuringTask(source, engine, options, compute, needs, scores, importance, text)
 
 
 def run_by(source: Source, engine: Engine) -> str:
-    """How a message begins that says what an engine cannot do."""
+    """The beginning of a message about what an engine cannot do."""
     return f"{source.spec.name} ({source.spec.architecture}) is run by {engine.name}"
 
 
 def measure(task: MeasuringTask, progress: Progress) -> Measured:
-    """Scores and importance matrix, from files where they are given, and otherwise from the cache or one pass."""
+    """Scores and importance matrix: from the given files, otherwise from the cache or one pass."""
     if not task.needs_pass:
         return Measured(task.scores, task.importance if task.options.use_imatrix else None)
     for note in task.source.notes_on_scores if task.measures_scores else ():
         progress.note(note)
     entry = _cache_entry(task)
-    kept = entry.load() if task.options.use_cache else None
-    if kept is not None and (kept[0] is not None) == task.measures_scores:
-        progress.note(
-            f"what an earlier pass found out about {task.source.spec.name} is used again; --no-cache measures anew"
-        )
-        scores, importance = kept
+    cached = entry.load() if task.options.use_cache else None
+    if cached is not None and (cached[0] is not None) == task.measures_scores:
+        progress.note(f"using what an earlier pass measured in {task.source.spec.name}; --no-cache measures it again")
+        scores, importance = cached
     else:
         scores, importance = _measured_by_pass(task, progress)
         if task.options.use_cache:
@@ -154,7 +152,7 @@ def measure(task: MeasuringTask, progress: Progress) -> Measured:
 
 
 def _cache_entry(task: MeasuringTask) -> CacheEntry:
-    """The place for what the pass finds, by everything that this depends on."""
+    """The cache entry of the pass, by everything that its result depends on."""
     options, compute, text = task.options, task.compute, task.text
     assert text is not None
     return CacheEntry.of(
@@ -164,13 +162,13 @@ def _cache_entry(task: MeasuringTask) -> CacheEntry:
         text=hashlib.sha256(text.content.encode()).hexdigest(),
         dataset=text.dataset,
         n_tokens=options.n_tokens,
-        types=[t.name for t in task.wanted.types] if task.measures_scores else None,
+        types=[t.name for t in task.needs.types] if task.measures_scores else None,
         importance=None if task.importance is None else task.importance.digest(),
         weighed=options.use_imatrix,
         seed=options.seed if task.measures_scores else None,
         device=compute.device,
         in_float32=compute.in_float32,
-        removal=task.wanted.costly,
+        removal=task.needs.costly,
         outer_matrices=task.measures_scores,
     )
 
@@ -180,8 +178,8 @@ def _measured_by_pass(task: MeasuringTask, progress: Progress) -> tuple[LayerSco
     if result.importance.n_unseen:
         n_matrices = sum(counts.size for counts in result.importance.counts.values())
         progress.warn(
-            f"{result.importance.n_unseen} of {n_matrices} matrices of experts were reached by no calibration token "
-            "and get the importance of the others; give more --n-tokens, or a --calibration text nearer to the use"
+            f"no calibration token reached {result.importance.n_unseen} of {n_matrices} matrices of experts, so they "
+            "get the importance of the others; use more --n-tokens, or a --calibration text closer to your use"
         )
     if not task.measures_scores:
         return None, result.importance
@@ -200,17 +198,15 @@ def _measured_by_pass(task: MeasuringTask, progress: Progress) -> tuple[LayerSco
 
 
 def _run_pass(task: MeasuringTask, progress: Progress) -> PassResult:
-    types = task.wanted.types if task.measures_scores else ()
+    types = task.needs.types if task.measures_scores else ()
     ggml.prepare(types)
     with ThreadPoolExecutor(1) as pool:
         tokenizing = pool.submit(lambda: task.tokens)
-        task.engine.load()  # takes seconds, and leaves the other core to the tokenizer
+        task.engine.load()  # takes seconds, while another core tokenises
         tokens = tokenizing.result()
     if tokens.ids.size < min(_FEW_TOKENS, task.options.n_tokens):
-        progress.warn(
-            f"{tokens.dataset} gives only {tokens.ids.size} tokens to calibrate on; some thousands are better"
-        )
-    statistics = task.engine.statistics if task.wanted.costly else task.engine.statistics - COSTLY_STATISTICS
+        progress.warn(f"{tokens.dataset} has only {tokens.ids.size} tokens to calibrate on; a few thousand are better")
+    statistics = task.engine.statistics if task.needs.costly else task.engine.statistics - COSTLY_STATISTICS
     options = PassOptions(
         statistics=statistics if task.measures_scores else frozenset(),
         error_types=types,

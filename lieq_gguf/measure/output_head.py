@@ -1,4 +1,4 @@
-"""What comes behind the last layer: the final norm, and the output matrix some rows at a time."""
+"""What follows the last layer: the final norm, and the output matrix some rows at a time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-_BATCH_ROWS = 2048  # of the output matrix, in float32 at once
+_BATCH_ROWS = 2048  # rows of the output matrix converted to float32 at a time
 
 
 class OutputHead:
-    """Final norm and output matrix. The matrix stays where it is and is converted some rows at a time."""
+    """Final norm and output matrix. The matrix is not copied but converted some rows at a time."""
 
     def __init__(
         self,
@@ -21,7 +21,7 @@ class OutputHead:
         divisor: float = 1.0,
         cap: float | None = None,
     ) -> None:
-        """Take ``matrix`` ``[n_vocab, d_model]``; logits are divided by ``divisor``, then bent to stay below ``cap``.
+        """Take ``matrix`` ``[n_vocab, d_model]``; logits are divided by ``divisor``, then ``cap · tanh(logits / cap)``.
 
         Both as in transformers: Granite divides, Gemma 2 caps.
         """
@@ -42,14 +42,14 @@ class OutputHead:
         other: torch.Tensor | None = None,
         change: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> float:
-        """Mean over tokens of ``KL(p ‖ q)``, ``p`` the next-token distribution of ``hidden`` ``[…, d_model]``.
+        """Mean over tokens of ``KL(p ‖ q)``, where ``p`` is the next-token distribution of ``hidden``.
 
         Args:
-            hidden: Final hidden states.
-            other: The ones ``q`` comes from; None for the same.
-            change: What is done to rows ``[n, d_model]`` of the output matrix for ``q``; None for nothing.
+            hidden: Final hidden states ``[…, d_model]``.
+            other: Final hidden states for ``q``; None for the same.
+            change: Applied to rows ``[n, d_model]`` of the output matrix for ``q``; None for no change.
 
-        The sums over the vocabulary run along with its rows, so no more than a batch of logits is ever held.
+        The sums over the vocabulary are updated batch by batch of its rows, so that only one batch of logits is held.
         """
         normed = self._normed(hidden).flatten(0, -2)
         other_normed = normed if other is None else self._normed(other).flatten(0, -2)

@@ -1,4 +1,4 @@
-"""What a pass over the calibration tokens is to find out, and what it has found, whichever engine runs it."""
+"""What a pass over the calibration tokens should measure, and its result, for every engine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lieq_gguf.records.options import ComputeOptions
 
 @dataclass(frozen=True)
 class PassOptions:
-    """What a pass is to find out, and how.
+    """What a pass should measure, and how.
 
     Attributes:
-        statistics: What to measure of every layer, by field of ``LayerMeasurement``; nothing for the importance alone.
-        n_score_tokens: Tokens whose projections LieQ's spectra are computed from.
-        n_damage_tokens: Tokens a layer is run on with each of its matrices quantised.
+        statistics: What to measure in every layer, by field of ``LayerMeasurement``; empty to measure only importance.
+        n_score_tokens: Number of tokens for LieQ's spectra.
+        n_damage_tokens: Number of tokens to run a layer on with each of its matrices quantised.
         error_types: Types whose quantisation error to estimate in every matrix they fit.
-        importance: Importance matrix that the file will be made with, if not the one of this pass.
-        weigh_errors: Whether errors are weighted by importance; off if the file will be made without.
+        importance: Importance matrix for making the file, if it is not the one of this pass.
+        weigh_errors: Whether to weight errors by importance; off if the file will be made without it.
         seed: Seed of the untrained twin.
-        compute: Where and how layers are run.
+        compute: Device, threads and precision.
     """
 
     statistics: frozenset[str] = STATISTICS - COSTLY_STATISTICS
@@ -43,12 +43,12 @@ class PassOptions:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What the pass has found.
+    """The result of a pass.
 
     Attributes:
         importance: Importance matrix of all layer matrices.
-        measurements: One a layer; empty if no statistic was asked for.
-        type_errors: Tensor name to type name to weighted relative error, for the types asked for.
+        measurements: One per layer; empty if no statistic was requested.
+        type_errors: Tensor name to type name to weighted relative error, for the requested types.
         sensitivities: Tensor name to block error per unit of relative error; empty if no damage was measured.
         kld_per_block_error: Divergence of the logits, in nats, per block error; None if it was not measured.
     """

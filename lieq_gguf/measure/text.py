@@ -1,4 +1,4 @@
-"""The text a model is calibrated on, and the token sequences made of it. Needs no torch, so it is there at once."""
+"""The calibration text and the token sequences made from it. Does not load torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class CalibrationTokens:
 
 
 def read_calibration_text(file: Path | None) -> CalibrationText:
-    """The text of a file, or the one this package ships.
+    """The text of a file, or the text that this package ships.
 
     Raises:
         CalibrationError: if the file cannot be read, is not UTF-8, or is empty.
@@ -55,7 +55,7 @@ def read_calibration_text(file: Path | None) -> CalibrationText:
         text = resources.files("lieq_gguf").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
         return CalibrationText(text, SHIPPED_TEXT)
     try:
-        text = file.read_bytes().decode("utf-8")  # bytes, since text mode would change line ends
+        text = file.read_bytes().decode("utf-8")  # bytes, since text mode would change line endings
     except FileNotFoundError:
         raise CalibrationError(f"the calibration file {file} does not exist") from None
     except OSError as error:
@@ -68,10 +68,10 @@ def read_calibration_text(file: Path | None) -> CalibrationText:
 
 
 def tokenize(text: CalibrationText, tokenizer: SourceTokenizer, n_tokens: int) -> CalibrationTokens:
-    """Cut a text into sequences, evenly spread over it when it is longer than ``n_tokens``.
+    """Cut a text into sequences, spread evenly over it if it is longer than ``n_tokens``.
 
-    As in llama-imatrix, the first token of every sequence is replaced by the beginning-of-text token where the
-    tokenizer adds one.
+    As in llama-imatrix, the beginning-of-text token replaces the first token of every sequence if the tokenizer adds
+    one.
 
     Raises:
         CalibrationError: if the text is too short to fill one sequence.
@@ -84,7 +84,7 @@ def tokenize(text: CalibrationText, tokenizer: SourceTokenizer, n_tokens: int) -
     if chunk_size < _MIN_CHUNK_SIZE:
         raise CalibrationError(
             f"the calibration text '{text.dataset}' gives {chunk_size} tokens; expected at least {_MIN_CHUNK_SIZE}, "
-            "better some thousands"
+            "better a few thousand"
         )
     n_available = len(plain) // chunk_size
     n_chunks = min(n_available, max(1, n_tokens // chunk_size))

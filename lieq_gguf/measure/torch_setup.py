@@ -1,4 +1,4 @@
-"""What torch is asked before a pass: a device, what it is fast at, and how memory is kept."""
+"""Prepares torch for a pass: the device, whether it is fast in bfloat16, and how freed memory is kept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lieq_gguf.errors import CalibrationError
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what one batch frees for the next; giving it back and forth costs a quarter of a layer's time.
+    """Let glibc keep the memory that one batch frees for the next; returning it costs a quarter of a layer's time.
 
-    It keeps up to twice the largest block it has seen freed, but never looks at blocks above 32 MiB.
+    glibc keeps up to twice the largest block freed so far, but ignores blocks above 32 MiB.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
@@ -29,7 +29,7 @@ def torch_device(name: str) -> torch.device:
     """A device by name.
 
     Raises:
-        CalibrationError: if it is not there.
+        CalibrationError: if it is not available.
     """
     try:
         device = torch.device(name)

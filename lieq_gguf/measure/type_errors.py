@@ -1,9 +1,9 @@
-"""How much error each type makes in a matrix, estimated from blocks that a fast type has trouble with.
+"""Estimates the error of each type in a matrix, from blocks where a fast type has large errors.
 
 Errors are heavy-tailed: a few columns carry most of the importance, and a few blocks most of the error. Rows spread
-evenly over a matrix miss them (a fifth off on average in SmolLM2). So the whole matrix is probed with a fast type
-first, blocks are drawn in proportion to the probe's error, and the other types' errors are estimated as multiples of
-the probe's, which differ little from block to block (docs/experiments.md has how far off they are).
+evenly over a matrix miss them (in SmolLM2, 20 % off on average). So the whole matrix is first quantised with a fast
+type, the probe; blocks are drawn in proportion to the probe's error; and the other types' errors are estimated as
+multiples of the probe's, which differ little from block to block (docs/experiments.md has the accuracy).
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from lieq_gguf.records.spec import TensorSpec
 
 FloatArray = npt.NDArray[np.float32]
 
-_SAMPLED_WEIGHTS = 48 * 256  # where none of the units divides a row
-_N_SAMPLED_EXPERTS = 4  # whose errors by type stand for those of all
+_SAMPLED_WEIGHTS = 48 * 256  # if no unit divides a row
+_N_SAMPLED_EXPERTS = 4  # their errors by type stand for those of all experts
 _PROBES = tuple(QUANT_TYPES[name] for name in ("Q3_K", "Q4_0", "F16"))  # the fastest encoders of each block size
 _SAMPLED_UNITS = {256: 48, 64: 384, 32: 384}
-"""How many to draw, by the weights in a unit: the largest that divides a row, so that types that fit the row fit it."""
+"""Weights in a unit to number of units to draw. The largest unit that divides a row is used; types that fit the row fit
+the unit."""
 
-_EVEN_SHARE = 0.3  # how much a unit's energy counts beside the probe's error when units are drawn
+_EVEN_SHARE = 0.3  # weight of a unit's energy, beside the probe's error, in the chance to be drawn
 
-_CHUNK_WEIGHTS = 1 << 16  # weights a thread takes at a time
-_TINY = float(np.finfo(np.float64).tiny)  # a unit of nothing but zeros has no error by no energy
+_CHUNK_WEIGHTS = 1 << 16  # weights per task of a thread
+_TINY = float(np.finfo(np.float64).tiny)  # avoids 0 / 0 for a unit of zeros
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Probe:
     Attributes:
         quant_type: The type.
         weights: ``[n_out, n_in]`` float32.
-        decoded: The same, encoded and decoded.
+        decoded: The weights after encoding and decoding.
         importance: ``[n_in]``, weight of each column's squared error, or None.
-        unit: Weights of a row that are looked at together.
+        unit: Number of neighbouring weights of a row that are drawn together.
         unit_errors: ``[n_out, n_in / unit]``, weighted squared error of each unit.
-        unit_energies: The same of the weights themselves.
+        unit_energies: ``[n_out, n_in / unit]``, weighted squares of each unit's weights.
     """
 
     quant_type: QuantType
@@ -75,7 +76,7 @@ def probe_type(n_in: int) -> QuantType:
 
 
 def probe_matrix(weights: FloatArray, importance: FloatArray | None, n_threads: int = 1) -> Probe:
-    """Quantise a matrix with the fastest type that fits; arguments as of :func:`probe_matrices`."""
+    """Quantise a matrix with the fastest type that fits; arguments as in :func:`probe_matrices`."""
     return probe_matrices([(weights, importance)], n_threads)[0]
 
 
@@ -83,8 +84,8 @@ def probe_matrices(matrices: Sequence[tuple[FloatArray, FloatArray | None]], n_t
     """Quantise matrices, each with the fastest type that fits.
 
     Args:
-        matrices: ``[n_out, n_in]``, and ``[n_in]``, mean squared input of each column, or None to weigh all columns
-            alike.
+        matrices: Pairs of weights ``[n_out, n_in]`` and mean squared input of each column ``[n_in]``, or None to weight
+            all columns equally.
         n_threads: Threads of the encoder.
     """
     probes = []
@@ -94,20 +95,20 @@ def probe_matrices(matrices: Sequence[tuple[FloatArray, FloatArray | None]], n_t
         of_units = np.empty((2, n_out, n_in // unit))
         probes.append(Probe(probe_type(n_in), weights, np.empty_like(weights), importance, unit, *of_units))
     with ThreadPoolExecutor(max(1, n_threads)) as pool:
-        parts = [(probe, rows) for probe in probes for rows in _row_parts(probe.weights)]
-        for _ in pool.map(_probe_rows, parts):  # the loop re-raises what a thread raised
+        slices = [(probe, rows) for probe in probes for rows in _row_slices(probe.weights)]
+        for _ in pool.map(_probe_rows, slices):  # the loop re-raises what a thread raised
             pass
     return probes
 
 
-def _row_parts(weights: FloatArray) -> Iterator[slice]:
+def _row_slices(weights: FloatArray) -> Iterator[slice]:
     n_out, n_in = weights.shape
     step = max(1, _CHUNK_WEIGHTS // n_in)
     return (slice(start, start + step) for start in range(0, n_out, step))
 
 
-def _probe_rows(part: tuple[Probe, slice]) -> None:
-    probe, rows = part
+def _probe_rows(row_slice: tuple[Probe, slice]) -> None:
+    probe, rows = row_slice
     weights = np.ascontiguousarray(probe.weights[rows])
     encoded = encoders.quantize(weights, probe.quant_type, probe.importance)
     probe.decoded[rows] = ggml.dequantize(encoded, probe.quant_type)
@@ -120,27 +121,27 @@ def relative_errors(probes: Sequence[Probe], types: Sequence[QuantType], n_threa
 
     Args:
         probes: Matrices.
-        types: Candidate types; left out of the result are those whose blocks do not fit ``n_in`` and, without
-            importance, those that need it.
-        n_threads: Types tried at a time.
+        types: Candidate types; the result leaves out types whose blocks do not fit ``n_in`` and, without importance,
+            types that need it.
+        n_threads: Number of types tried at a time.
 
     Returns:
         For each matrix, type name to error, 0 = exact, 1 = as bad as all zeros.
     """
     with ThreadPoolExecutor(max(1, n_threads)) as pool:
-        # all matrices at once, so that the threads run dry only at the end
+        # all matrices at once, so that threads are idle only at the end
         pending = [{name: pool.submit(error) for name, error in _errors(probe, types).items()} for probe in probes]
         return [{name: error.result() for name, error in of_matrix.items()} for of_matrix in pending]
 
 
 @dataclass(frozen=True)
 class TensorProbe:
-    """The matrices of a tensor, probed: one, or that of every expert.
+    """The probes of a tensor's matrices: one, or one for every expert.
 
     Attributes:
         tensor: The tensor.
-        matrices: Their probes.
-        shares: How much each counts ``[n_matrices]``: the share of the tokens that reach it.
+        matrices: The probes.
+        shares: Weight of each matrix ``[n_matrices]``: the share of the tokens that reach it.
     """
 
     tensor: TensorSpec
@@ -149,18 +150,18 @@ class TensorProbe:
 
     @property
     def relative_error(self) -> float:
-        """``Σ im·(W − Ŵ)² / Σ im·W²`` of all together."""
+        """``Σ im·(W − Ŵ)² / Σ im·W²`` over all matrices."""
         energies = [probe.energy * float(share) for probe, share in zip(self.matrices, self.shares, strict=True)]
         errors = [probe.relative_error * energy for probe, energy in zip(self.matrices, energies, strict=True)]
         return sum(errors) / sum(energies) if sum(energies) > 0 else 0.0
 
     def sampled(self) -> list[Probe]:
-        """The matrix, or those of the experts that most tokens reach."""
+        """The matrix, or the matrices of the experts that most tokens reach."""
         most = np.argsort(-self.shares, kind="stable")[:_N_SAMPLED_EXPERTS]
         return [self.matrices[i] for i in most]
 
     def errors_by_type(self, of_sampled: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Relative error by type, from that of the sampled: as many times the probe's error as there."""
+        """Relative error by type of all matrices: that of the sampled ones, scaled by the ratio of probe errors."""
         if len(of_sampled) == 1:
             return dict(of_sampled[0])
         probed = sum(probe.relative_error for probe in self.sampled())
@@ -174,16 +175,16 @@ def probe_tensors(
     """Quantise the matrices of tensors, each with the fastest type that fits.
 
     Args:
-        tensors: Tensors and their matrices ``[n_out, n_in]``, one, or that of every expert.
-        importance: Where the weights of the squared errors are, or None.
+        tensors: Tensors and their matrices ``[n_out, n_in]``: one, or one for every expert.
+        importance: Weights of the squared errors, or None.
         n_threads: Threads of the encoder.
     """
-    wanted: list[tuple[FloatArray, FloatArray | None]] = []
+    weighted: list[tuple[FloatArray, FloatArray | None]] = []
     for tensor, matrices in tensors:
         means = None if importance is None else importance.mean(tensor.name)
         of_expert = means if tensor.of_experts and means is not None else [means] * len(matrices)
-        wanted += zip(matrices, of_expert, strict=True)
-    probes = iter(probe_matrices(wanted, n_threads))
+        weighted += zip(matrices, of_expert, strict=True)
+    probes = iter(probe_matrices(weighted, n_threads))
     return [
         TensorProbe(tensor, tuple(islice(probes, len(matrices))), _shares(tensor, len(matrices), importance))
         for tensor, matrices in tensors
@@ -210,15 +211,15 @@ def errors_of_tensors(
 
 
 def _errors(probe: Probe, types: Sequence[QuantType]) -> dict[str, Callable[[], float]]:
-    """What to compute for every type that fits a matrix."""
+    """A function for the error of every type that fits a matrix."""
     n_in = probe.weights.shape[1]
     fitting = [t for t in types if t.fits(n_in) and (probe.importance is not None or not t.needs_imatrix)]
     if probe.energy <= 0:
         return {t.name: lambda: 0.0 for t in fitting}
     chances = probe.unit_errors + probe.unit_energies * (_EVEN_SHARE * probe.relative_error)
-    if not chances.any():  # the probe is exact, so the weights themselves are all there is to go by
+    if not chances.any():  # the probe is exact, so only the weights can guide the draw
         chances = probe.unit_energies
-    # Units that are alike to the probe stand side by side, so that even steps take their share of every kind.
+    # Sorted by the probe's relative error, so that even steps draw from units of every error.
     order = np.argsort(probe.unit_errors.ravel() / (probe.unit_energies.ravel() + _TINY), kind="stable")
     n_drawn = _SAMPLED_UNITS.get(probe.unit) or max(1, _SAMPLED_WEIGHTS // probe.unit)
     drawn = order[_systematic_sample(chances.ravel()[order], n_drawn)]
@@ -254,13 +255,13 @@ def _unit_sums(values: FloatArray, importance: FloatArray | None, unit: int) -> 
 
 
 def _systematic_sample(chances: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.int64]:
-    """Indices drawn in proportion to ``chances``, at even steps of their running sum; large ones come several times."""
+    """Indices drawn in proportion to ``chances``, at even steps of their running sum; large ones occur repeatedly."""
     running = np.cumsum(chances)
     drawn: npt.NDArray[np.int64] = np.searchsorted(running, (np.arange(n) + 0.5) / n * running[-1])
     return drawn
 
 
 def _by_column(drawn: npt.NDArray[np.int64], n_columns: int) -> list[tuple[int, npt.NDArray[np.int64]]]:
-    """Flat indices of units as columns of units and the rows drawn in each."""
+    """Drawn units, given as flat indices, grouped by column of units: the column and its drawn rows."""
     rows, columns = np.divmod(drawn, n_columns)
     return [(int(column), rows[columns == column]) for column in np.unique(columns)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lieq_gguf.allocation.problem import AllocationOptions
-from lieq_gguf.measure.measuring import Measured, Wanted, measure, resolve_measuring
+from lieq_gguf.measure.measuring import Measured, MeasuringNeeds, measure, resolve_measuring
 from lieq_gguf.pipeline import convert
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QuantType, parse_types
@@ -63,4 +63,4 @@ def measured(
     scores: bool = True,
 ) -> Measured:
     """Scores and importance of a model."""
-    return measure(resolve_measuring(source, options, compute, Wanted(scores=scores, types=types)), Progress())
+    return measure(resolve_measuring(source, options, compute, MeasuringNeeds(scores=scores, types=types)), Progress())

@@ -1,4 +1,4 @@
-"""What watches a pass. A new statistic is one file with one ``Observer``, and a row in ``forward_pass``."""
+"""Observers of a pass. A new statistic is one file with one ``Observer``, and one entry in ``forward_pass``."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 TokenSample: TypeAlias = tuple[torch.Tensor, slice]
 """Index into ``[n_chunks, chunk_size, …]``: some sequences, and the prefix of each."""
 
-_SCORE_PREFIX = 128  # tokens at the front of a sequence that stand for it: attention is causal, so a prefix can
+_SCORE_PREFIX = 128  # leading tokens of a sequence; attention is causal, so a prefix can stand for it
 _DAMAGE_PREFIX = 256
 
 
 @dataclass(frozen=True)
 class PassSetting:
-    """What an observer may want to know of the pass before it begins.
+    """What an observer may need before the pass begins.
 
     Attributes:
         source: The model.
         config: transformers' configuration of it.
         device: Where layers run.
-        tokens: What the pass is made on.
-        options: What it is to find out.
+        tokens: The calibration tokens.
+        options: What to measure.
     """
 
     source: Source
@@ -46,25 +46,25 @@ class PassSetting:
 
     @cached_property
     def score_sample(self) -> TokenSample:
-        """Tokens whose projections are looked at."""
+        """Tokens whose projections are measured."""
         return _prefixes(self.tokens.ids.shape, self.options.n_score_tokens, _SCORE_PREFIX)
 
     @cached_property
     def damage_sample(self) -> TokenSample:
-        """Tokens that layers are run on again."""
+        """Tokens on which layers are run again."""
         return _prefixes(self.tokens.ids.shape, self.options.n_damage_tokens, _DAMAGE_PREFIX)
 
 
 class Observer:
-    """Is told of everything that happens while the tokens pass the layers, one layer after the other.
+    """Called while the tokens pass the layers, one layer after the other.
 
     For each layer: ``see_input`` for every linear module and batch, ``see_output`` for every batch, then ``finish``,
-    when all tokens have passed and the layer's weights are still there. After the last layer, ``conclude``.
+    when all tokens have passed and the layer's weights are still loaded. After the last layer, ``conclude``.
 
     Attributes:
         gives: The statistics it measures, by field of ``LayerMeasurement``.
-        needs: Observers whose findings it uses; they are told of everything before it.
-        sees_inputs: Whether ``see_input`` is to be called at all.
+        needs: Observers whose results it uses; they are called before it.
+        sees_inputs: Whether ``see_input`` should be called at all.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset()
@@ -75,19 +75,19 @@ class Observer:
         """Begin a pass; ``others`` has the observers this one needs."""
 
     def see_input(self, module: str, x: torch.Tensor) -> None:
-        """A batch reaches a linear module, by its name inside the layer: ``[…, n_in]``."""
+        """Take the input ``[…, n_in]`` of a linear module, named as inside the layer, for one batch."""
 
     def see_output(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """A batch of hidden states ``[n_chunks, chunk_size, d_model]`` before and after the layer, on the CPU."""
+        """Take a batch of hidden states ``[n_chunks, chunk_size, d_model]`` before and after the layer, on the CPU."""
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
-        """The layer is done; it may be run again. ``hidden`` are all its inputs ``[n_chunks, chunk_size, d_model]``."""
+        """End a layer, which may be run again. ``hidden`` are all its inputs ``[n_chunks, chunk_size, d_model]``."""
 
-    def conclude(self, head: OutputHead, hidden: torch.Tensor) -> None:
-        """All layers are done; ``hidden`` are their outputs ``[n_chunks, chunk_size, d_model]``."""
+    def conclude(self, output_head: OutputHead, hidden: torch.Tensor) -> None:
+        """End the pass. ``hidden`` are the outputs of the last layer ``[n_chunks, chunk_size, d_model]``."""
 
     def statistics(self, layer: int) -> Mapping[str, Any]:  # noqa: ARG002
-        """Once the pass is over, what ``gives`` promises of a layer."""
+        """After the pass, the statistics of a layer that ``gives`` names."""
         return {}
 
 
@@ -95,7 +95,7 @@ _Kind = TypeVar("_Kind", bound=Observer)
 
 
 class Observers:
-    """The observers of a pass, each behind those it needs."""
+    """The observers of a pass, each after those it needs."""
 
     def __init__(self, kinds: Sequence[type[Observer]], setting: PassSetting) -> None:
         """Make one of each kind, and of the kinds that these need."""

@@ -18,8 +18,7 @@ _ROWS_AT_A_TIME = 256  # their squares stay in the processor's cache
 class InputSums(Observer):
     """Sums over tokens of the squared input of each column.
 
-    Query, key and value share theirs, as do gate and up.
-
+    Query, key and value share one input, as do gate and up.
     """
 
     sees_inputs = True
@@ -34,10 +33,10 @@ class InputSums(Observer):
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def see_input(self, module: str, x: torch.Tensor) -> None:
-        """Add a batch; the same tensor reaching several modules is summed once."""
+        """Add a batch; a tensor that reaches several modules is squared once."""
         if self._last is None or self._last[0] is not x:
             rows = torch.split(x.reshape(-1, x.shape[-1]), _ROWS_AT_A_TIME)
-            self._last = (x, torch.stack([part.float().square().sum(dim=0) for part in rows]).cpu().double().sum(dim=0))
+            self._last = (x, torch.stack([some.float().square().sum(dim=0) for some in rows]).cpu().double().sum(dim=0))
         sums = self._last[1]
         self._sums[module] = self._sums[module] + sums if module in self._sums else sums
         self._n_tokens[module] += x.numel() // x.shape[-1]
@@ -53,6 +52,6 @@ class InputSums(Observer):
         self._sums, self._n_tokens, self._last = {}, Counter(), None
 
     def importance(self) -> ImportanceMatrix:
-        """The matrices of the layers that are done."""
+        """Importance of the matrices of all layers that are done."""
         ids = self._tokens.ids
         return ImportanceMatrix(dict(self._in_sum2), ids.size, ids.shape[1], self._tokens.dataset, dict(self._counts))

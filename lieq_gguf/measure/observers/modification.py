@@ -1,4 +1,4 @@
-"""How much a layer changes its input, the quantity of LIM."""
+"""How much a layer changes its input, as LIM needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spectra of the projections of a layer and of its untrained twin, which LieQ's scores are functions of."""
+"""Spectra of the projections of a layer and of its untrained twin, from which LieQ's scores are computed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lieq_gguf.scorers.spectrum import energy_spectrum
 class Projections(Observer):
     """Energy spectra by role, of the layer on its own input and of the twin on the twin's.
 
-    Those of experts are left out: each sees too few tokens for a spectrum, and others in the twin.
+    Experts are left out: each sees too few tokens for a spectrum, and different tokens in the twin.
 
     The twin is made one layer at a time, by the model's own initialiser.
     """
@@ -37,7 +37,7 @@ class Projections(Observer):
         self._twin_hidden = self._twin.embed(twin_embedding(setting.config, ids, self._seed))
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
-        """Run both on their tokens."""
+        """Run the layer and its twin on their hidden states."""
         projections, _ = _captured(layer, hidden[self._prefixes])
         self._spectra.append(_spectra(projections, layer, self._n_threads))
         self._twin.initialise(twin_seed(self._seed, layer.index), layer.index)
@@ -51,14 +51,14 @@ class Projections(Observer):
 
 
 def twin_seed(seed: int, layer: int) -> int:
-    """A seed for each layer that no other layer has under a neighbouring seed."""
+    """A different seed for every layer, also under neighbouring seeds."""
     return (seed + 1) * 100_003 + layer
 
 
 def _captured(layer: LayerModel, hidden: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Projections ``Z = X Wᵀ`` ``[n_tokens, n_out]``, without bias, by module; and the layer's output.
 
-    In float32 always: rounding would fill the weak directions of a narrow spectrum.
+    Always in float32: rounding to bfloat16 would add energy to the weak directions of a narrow spectrum.
     """
     batches: dict[str, list[torch.Tensor]] = {}
 
@@ -71,7 +71,7 @@ def _captured(layer: LayerModel, hidden: torch.Tensor) -> tuple[dict[str, torch.
 
 
 def _spectra(projections: dict[str, torch.Tensor], layer: LayerModel, n_threads: int) -> dict[str, Spectrum]:
-    """Several at a time with one thread each: LAPACK's own threads wait more than they work on matrices this small."""
+    """Spectra by role, several at a time with one thread each: LAPACK's threads mostly wait on such small matrices."""
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(n_threads) as pool:

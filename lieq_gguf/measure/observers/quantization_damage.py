@@ -1,4 +1,4 @@
-"""What quantising does to a layer: the error of each type in each matrix, and of each matrix in the layer's output."""
+"""The damage of quantising a layer: the error of each type in each matrix, and of each matrix in the layer's output."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class QuantizationDamage(Observer):
     Attributes:
         type_errors: Tensor name to type name to weighted relative error.
         block_errors: Tensor name to block error of the probe: mean over tokens of ``‖h' − h‖² / ‖h‖²`` of the layer's
-            output, ``h'`` with this one tensor quantised. Empty if damage is not to be measured.
+            output, ``h'`` with only this tensor quantised. Empty if damage is not measured.
         probe_errors: Tensor name to weighted relative error of the probe.
-        drifted: Hidden states of the sample behind the layers so far, all of them quantised with the probe.
+        drifted: Hidden states of the sample after the layers so far, all quantised with the probe.
     """
 
     gives = frozenset({"block_errors"})
@@ -54,11 +54,11 @@ class QuantizationDamage(Observer):
             return
         before = hidden[self._sample]
         with layer.recording() as record:
-            wanted = layer.forward(before)
+            intact = layer.forward(before)
         for probe in probes:
             first = next(name for name in record if name in layer.modules[probe.tensor])
             with _put_into(layer, probe), layer.replaying(record, until=first):
-                self.block_errors[probe.tensor.name] = relative_change(wanted, layer.forward(before))
+                self.block_errors[probe.tensor.name] = relative_change(intact, layer.forward(before))
         with ExitStack() as all_replaced:
             for probe in probes:
                 all_replaced.enter_context(_put_into(layer, probe))
@@ -69,7 +69,7 @@ class QuantizationDamage(Observer):
         return {"block_errors": {t.role: self.block_errors[t.name] for t in self._layers[layer]}}
 
     def _importance(self) -> ImportanceMatrix | None:
-        """Weights of the squared errors; those of a pass are known of a layer once it is done."""
+        """Weights of the squared errors; the sums of this pass cover a layer once it is done."""
         if not self._options.weigh_errors:
             return None
         return self._options.importance or self._sums.importance()
@@ -77,14 +77,14 @@ class QuantizationDamage(Observer):
 
 @contextmanager
 def _put_into(layer: LayerModel, probe: TensorProbe) -> Iterator[None]:
-    """For the length of a ``with``, the layer runs with a tensor as the probe has left it."""
+    """For the length of a ``with``, the layer runs with a tensor's decoded weights."""
     with ExitStack() as replaced:
         for module, matrix in zip(layer.modules[probe.tensor], probe.matrices, strict=True):
             replaced.enter_context(layer.replaced(module, torch.from_numpy(matrix.decoded)))
         yield
 
 
-def relative_change(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    """Mean over tokens of ``‖found − wanted‖² / ‖wanted‖²``."""
-    change = (found - wanted).double().square().sum(dim=-1)
-    return float((change / wanted.double().square().sum(dim=-1)).mean())
+def relative_change(intact: torch.Tensor, changed: torch.Tensor) -> float:
+    """Mean over tokens of ``‖changed − intact‖² / ‖intact‖²``."""
+    change = (changed - intact).double().square().sum(dim=-1)
+    return float((change / intact.double().square().sum(dim=-1)).mean())

@@ -1,4 +1,4 @@
-"""What leaving a layer out does to the perplexity: the score of LieQ's first version, and of papers on pruning."""
+"""How leaving a layer out changes the perplexity: the score of LieQ's first version, and of papers on pruning."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lieq_gguf.measure.output_head import OutputHead
 
 
 class Removal(Observer):
-    """Runs the model once for every layer, without it, along with the pass.
+    """Runs the model without each layer once, along with the pass.
 
-    The variant without layer ``l`` starts at layer ``l`` as a copy of its input and then passes the later layers as the
-    others do, so no layer is loaded twice. Costs half as many layer runs on the sample as there are layers, squared.
+    The variant without layer ``l`` starts as the input of layer ``l`` and then passes the later layers like the others,
+    so no layer is loaded twice. Costs ``n_layers² / 2`` layer runs on the sample.
     """
 
     gives = frozenset({"perplexity_drop"})
@@ -29,15 +29,15 @@ class Removal(Observer):
         self._variants: list[torch.Tensor] = []
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
-        """Take all variants through the layer, and begin the one without it."""
+        """Run all variants through the layer, and start the variant without it."""
         before = hidden[self._sample]
         self._variants = [layer.forward(variant) for variant in self._variants]
         self._variants.append(before)
 
-    def conclude(self, head: OutputHead, hidden: torch.Tensor) -> None:
+    def conclude(self, output_head: OutputHead, hidden: torch.Tensor) -> None:
         """Compare the perplexities."""
-        intact = self._perplexity(head.logits(hidden[self._sample]))
-        self._perplexity_drops = tuple(self._perplexity(head.logits(v)) - intact for v in self._variants)
+        intact = self._perplexity(output_head.logits(hidden[self._sample]))
+        self._perplexity_drops = tuple(self._perplexity(output_head.logits(v)) - intact for v in self._variants)
 
     def statistics(self, layer: int) -> Mapping[str, Any]:
         """Perplexity without the layer minus perplexity, on the sample."""

@@ -1,4 +1,4 @@
-"""The distribution of a layer's weights, the quantity of ZD. Looks at no token."""
+"""The distribution of a layer's weights, as ZD needs it. Uses no tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lieq_gguf.scorers.zd import z_share
 
 
 class WeightShape(Observer):
-    """Share of a layer's pooled weights more than a standard deviation above their mean."""
+    """Share of a layer's pooled weights more than one standard deviation above their mean."""
 
     gives = frozenset({"z_share"})
 
