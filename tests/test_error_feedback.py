@@ -10,7 +10,7 @@ from lieq_gguf.native import ggml
 from lieq_gguf.native.code_layouts import code_layout
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.writing import error_feedback
-from lieq_gguf.writing.error_feedback import DAMPING, Request, coupling, encode
+from lieq_gguf.writing.error_feedback import DAMPING, MatrixToEncode, coupling, encode
 
 # without the types for weights that were trained to have three values
 QUANTIZED = [t for t in QUANT_TYPES.values() if t.is_quantized and not t.name.startswith("TQ")]
@@ -42,7 +42,7 @@ def test_output_error_is_less_than_without_feedback(quant_type: QuantType) -> No
     moments, weights = correlated_moments(512), some_weights(512)
     importance = moments.diagonal().numpy().copy()
     plain = ggml.quantize(weights, quant_type, importance)
-    [data] = encode([Request(weights, quant_type, importance)], coupling(moments.clone()))
+    [data] = encode([MatrixToEncode(weights, quant_type, importance)], coupling(moments.clone()))
     assert data.shape == plain.shape
     bound = 0.75 if code_layout(quant_type) else 0.97
     assert output_error(weights, data, quant_type, moments) < bound * output_error(weights, plain, quant_type, moments)
@@ -80,7 +80,7 @@ def test_codes_are_those_of_the_published_algorithm(name: str) -> None:
     importance = moments.diagonal().numpy().copy()
     damped = moments.double().numpy() + 1e-4 * np.eye(512) * float(moments.diagonal().mean())
     damped[np.diag_indices(512)] *= 1 + DAMPING
-    [data] = encode([Request(weights, quant_type, importance)], coupling(moments.clone()))
+    [data] = encode([MatrixToEncode(weights, quant_type, importance)], coupling(moments.clone()))
     expected = published(weights, quant_type, importance, damped)
     rows_that_differ = (data != expected).any(axis=1)  # a tie in float32 moves all that follows in its row
     assert rows_that_differ.sum() <= 2
@@ -113,15 +113,17 @@ def test_matrix_that_is_not_positive_definite_is_damped_more() -> None:
 def test_bytes_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(error_feedback, "_LEAST_ROWS", 16)  # several parts
     moments = correlated_moments(256)
-    requests = [Request(some_weights(256, n), QUANT_TYPES[name], None) for n, name in ((96, "Q3_K"), (40, "Q4_0"))]
+    matrices = [
+        MatrixToEncode(some_weights(256, n), QUANT_TYPES[name], None) for n, name in ((96, "Q3_K"), (40, "Q4_0"))
+    ]
     coupled = coupling(moments)
-    for one, several in zip(encode(requests, coupled, 1), encode(requests, coupled, 3), strict=True):
+    for one, several in zip(encode(matrices, coupled, 1), encode(matrices, coupled, 3), strict=True):
         assert np.array_equal(one, several)
 
 
 def test_weights_of_uncorrelated_inputs_get_the_nearest_codes() -> None:
     quant_type, weights = QUANT_TYPES["Q8_0"], some_weights(256)
-    [data] = encode([Request(weights, quant_type, None)], coupling(torch.eye(256)))
+    [data] = encode([MatrixToEncode(weights, quant_type, None)], coupling(torch.eye(256)))
     found, plain = (ggml.dequantize(d, quant_type) for d in (data, ggml.quantize(weights, quant_type)))
     assert (np.abs(found - weights) <= np.abs(plain - weights) + 1e-6).all()
     assert (found == plain).mean() > 0.95  # ggml rounds by the scale before it is itself rounded
@@ -133,7 +135,7 @@ def test_columns_that_are_never_used_do_no_harm(n_used: int) -> None:
     moments[n_used:] = 0
     moments[:, n_used:] = 0
     weights = some_weights(256)
-    [data] = encode([Request(weights, QUANT_TYPES["Q4_K"], None)], coupling(moments.clone()))
+    [data] = encode([MatrixToEncode(weights, QUANT_TYPES["Q4_K"], None)], coupling(moments.clone()))
     decoded = ggml.dequantize(data, QUANT_TYPES["Q4_K"])
     assert np.isfinite(decoded).all()
     assert np.abs(decoded[:, n_used:] - weights[:, n_used:]).max() < 0.5  # no error was moved there for nothing
@@ -150,7 +152,7 @@ def test_moments_that_are_not_finite_are_refused() -> None:
 
 def test_plain_numbers_are_converted() -> None:
     weights = some_weights(256)
-    [data] = encode([Request(weights, QUANT_TYPES["F16"], None)], coupling(correlated_moments(256)))
+    [data] = encode([MatrixToEncode(weights, QUANT_TYPES["F16"], None)], coupling(correlated_moments(256)))
     assert np.array_equal(data, ggml.quantize(weights, QUANT_TYPES["F16"]))
 
 
@@ -158,4 +160,4 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     weights = some_weights(256)
     weights[3, 5] = np.inf
     with pytest.raises(QuantizationError, match="NaN or infinite"):
-        encode([Request(weights, QUANT_TYPES["Q4_K"], None)], coupling(correlated_moments(256)))
+        encode([MatrixToEncode(weights, QUANT_TYPES["Q4_K"], None)], coupling(correlated_moments(256)))

@@ -386,7 +386,7 @@ def test_partial_importance_is_refused_by_a_missing_matrix() -> None:
 
 def test_importance_of_another_width_is_refused() -> None:
     other = dict(IMPORTANCE.in_sum2) | {"blk.0.attn_q.weight": np.ones(128, dtype=np.float32)}
-    with pytest.raises(CalibrationError, match=r"128 columns for blk\.0\.attn_q\.weight, the model 256"):
+    with pytest.raises(CalibrationError, match=r"128 columns for blk\.0\.attn_q\.weight, the model has 256"):
         replace(IMPORTANCE, in_sum2=other).check(SPEC)
 
 

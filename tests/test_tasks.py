@@ -105,7 +105,7 @@ def test_a_file_of_questions(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text(f"{LINE}\n{line}\n", encoding="utf-8")
-    with pytest.raises(EvaluationError, match="line 2 is no question"):
+    with pytest.raises(EvaluationError, match="line 2 is not a question"):
         load_questions(file)
 
 

@@ -23,7 +23,7 @@ from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
-from lieq_gguf.writing.error_feedback import Request, coupling, encode
+from lieq_gguf.writing.error_feedback import MatrixToEncode, coupling, encode
 from lieq_gguf.writing.second_moments import SecondMoments
 
 TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
@@ -68,7 +68,7 @@ def main() -> None:
                 for name in TYPES:
                     quant_type = QUANT_TYPES[name]
                     plain = ggml.quantize(weights, quant_type, importance, N_THREADS)
-                    [fed] = encode([Request(weights, quant_type, importance)], coupled, N_THREADS)
+                    [fed] = encode([MatrixToEncode(weights, quant_type, importance)], coupled, N_THREADS)
                     changes = [ggml.dequantize(data, quant_type) - weights for data in (fed, plain)]
                     pairs = [[output_error(c, of) for c in changes] for of in (moments, unseen[module])]
                     left[name].append([with_feedback / without for with_feedback, without in pairs])

@@ -1,1 +1,1 @@
-"""What a file is worth: divergence, tasks, speed, and what it looks like."""
+"""Evaluates a file: divergence, tasks, speed, contents."""

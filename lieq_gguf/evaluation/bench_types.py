@@ -1,8 +1,7 @@
-"""What each type costs to decode on this machine: a small model of one type after the other, run in llama.cpp.
+"""Measures the time to decode each type on this machine: llama.cpp runs a small model in each type.
 
-The model has random weights, no vocabulary to speak of, and matrices of the sizes of a small language model. It is run
-with wide and with narrow feed-forward matrices; the difference in time, over the difference in weights, is what a
-weight costs.
+The model has random weights, a tiny vocabulary, and the matrices of a small language model. It is run with
+wide and with narrow feed-forward matrices; the time per weight is the difference in time over that in weights.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from lieq_gguf.quant_types import DEFAULT_LADDER, F32, QUANT_TYPES, QuantType
 
 _N_LAYERS, _WIDTH, _WIDE, _NARROW, _N_VOCAB, _HEAD = 16, 1024, 4096, 256, 32, 64
 _N_GENERATE, _RUNS = 24, 5
-_ENCODED_ROWS = 16  # encoded once and repeated: speed depends on the type, hardly on the values
+_ENCODED_ROWS = 16  # encoded once and repeated: speed hardly depends on the values
 
 
 def measure_decode_costs(
@@ -37,28 +36,29 @@ def measure_decode_costs(
     """Time the generation with every type.
 
     Args:
-        types: Types to measure; Q8_0 always is.
+        types: Types to measure; Q8_0 is always measured.
         n_threads: Threads of llama.cpp.
         advance: Called with 1 after each type.
 
     Raises:
-        VerificationError: if llama.cpp does not run a model, or no time can be told from the noise.
+        VerificationError: if llama.cpp does not run a model, or the noise exceeds a difference in time.
     """
-    wanted = list(dict.fromkeys([*types, QUANT_TYPES["Q8_0"]]))
     n_weights = 3 * _N_LAYERS * _WIDTH * (_WIDE - _NARROW)
     costs = {}
-    for quant_type in wanted:
+    for quant_type in dict.fromkeys([*types, QUANT_TYPES["Q8_0"]]):
         with tempfile.TemporaryDirectory() as scratch:
             wide, narrow = Path(scratch) / "wide.gguf", Path(scratch) / "narrow.gguf"
             _write_model(wide, quant_type, _WIDE)
             _write_model(narrow, quant_type, _NARROW)
             with _opened(wide, n_threads) as a, _opened(narrow, n_threads) as b:
-                # in turn, and the least of each: whatever else the machine does only adds time
+                # alternating, and the minimum of each: other work on the machine only adds time
                 runs = [(_token_seconds(a), _token_seconds(b)) for _ in range(_RUNS)]
         slow, fast = (min(seconds) for seconds in zip(*runs, strict=True))
         cost = round(1e12 * (slow - fast) / n_weights, 2)
         if cost <= 0:
-            raise VerificationError(f"{quant_type.name} cannot be timed beside what else this machine does; try again")
+            raise VerificationError(
+                f"{quant_type.name} cannot be timed while this machine is busy with other work; try again"
+            )
         costs[quant_type.name] = cost
         advance(1)
     return DecodeCosts(
@@ -74,7 +74,7 @@ def _opened(file: Path, n_threads: int) -> AbstractContextManager[LoadedModel]:
 
 
 def _processor() -> str:
-    """What this machine calls its processor."""
+    """Name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Model"))]
@@ -82,7 +82,7 @@ def _processor() -> str:
 
 
 def _token_seconds(model: LoadedModel) -> float:
-    """Least seconds of a generated token."""
+    """Shortest time of a generated token."""
     model.clear()
     seconds = []
     for i in range(_N_GENERATE):
@@ -93,7 +93,7 @@ def _token_seconds(model: LoadedModel) -> float:
 
 
 def _write_model(file: Path, quant_type: QuantType, n_ff: int) -> None:
-    """A Llama without a vocabulary, all matrices of one type."""
+    """Write a Llama without a vocabulary, with all matrices in one type."""
     numbers = np.random.default_rng(0)
     writer = HeaderWriter("llama")
     writer.add_block_count(_N_LAYERS)

@@ -1,7 +1,7 @@
-"""Tokens per second in llama.cpp, measured as llama-bench does: random tokens, prompt and generation apart.
+"""Tokens per second in llama.cpp, measured as llama-bench does: random tokens, prompt and generation separately.
 
-Generating a token reads every weight once, so speed is also told as bytes read per second. Set against what this
-machine's memory can deliver, that share carries over to other devices, as far as an estimate can.
+Generating a token reads every weight once, so speed is also given as bytes read per second. Its share of this machine's
+memory bandwidth gives a rough estimate for other devices.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Rate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What another device may do with a file. An estimate: no such device was at hand.
+    """The estimated speed of a file on another device; nothing was measured there.
 
     Attributes:
         device: The device.
-        tokens_per_sec: Generation, if it reads its memory as well as this machine does.
+        tokens_per_sec: Speed of generation, if it uses the same share of its bandwidth as this machine.
         fits: Whether weights, key-value cache and buffers fit its memory.
     """
 
@@ -62,20 +62,20 @@ class Benchmark:
 
     Attributes:
         file: The file.
-        file_bytes: Its size.
-        n_threads: Threads used.
+        file_bytes: Size of the file.
+        n_threads: Threads of llama.cpp.
         n_prompt: Tokens of the prompt, run at once.
         n_generate: Tokens generated, run one by one.
         prompt: Speed of the prompt.
         generation: Speed of the generation.
-        load_seconds: From opening the file to a ready context; the file may lie in the system's cache.
-        resident_bytes: Memory that loading and running it added to this process.
+        load_seconds: From opening the file to a ready context; the file may be in the system's cache.
+        resident_bytes: Memory that loading and running the file added to this process.
         bytes_per_token: Bytes of weights read to generate a token.
-        memory_bandwidth: Bytes per second that as many threads read from this machine's memory.
+        memory_bandwidth: Bytes per second that the same number of threads read from this machine's memory.
         needed_bytes: Weights, buffers and key-value cache at ``n_ctx`` tokens.
-        n_ctx: Tokens ``needed_bytes`` holds for.
-        predicted: Tokens per second of generation that the decode costs foretell.
-        predicted_for: The machine and number of threads that they hold for.
+        n_ctx: Number of tokens for ``needed_bytes``.
+        predicted: Tokens per second of generation, predicted from the decode costs.
+        predicted_for: Machine and number of threads of the decode costs.
     """
 
     file: Path
@@ -100,8 +100,8 @@ class Benchmark:
         return self.bytes_per_token * self.generation.mean
 
     def estimates(self) -> tuple[Estimate, ...]:
-        """What other devices may do, by their published bandwidth and the share of it that was reached here."""
-        share = min(1.0, self.bandwidth / self.memory_bandwidth)  # above 1 the weights lay in a cache
+        """Estimates for other devices: their published bandwidth times the share of bandwidth reached here."""
+        share = min(1.0, self.bandwidth / self.memory_bandwidth)  # above 1, the weights were in a cache
         return tuple(
             Estimate(
                 device=device,
@@ -152,15 +152,15 @@ def bench(
         file: GGUF file.
         n_prompt: Tokens decoded at once from an empty context.
         n_generate: Tokens decoded one by one from an empty context.
-        repetitions: Counted runs after one warm-up of each.
-        thread_counts: Threads of llama.cpp; all is measured with each.
+        repetitions: Counted runs, after one warm-up each.
+        thread_counts: Numbers of threads of llama.cpp; everything is measured with each.
         advance: Called with 1 after each counted run.
 
     Returns:
-        One result a thread count.
+        One result per number of threads.
 
     Raises:
-        FormatError: if the file is no complete GGUF.
+        FormatError: if the file is not a complete GGUF file.
         VerificationError: if llama.cpp does not load or run it.
     """
     facts = inspect(file)
@@ -207,13 +207,13 @@ def bench(
 
 @lru_cache
 def read_bandwidth(n_threads: int) -> float:
-    """Bytes per second that threads together read from memory, the best of some runs; measured once."""
-    parts = [np.ones(_PROBE_BYTES // 8) for _ in range(n_threads)]
+    """Bytes per second that all threads together read from memory, the best of some runs; measured once."""
+    arrays = [np.ones(_PROBE_BYTES // 8) for _ in range(n_threads)]
     best = 0.0
     with ThreadPoolExecutor(n_threads) as pool:
         for _ in range(_PROBE_RUNS):
             start = time.perf_counter()
-            list(pool.map(np.max, parts))
+            list(pool.map(np.max, arrays))
             best = max(best, n_threads * _PROBE_BYTES / (time.perf_counter() - start))
     return best
 

@@ -1,4 +1,4 @@
-"""Devices that small models are run on: what their memory holds, and how fast it can be read on paper."""
+"""Devices that people run small models on: size and published bandwidth of their memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """A computer somebody may run a file on.
+    """A computer on which somebody may run a file.
 
     Attributes:
-        name: What people call it.
+        name: Its common name.
         bandwidth: Published peak memory bandwidth, bytes/s: transfers per second × width of the bus.
         memory_bytes: Memory of the usual model.
     """

@@ -1,8 +1,8 @@
-"""How far a file is from the model it was made of: perplexity, Kullback-Leibler divergence, same first choice.
+"""How far a file is from the model it was made from: perplexity, Kullback-Leibler divergence, same top token.
 
 The definitions are llama-perplexity's: the text is cut into sequences of ``n_ctx`` tokens, each is run from an empty
-context, and only the second half is scored. All models run side by side, sequence by sequence, so that no file of
-logits is needed. Errors are bootstrapped over sequences, since tokens of one sequence are not independent.
+context, and only the second half is scored. All models run side by side, sequence by sequence, so no file of logits is
+needed. Errors are bootstrapped over sequences, since tokens of one sequence are not independent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lieq_gguf.evaluation.tasks import Answers, Question, answer, tokens_needed
 from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 from lieq_gguf.records.files import SCHEMA_VERSION
 
-_ROWS_AT_A_TIME = 32  # bounds the float64 copies to some 100 MB at 150,000 tokens of vocabulary
+_ROWS_AT_A_TIME = 32  # limits the float64 copies to about 100 MB for a vocabulary of 150,000
 _RESAMPLES = 1000
 
 FloatArray = npt.NDArray[np.float64]
@@ -34,13 +34,13 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the standard error of it, which is None if there is only one sequence."""
+    """A value and its standard error, which is None if there is only one sequence."""
 
     value: float
     stderr: float | None
 
     def to_json(self) -> dict[str, float | None]:
-        """By name."""
+        """Both by name."""
         return {"value": self.value, "stderr": self.stderr}
 
 
@@ -50,21 +50,21 @@ class Evaluation:
 
     Attributes:
         file: The file.
-        n_tokens: Tokens scored.
-        n_chunks: Sequences they come from.
-        perplexity: Of the file.
-        reference_perplexity: Of the reference on the same tokens.
+        n_tokens: Number of scored tokens.
+        n_chunks: Number of their sequences.
+        perplexity: Perplexity of the file.
+        reference_perplexity: Perplexity of the reference on the same tokens.
         kld: Mean divergence of the file's next-token distribution from the reference's, in nats.
         kld_median: Its median over tokens.
         kld_p99: Its 99th percentile.
         kld_max: Its largest value.
-        same_top: Share of tokens for which both put the same token first.
+        same_top: Share of positions where both have the same likeliest token.
         probability_change: Mean change of the right token's probability, in [-1, 1].
-        probability_change_rms: Root of the mean of its square.
+        probability_change_rms: Root mean square of this change.
         health: How the file continues a handful of prompts.
-        reference_health: The same of the reference; None if it does not run in llama.cpp.
-        answers: Multiple-choice questions it answered, or None.
-        reference_answers: The same of the reference, or None.
+        reference_health: The same for the reference; None if it does not run in llama.cpp.
+        answers: Its answers to multiple-choice questions, or None.
+        reference_answers: The same for the reference, or None.
     """
 
     file: Path
@@ -114,13 +114,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """What is measured of every scored token, each ``[n_tokens]``.
+    """Figures of every scored token, each ``[n_tokens]``.
 
     Attributes:
         nll: Negative log-likelihood of the right token in the file.
         reference_nll: The same in the reference.
         kld: Divergence of the two distributions.
-        same_top: 1 where both put the same token first.
+        same_top: 1 where both have the same likeliest token, otherwise 0.
     """
 
     nll: FloatArray
@@ -137,17 +137,17 @@ def compare_logits(
     Args:
         reference: ``[n_tokens, n_vocab]`` logits.
         candidate: ``[n_tokens, n_vocab]`` logits.
-        targets: ``[n_tokens]``, the token that did come next.
+        targets: ``[n_tokens]``, the token that comes next in the text.
     """
-    parts = []
+    batches = []
     for start in range(0, len(targets), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
         p, q = (log_softmax(logits[rows].astype(np.float64), axis=1) for logits in (reference, candidate))
         at = (np.arange(len(targets[rows])), targets[rows])
         kld = (np.exp(p) * (p - q)).sum(axis=1)
         same = (reference[rows].argmax(axis=1) == candidate[rows].argmax(axis=1)).astype(np.float64)
-        parts.append((-q[at], -p[at], kld, same))
-    return TokenFigures(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        batches.append((-q[at], -p[at], kld, same))
+    return TokenFigures(*(np.concatenate(column) for column in zip(*batches, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -176,17 +176,16 @@ def evaluate(
 ) -> list[Evaluation]:
     """Compare files with a reference on a text; the reference runs once for all of them.
 
-    Args:
-        files: GGUF files.
-        reference: GGUF file or model directory.
-        text: Text that calibration has not seen.
-        options: How to compare.
-        advance: Called with 1 after each sequence and each question.
-
-    Raises:
-        EvaluationError: if a file is of another architecture or has another tokenizer than the reference, or the text
-            is too short.
-        LieqError: if a file or the reference cannot be loaded.
+        Args:
+            files: GGUF files.
+            reference: GGUF file or model directory.
+                text: Text that calibration has not seen.
+            options: How to compare.
+            advance: Called with 1 after each sequence and each question.
+    
+        Raises:
+            EvaluationError: if a file has another architecture or tokenizer than the reference, or the text is too short.
+            LieqError: if a file or the reference cannot be loaded.
     """
     n_ctx, n_threads, questions = options.n_ctx, options.n_threads, options.questions
     n_needed = max(n_ctx, health.N_CTX, _tokens_needed(files[0], questions))
@@ -196,8 +195,8 @@ def evaluate(
         for file, model in zip(files, models, strict=True):
             if model.architecture != base.architecture:
                 raise EvaluationError(
-                    f"{file} is a {model.architecture} model and {reference} a {base.architecture}; "
-                    "expected files made of the same model"
+                    f"{file} is a {model.architecture} model and {reference} a {base.architecture} model; "
+                    "expected files made from the same model"
                 )
         ids = _common_tokens(files, models, reference, base, text)
         chunks = list(_chunks(ids, n_ctx, options.n_chunks, models[0].bos_token))
@@ -205,20 +204,20 @@ def evaluate(
         first = n_ctx // 2
         for chunk in chunks:
             targets = np.array(chunk[first + 1 :], dtype=np.int64)
-            wanted = base.logits(chunk, first)[:-1]
-            for model, kept in zip(models, figures, strict=True):
-                kept.append(compare_logits(wanted, model.logits(chunk, first)[:-1], targets))
+            reference_logits = base.logits(chunk, first)[:-1]
+            for model, of_file in zip(models, figures, strict=True):
+                of_file.append(compare_logits(reference_logits, model.logits(chunk, first)[:-1], targets))
             advance(1)
         reference_health = health.check(base) if isinstance(base, LoadedModel) else None
         reference_answers = answer(base, questions, advance) if questions else None
         return [
             replace(
-                _summary(file, kept, health.check(model)),
+                _summary(file, of_file, health.check(model)),
                 reference_health=reference_health,
                 answers=answer(model, questions) if questions else None,
                 reference_answers=reference_answers,
             )
-            for file, model, kept in zip(files, models, figures, strict=True)
+            for file, model, of_file in zip(files, models, figures, strict=True)
         ]
 
 
@@ -230,9 +229,9 @@ def _tokens_needed(file: Path, questions: Sequence[Question]) -> int:
 
 
 def read_text(file: Path | None) -> str:
-    """The text of a file, byte for byte: a line end turned into another is another text, with other tokens.
+    """The text of a file, byte for byte: other line endings would give other tokens.
 
-    None stands for the short text that comes with the package and is no part of its calibration text.
+    None stands for a short text in the package, which is not part of its calibration text.
 
     Raises:
         EvaluationError: if it cannot be read or is not UTF-8.
@@ -248,7 +247,7 @@ def read_text(file: Path | None) -> str:
 
 
 def count_chunks(file: Path, text: str, n_ctx: int, n_chunks: int | None) -> int:
-    """Sequences that ``evaluate`` would use, to show progress by."""
+    """Number of sequences that ``evaluate`` will use, for the progress bar."""
     with open_model(file, vocab_only=True) as model:
         available = len(model.tokenize(text, add_special_tokens=True)) // n_ctx
     return available if n_chunks is None else min(n_chunks, available)
@@ -262,8 +261,8 @@ def _common_tokens(
     for name, model in others:
         if model.n_vocab != models[0].n_vocab or model.tokenize(text, add_special_tokens=True) != ids:
             raise EvaluationError(
-                f"{files[0]} and {name} cut the text into different tokens ({models[0].n_vocab} and {model.n_vocab} in "
-                "the vocabulary); expected files made of the same model"
+                f"{files[0]} and {name} split the text into different tokens ({models[0].n_vocab} and {model.n_vocab} "
+                "in the vocabulary); expected files made from the same model"
             )
     return ids
 
@@ -300,7 +299,7 @@ def _summary(file: Path, chunks: Sequence[TokenFigures], spoken: Health) -> Eval
 
 
 def _estimate(chunk_means: FloatArray, transform: Callable[[FloatArray], FloatArray] = lambda x: x) -> Estimate:
-    """``transform`` of the mean over sequences, and its bootstrap error; sequences are equally long."""
+    """``transform`` of the mean over sequences of equal length, and its bootstrap error."""
     value = float(transform(chunk_means.mean(keepdims=True))[0])
     if len(chunk_means) < 2:
         return Estimate(value, None)

@@ -1,4 +1,4 @@
-"""Text out of a file, through llama-cpp-python's own chat interface and sampler."""
+"""Generates text with a file, through llama-cpp-python's own chat interface and sampler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]
         options: How to answer.
 
     Raises:
-        FormatError: if the file is no complete GGUF.
+        FormatError: if the file is not a complete GGUF file.
         VerificationError: if llama.cpp does not load it or the prompt is too long.
     """
     content = GgufFile(file)
@@ -42,4 +42,4 @@ def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]
             for chunk in model.create_completion(prompt, **sampling):
                 yield chunk["choices"][0]["text"]
     except ValueError as error:
-        raise VerificationError(f"llama.cpp does not answer with {file}: {error}") from None
+        raise VerificationError(f"llama.cpp cannot answer with {file}: {error}") from None

@@ -1,4 +1,4 @@
-"""Does a file still speak? Files near two bits may load, run, and say one thing over and over, or nothing at all."""
+"""Does a file still generate text? Files near two bits may load and run, but repeat themselves or say nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PROMPTS = (
     "Dear Ms Novak,\n\nthank you for your letter of",
 )
 _N_GENERATE = 64
-_TEMPERATURE = 0.7  # taking always the likeliest token, sound small models loop as well
+_TEMPERATURE = 0.7  # with always the likeliest token, even intact small models loop
 _TOP_K = 40
 _NGRAM = 4
 _LOOPING = 0.5
@@ -34,9 +34,9 @@ class Health:
     """How a file continued a handful of prompts.
 
     Attributes:
-        n_prompts: Prompts tried.
-        n_looping: Continuations in which more than half of the 4-token sequences had been there before.
-        n_empty: Continuations that were empty or blank.
+        n_prompts: Number of prompts.
+        n_looping: Continuations in which more than half of the 4-token sequences had occurred before.
+        n_empty: Continuations that are empty or blank.
         repetition: Share of repeated 4-token sequences, mean over the prompts (seq-rep-4, arXiv 1908.04319).
         samples: The continuations.
     """
@@ -48,7 +48,7 @@ class Health:
     samples: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """By name."""
+        """All fields by name."""
         return vars(self) | {"samples": list(self.samples)}
 
     @property
@@ -56,8 +56,8 @@ class Health:
         """A few words for people."""
         if self.n_looping + self.n_empty == 0:
             return "speaks"
-        parts = [f"{self.n_looping} loop"] * (self.n_looping > 0) + [f"{self.n_empty} empty"] * (self.n_empty > 0)
-        return f"{', '.join(parts)} of {self.n_prompts}"
+        defects = [f"{self.n_looping} loop"] * (self.n_looping > 0) + [f"{self.n_empty} empty"] * (self.n_empty > 0)
+        return f"{', '.join(defects)} of {self.n_prompts}"
 
 
 def check_file(file: Path, n_threads: int) -> Health:
@@ -71,7 +71,7 @@ def check_file(file: Path, n_threads: int) -> Health:
 
 
 def check(model: LoadedModel) -> Health:
-    """Let a model continue the prompts; the same model always says the same."""
+    """Let a model continue the prompts; the same model always gives the same result."""
     outputs = [
         model.generate(model.tokenize(prompt, add_special_tokens=True), _N_GENERATE, _Sampler()) for prompt in _PROMPTS
     ]

@@ -1,4 +1,4 @@
-"""What a GGUF file is made of, and what it will need where it runs. Reads the header only."""
+"""What is in a GGUF file, and how much memory it will need. Reads only the header."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Inspection:
         tensors: All tensors.
         types: Tensor name to type name.
         meter: The three figures.
-        layer_scores: Scores it was made with; empty for a file of another tool.
-        provenance: ``lieq.*`` metadata, by the part of the key behind the dot.
+        layer_scores: Layer scores used to make it; empty for a file of another tool.
+        provenance: ``lieq.*`` metadata, by the key without ``lieq.``.
         kv_cache_bytes: Key-value cache at ``n_ctx`` tokens in F16.
-        n_ctx: Tokens the cache is sized for.
+        n_ctx: Number of tokens for the cache.
         bytes_per_token: Bytes of weights read to generate a token.
     """
 
@@ -73,7 +73,7 @@ def inspect(file: Path) -> Inspection:
     """Read a file's header.
 
     Raises:
-        FormatError: if the file is no complete GGUF of a language model.
+        FormatError: if the file is not a complete GGUF file of a language model.
     """
     content = GgufFile(file)
     meter = content.bit_meter()
@@ -94,8 +94,8 @@ def inspect(file: Path) -> Inspection:
         },
         kv_cache_bytes=2 * _cache_width(content) * n_ctx,
         n_ctx=n_ctx,
-        # Matrices are read whole for each token, but for the embedding of a model with an output matrix of its own, and
-        # for experts that are not chosen.
+        # Each token reads all matrices, except the embedding if there is a separate output matrix, and except experts
+        # that are not chosen.
         bytes_per_token=round(
             sum(
                 t.data.nbytes * t.spec.active_share
@@ -106,13 +106,13 @@ def inspect(file: Path) -> Inspection:
     )
 
 
-def _list(found: object) -> list[Any]:
-    """What an array of the metadata holds; nothing if it is none."""
-    return found if isinstance(found, list) else []
+def _list(value: object) -> list[Any]:
+    """An array of the metadata; empty if the value is not an array."""
+    return value if isinstance(value, list) else []
 
 
 def _cache_width(content: GgufFile) -> int:
-    """Numbers that a token adds to the key-value cache of all layers, if none has a window."""
+    """Numbers that a token adds to the key-value cache of all layers, assuming no layer has a window."""
 
     def attention(key: str, default: int) -> Any:
         return content.value(f"{content.architecture}.attention.{key}", default)

@@ -1,4 +1,4 @@
-"""The model that others are compared with: a GGUF in llama.cpp, or a model directory in transformers."""
+"""The reference for comparisons: a GGUF file in llama.cpp, or a model directory in transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer
 
 
 class LanguageModel(Protocol):
-    """What a comparison needs of a model."""
+    """What a comparison needs from a model."""
 
     @property
     def architecture(self) -> str:
@@ -24,7 +24,7 @@ class LanguageModel(Protocol):
 
     @property
     def n_vocab(self) -> int:
-        """Logits of a position."""
+        """Number of logits per position."""
 
     def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
@@ -71,13 +71,13 @@ def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageM
         with open_model(path, n_ctx=n_ctx, n_threads=n_threads) as model:
             yield model
         return
-    spec = ModelDirectory(path).spec  # refuses what is no complete model, in one line
+    spec = ModelDirectory(path).spec  # raises a LieqError for an incomplete model
 
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr is for our own
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr has our own progress bar
     torch.set_num_threads(n_threads)
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     loaded.train(False)

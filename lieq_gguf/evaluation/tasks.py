@@ -1,4 +1,4 @@
-"""Multiple-choice questions answered by likelihood: what a model finds likeliest after the question is its answer.
+"""Multiple-choice questions answered by likelihood: the choice that is likeliest after the question is the answer.
 
 As in EleutherAI's lm-evaluation-harness: ``accuracy`` compares sums of log-likelihoods, ``accuracy_norm`` divides them
 by the length of the choice in bytes.
@@ -29,7 +29,7 @@ class Question:
     Attributes:
         question: The text before the answer.
         choices: Possible continuations, at least two, none empty.
-        answer: Index of the right one.
+        answer: Index of the right choice.
     """
 
     question: str
@@ -43,7 +43,7 @@ class Answers:
 
     Attributes:
         chosen: Index of the likeliest choice of every question.
-        chosen_norm: The same with log-likelihoods divided by the bytes of the choice.
+        chosen_norm: The same with log-likelihoods divided by the length of the choice in bytes.
         right: Index of the right choice.
     """
 
@@ -61,13 +61,13 @@ class Answers:
 
 
 def load_questions(file: Path | None) -> tuple[Question, ...]:
-    """Questions of a JSONL file, ``{"question": text, "choices": [text, …], "answer": index}`` a line.
+    """Questions of a JSONL file, with ``{"question": text, "choices": [text, …], "answer": index}`` in each line.
 
     Args:
-        file: The file, or None for the small set that comes with the package.
+        file: The file, or None for the small set in the package.
 
     Raises:
-        EvaluationError: if it cannot be read or a line is no such question, with its number.
+        EvaluationError: if the file cannot be read, or a line is not a question, giving its number.
     """
     if file is None:
         content = resources.files("lieq_gguf").joinpath("data", "questions.jsonl").read_bytes()
@@ -78,12 +78,12 @@ def load_questions(file: Path | None) -> tuple[Question, ...]:
             raise EvaluationError(f"the questions {file} cannot be read: {error.strerror}") from None
     lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
     if not lines:
-        raise EvaluationError(f"the questions {file} are empty; expected one JSON object a line")
+        raise EvaluationError(f"the questions {file} are empty; expected one JSON object per line")
     return tuple(_question(line, f"{file}, line {number}") for number, line in lines)
 
 
 def tokens_needed(model: LanguageModel, questions: Sequence[Question]) -> int:
-    """Tokens of the longest question with an answer."""
+    """Number of tokens of the longest question with a choice."""
     return max(len(model.tokenize(text + c, True)) for q in questions for text in (_context(q),) for c in q.choices)
 
 
@@ -108,14 +108,14 @@ def answer(
 
 
 def sum_of_log_probabilities(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> float:
-    """Log-probability of tokens one after the other, by the logits ``[n_tokens, n_vocab]`` of the positions before."""
+    """Log-probability of a sequence of tokens, from the logits ``[n_tokens, n_vocab]`` of the positions before them."""
     return float(log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(targets)), targets].sum())
 
 
 def _log_likelihood(model: LanguageModel, context: str, choice: str) -> float:
     """Sum of the log-probabilities of the choice's tokens.
 
-    What the choice adds is found in the tokens of the whole, since a blank before a word belongs to the word's token.
+    Context and choice are tokenised together, since a blank before a word belongs to the word's token.
     """
     whole = model.tokenize(context + choice, add_special_tokens=True)
     stripped = context.rstrip(" ")
@@ -125,17 +125,17 @@ def _log_likelihood(model: LanguageModel, context: str, choice: str) -> float:
 
 
 def _context(question: Question) -> str:
-    """The question with the blank that goes before an answer."""
+    """The question, followed by a blank."""
     return question.question if question.question[-1:].isspace() else question.question + " "
 
 
 def _question(line: bytes, where: str) -> Question:
     expected = 'expected {"question": text, "choices": [text, text, …], "answer": index of the right one}'
     try:
-        found = json.loads(line)
-        text, choices, right = found["question"], found["choices"], found["answer"]
+        document = json.loads(line)
+        text, choices, right = document["question"], document["choices"], document["answer"]
     except (ValueError, KeyError, TypeError):
-        raise EvaluationError(f"{where} is no question; {expected}") from None
+        raise EvaluationError(f"{where} is not a question; {expected}") from None
     is_valid = (
         isinstance(text, str)
         and text
@@ -146,7 +146,7 @@ def _question(line: bytes, where: str) -> Question:
         and 0 <= right < len(choices)
     )
     if not is_valid:
-        raise EvaluationError(f"{where} is no question; {expected}")
+        raise EvaluationError(f"{where} is not a question; {expected}")
     return Question(text, tuple(choices), right)
 
 

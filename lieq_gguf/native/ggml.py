@@ -1,7 +1,7 @@
 """ggml's own encoders and decoders, from the library that llama-cpp-python ships.
 
-llama-quantize runs the same library, so a tensor encoded here equals llama.cpp's byte for byte. Rows are independent and
-a call through ctypes releases the interpreter lock, so threads over rows use all cores.
+llama-quantize runs the same library, so a tensor encoded here equals llama.cpp's byte for byte. Rows are independent
+and a call through ctypes releases the interpreter lock, so threads over rows use all cores.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From a plan to a file that was read back."""
+"""Writes a file from a plan, and verifies it."""

@@ -1,10 +1,10 @@
-"""Quantisation with error feedback: the error in a column is made good in the columns that are still free.
+"""Quantisation with error feedback: later columns correct the error of the columns quantised before them.
 
-What counts is not how far the weights move but how far the matrix's output does, ``tr(ΔW H ΔWᵀ)`` with the second
-moments ``H = mean(x xᵀ)`` of its input. With ``H = (A D) (A D)ᵀ``, ``A`` upper triangular with ones on its diagonal,
-column ``k`` is best rounded from ``W_k + Σ_{i<k} (W_i − Ŵ_i) A_ik``. Types, scales and sizes stay those of ggml: its
-encoders are given what is wanted of a block, and where a type rounds weight by weight (``code_layouts``), the codes
-inside the block are chosen anew, column by column, on the scales that ggml found.
+It minimises the change of the matrix's output, not that of its weights: ``tr(ΔW H ΔWᵀ)`` with the second moments
+``H = mean(x xᵀ)`` of its input. With ``H = (A D) (A D)ᵀ``, ``A`` upper triangular with ones on its diagonal, column
+``k`` is best rounded from ``W_k + Σ_{i<k} (W_i − Ŵ_i) A_ik``. Types, scales and sizes stay ggml's: its encoders get the
+corrected weights of a block. If a type rounds weight by weight (``code_layouts``), the codes in the block are then
+chosen again, column by column, with the scales that ggml found.
 
 Source: OBQ and GPTQ, arXiv 2210.17323; without an inverse as in QuIP's LDLQ, arXiv 2307.13304, which gives the same.
 """
@@ -32,28 +32,28 @@ FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
 DAMPING = 1.0
-"""Share that the diagonal grows by, so that correlations count half: those of one text hold only in part in another."""
+"""Share by which the diagonal grows, so that correlations count half: those of one text hold only partly in another."""
 
-_FLOOR = 1e-4  # of the mean diagonal, for columns that are never used
+_FLOOR = 1e-4  # added to the diagonal, times its mean, for columns that are never used
 
 _ATTEMPTS = 5
-_REVERSED = 1 << 20  # numbers that change places at a time
-_SUB_BLOCK = 32  # columns whose errors reach each other one by one; further ones are reached by products of matrices
-_LEAST_ROWS, _MOST_ROWS = 384, 1024  # that a thread takes at a time: fewer are slow, more leave threads idle
+_SWAPPED_NUMBERS = 1 << 20  # swapped per step, which bounds the copy
+_SUB_BLOCK = 32  # columns corrected one by one; errors reach later columns by products of matrices
+_LEAST_ROWS, _MOST_ROWS = 384, 1024  # rows per task of a thread: fewer are slow, more leave threads idle
 
 
 def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
-    """How errors reach later columns: ``A`` of ``H = (A D) (A D)ᵀ``, ``[n_in, n_in]``.
+    """The weights with which errors correct later columns: ``A`` of ``H = (A D) (A D)ᵀ``, ``[n_in, n_in]``.
 
-    All in the memory of ``moments``, since those of a wide matrix are as large as some layers.
+    Works in the memory of ``moments``, since the moments of a wide matrix can be as large as a layer.
 
     Args:
         moments: ``H`` ``[n_in, n_in]``, float32, symmetric, on the CPU; overwritten.
-        damping: Share that every element of the diagonal grows by; ten times as much where the matrix is not positive
-            definite.
+        damping: Share by which every element of the diagonal grows; ten times more in each further attempt while the
+            matrix is not positive definite.
 
     Raises:
-        CalibrationError: if that does not help.
+        CalibrationError: if all attempts fail.
     """
     matrix: FloatArray = np.ascontiguousarray(moments.numpy())
     n_in = len(matrix)
@@ -68,7 +68,7 @@ def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
     for _ in range(_ATTEMPTS):
         diagonal *= 1 + damping
         damped = diagonal.copy()
-        # The transposed view is what LAPACK takes without a copy; its upper triangle is the lower one here.
+        # LAPACK takes the transposed view without a copy; its upper triangle is the lower one here.
         with _blas().limit(limits=torch.get_num_threads(), user_api="blas"):
             _, failed = spotrf(matrix.T, lower=0, clean=0, overwrite_a=1)
         if not failed:
@@ -77,7 +77,7 @@ def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
             _reverse(matrix)
             matrix /= matrix.diagonal().copy()
             return matrix
-        for i in range(n_in):  # the other triangle is as it was
+        for i in range(n_in):  # restore it from the other triangle, which is unchanged
             matrix[i, :i] = matrix[:i, i]
         diagonal[:] = damped
         damping *= 10
@@ -85,24 +85,24 @@ def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
 
 
 def _reverse(matrix: FloatArray) -> None:
-    """Turn rows and columns of a contiguous matrix around, in place."""
+    """Reverse the order of rows and of columns of a contiguous matrix, in place."""
     numbers = matrix.reshape(-1)
-    for start in range(0, len(numbers) // 2, _REVERSED):
-        stop = min(start + _REVERSED, len(numbers) // 2)
+    for start in range(0, len(numbers) // 2, _SWAPPED_NUMBERS):
+        stop = min(start + _SWAPPED_NUMBERS, len(numbers) // 2)
         front, back = slice(start, stop), slice(len(numbers) - stop, len(numbers) - start)
-        kept = numbers[front].copy()
+        copied = numbers[front].copy()
         numbers[front] = numbers[back][::-1]
-        numbers[back] = kept[::-1]
+        numbers[back] = copied[::-1]
 
 
 @dataclass(frozen=True)
-class Request:
-    """A matrix to encode.
+class MatrixToEncode:
+    """A matrix, and how to encode it.
 
     Attributes:
         weights: ``[n_out, n_in]`` float32, finite.
         quant_type: Target type, whose blocks fit the rows.
-        importance: ``[n_in]`` as for ``encoders.quantize``, or None.
+        importance: ``[n_in]`` as in ``encoders.quantize``, or None.
     """
 
     weights: FloatArray
@@ -110,38 +110,38 @@ class Request:
     importance: FloatArray | None
 
 
-def encode(requests: Sequence[Request], coupled: FloatArray, n_threads: int = 1) -> list[ByteArray]:
-    """Encode matrices that have the same input, with error feedback.
+def encode(matrices: Sequence[MatrixToEncode], coupled: FloatArray, n_threads: int = 1) -> list[ByteArray]:
+    """Encode matrices that share an input, with error feedback.
 
     Args:
-        requests: The matrices.
+        matrices: The matrices.
         coupled: ``A`` of their input ``[n_in, n_in]``.
         n_threads: Threads over rows. The bytes do not depend on it.
 
     Returns:
-        The bytes of the file ``[n_out, row_bytes]``, of each matrix.
+        For each matrix the bytes of the file, ``[n_out, row_bytes]``.
 
     Raises:
         QuantizationError: as ``encoders.quantize``.
     """
-    results = [np.empty((len(r.weights), r.quant_type.row_bytes(r.weights.shape[1])), np.uint8) for r in requests]
+    results = [np.empty((len(m.weights), m.quant_type.row_bytes(m.weights.shape[1])), np.uint8) for m in matrices]
 
-    def encode_rows(part: tuple[int, slice]) -> None:
-        index, rows = part
-        request = requests[index]
-        results[index][rows] = _encode_rows(request.weights[rows], request.quant_type, request.importance, coupled)
+    def encode_slice(row_slice: tuple[int, slice]) -> None:
+        index, rows = row_slice
+        matrix = matrices[index]
+        results[index][rows] = _encode_rows(matrix.weights[rows], matrix.quant_type, matrix.importance, coupled)
 
-    # Threads over rows leave no work for BLAS's own threads, which would only get in each other's way.
+    # One BLAS thread, since the threads over rows already use all cores.
     with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(max(1, n_threads)) as pool:
-        for _ in pool.map(encode_rows, _parts(requests)):  # the loop re-raises what a thread raised
+        for _ in pool.map(encode_slice, _row_slices(matrices)):  # the loop re-raises what a thread raised
             pass
     return results
 
 
-def _parts(requests: Sequence[Request]) -> Iterator[tuple[int, slice]]:
-    """Rows that are encoded together; how many depends on the matrix alone, as rounding depends on it."""
-    for index, request in enumerate(requests):
-        n_rows = len(request.weights)
+def _row_slices(matrices: Sequence[MatrixToEncode]) -> Iterator[tuple[int, slice]]:
+    """Index of a matrix and rows to encode together; the slices affect rounding, so they depend on the matrix alone."""
+    for index, matrix in enumerate(matrices):
+        n_rows = len(matrix.weights)
         step = min(max(_LEAST_ROWS, n_rows // 8), _MOST_ROWS)
         for start in range(0, n_rows, step):
             yield index, slice(start, start + step)
@@ -155,50 +155,50 @@ def _blas() -> ThreadpoolController:
 def _encode_rows(
     weights: FloatArray, quant_type: QuantType, importance: FloatArray | None, coupled: FloatArray
 ) -> ByteArray:
-    if not quant_type.is_quantized:  # nothing to make good
+    if not quant_type.is_quantized:  # no error to correct
         return encoders.quantize(weights, quant_type)
     n_in = weights.shape[1]
     layout = code_layout(quant_type)
     group = quant_type.block_size
-    wanted = np.ascontiguousarray(weights.T)  # a column of the matrix is a line of memory
-    errors = np.empty_like(wanted)
+    exact = np.ascontiguousarray(weights.T)  # [n_in, n_rows]: a column of the matrix is contiguous in memory
+    errors = np.empty_like(exact)
     encoded = []
     for start in range(0, n_in, group):
         columns = slice(start, start + group)
         inside = coupled[columns, columns]
         from_before = coupled[:start, columns].T @ errors[:start]
-        moved = wanted[columns] + solve_triangular(inside, from_before, trans="T", unit_diagonal=True)
+        moved = exact[columns] + solve_triangular(inside, from_before, trans="T", unit_diagonal=True)
         blocks = encoders.quantize(
             np.ascontiguousarray(moved.T), quant_type, None if importance is None else importance[columns]
         )
         if layout is not None:
-            blocks = _rounded_anew(blocks, layout, wanted[columns], from_before, inside)
+            blocks = _rounded_again(blocks, layout, exact[columns], from_before, inside)
         encoded.append(blocks)
-        errors[columns] = wanted[columns] - ggml.dequantize(blocks, quant_type).T
+        errors[columns] = exact[columns] - ggml.dequantize(blocks, quant_type).T
     return np.concatenate(encoded, axis=1)
 
 
-def _rounded_anew(
-    blocks: ByteArray, layout: CodeLayout, wanted: FloatArray, from_before: FloatArray, inside: FloatArray
+def _rounded_again(
+    blocks: ByteArray, layout: CodeLayout, exact: FloatArray, from_before: FloatArray, inside: FloatArray
 ) -> ByteArray:
     """The same scales with codes chosen column by column.
 
     Args:
         blocks: Encoded rows ``[n_rows, row_bytes]`` of one group of columns.
-        layout: How the type keeps its codes.
-        wanted: The weights ``[n_columns, n_rows]``.
-        from_before: What the groups before add to them.
+        layout: How the type stores its codes.
+        exact: The weights ``[n_columns, n_rows]``.
+        from_before: Correction from the groups before, ``[n_columns, n_rows]``.
         inside: ``A`` between the columns of the group.
     """
-    base, step = (np.ascontiguousarray(part.T) for part in layout.grid(blocks))
+    base, step = (np.ascontiguousarray(values.T) for values in layout.grid(blocks))
     per_step = np.divide(1, step, out=np.zeros_like(step), where=step != 0)
-    codes = np.empty(wanted.shape, dtype=np.uint8)
-    errors = np.empty_like(wanted)
-    for start in range(0, len(wanted), _SUB_BLOCK):
+    codes = np.empty(exact.shape, dtype=np.uint8)
+    errors = np.empty_like(exact)
+    for start in range(0, len(exact), _SUB_BLOCK):
         columns = slice(start, start + _SUB_BLOCK)
-        aim = wanted[columns] + from_before[columns] + inside[:start, columns].T @ errors[:start]
-        for k in range(start, start + len(aim)):
-            level = (aim[k - start] + inside[start:k, k] @ errors[start:k] - base[k]) * per_step[k]
+        corrected = exact[columns] + from_before[columns] + inside[:start, columns].T @ errors[:start]
+        for k in range(start, start + len(corrected)):
+            level = (corrected[k - start] + inside[start:k, k] @ errors[start:k] - base[k]) * per_step[k]
             codes[k], level = layout.nearest(level)
-            errors[k] = wanted[k] - (base[k] + step[k] * level)
+            errors[k] = exact[k] - (base[k] + step[k] * level)
     return layout.pack(blocks, np.ascontiguousarray(codes.T))

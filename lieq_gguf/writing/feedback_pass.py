@@ -1,11 +1,11 @@
-"""Writing with error feedback: a second pass, in which every layer sees what the quantised layers before it make.
+"""Writing with error feedback: a second pass, in which the input of every layer comes from quantised layers.
 
-Layer by layer: measure the second moments of the inputs, encode the layer's matrices so that their outputs and not
-their weights stay close (``error_feedback``), put them in the place of the original ones, and go on with what the layer
-gives now. So a layer's feedback also makes good some of the error of the layers before it.
+Layer by layer: measure the second moments of the inputs, encode the layer's matrices so that their outputs, not their
+weights, stay close (``error_feedback``), replace the original matrices, and continue with the layer's new output. So a
+layer's feedback also corrects some of the error of the layers before it.
 
-Experts are encoded without feedback: each sees few tokens for as many moments, and the moments of all would take many
-times the memory of the layer.
+Experts are encoded without feedback: each sees too few tokens for so many moments, and the moments of all experts would
+take many times the memory of the layer.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from lieq_gguf.writing.writer import EncodedRows, encode_tensors
 
 ByteArray = npt.NDArray[np.uint8]
 
-_N_COMPARED = 4  # sequences whose outputs are compared before and after
-_FEEDBACK_SECONDS = 1e-7  # a weight takes besides its encoder
+_N_COMPARED = 4  # sequences whose outputs are compared for the block errors
+_FEEDBACK_SECONDS = 1e-7  # per weight, besides its encoder
 
 
 class FeedbackPass:
     """The second pass.
 
     Attributes:
-        block_errors: One a layer done: mean over tokens of ``‖h' − h‖² / ‖h‖²`` of its output, ``h'`` with all of its
-            matrices quantised, both on the input that the quantised layers before it give.
+        block_errors: One per finished layer: mean over tokens of ``‖h' − h‖² / ‖h‖²`` of its output, ``h'`` with all
+            its matrices quantised, both on the input from the quantised layers before it.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class FeedbackPass:
         Args:
             source: The model.
             plan: One type per tensor.
-            tokens: What to run it on.
+            tokens: The calibration tokens.
             importance: Weights of the squared errors for ggml's encoders, or None.
-            compute: Where and how layers are run.
+            compute: Device, threads and precision.
 
         Raises:
-            CalibrationError: if the device is not there.
+            CalibrationError: if the device is not available.
         """
         self.block_errors: list[float] = []
         self._source = source
@@ -82,14 +82,14 @@ class FeedbackPass:
         self._layer = LayerModel(source.transformers_config(), device, in_bfloat16=in_bfloat16)
 
     def expected_bytes(self) -> int:
-        """Memory of the second moments and of the hidden states."""
+        """Memory of second moments and hidden states."""
         spec = self._source.spec
         widths = sorted(t.shape[-1] for layer in spec.layer_matrices for t in layer if not t.of_experts)
         of_moments = sum(n * n for n in set(widths)) + 2 * widths[-1] ** 2
         return 4 * (of_moments + 3 * self._ids.size * spec.embedding.shape[-1])
 
     def expected_seconds(self) -> float:
-        """Time, by one batch through the first layer and some rows of every type."""
+        """Time of the pass, estimated from one batch through the first layer and some rows of every type."""
         layer, spec = self._layer, self._source.spec
         layer.load(self._source, 0)
         hidden = torch.zeros(*self._ids.shape, spec.embedding.shape[-1])
@@ -129,7 +129,7 @@ class FeedbackPass:
                     yield from encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
 
     def _embedded(self) -> torch.Tensor:
-        """Hidden states before the first layer ``[n_chunks, chunk_size, d_model]``, of the quantised embedding."""
+        """Hidden states before the first layer ``[n_chunks, chunk_size, d_model]``, from the quantised embedding."""
         tensor = self._source.spec.embedding
         used, positions = np.unique(self._ids, return_inverse=True)
         rows = self._source.read(tensor)[torch.from_numpy(used)].float().numpy()
@@ -138,37 +138,37 @@ class FeedbackPass:
         return self._layer.embed(torch.from_numpy(decoded[positions.reshape(self._ids.shape)]))
 
     def _encode_layer(self, index: int, hidden: torch.Tensor) -> tuple[dict[str, ByteArray], torch.Tensor]:
-        """The layer's matrices in file order of their rows, and its output with them."""
+        """The layer's encoded matrices, rows in file order, and its output with them."""
         layer = self._layer
         layer.load(self._source, index)
         moments = self._moments()
         with torch.inference_mode():
             with layer.watching_inputs(moments.see_input):
-                wanted = layer.forward(hidden)
+                intact = layer.forward(hidden)
             layer.forget_rounded()  # every matrix gets other weights before the layer runs again
-            if not bool(wanted.sum().isfinite()):
+            if not bool(intact.sum().isfinite()):
                 raise CalibrationError(f"the output of layer {index} is not finite; the model's weights are damaged")
             matrices: dict[str, ByteArray] = {}
             for modules in moments.groups():
-                # no name for the moments, which would keep them: of a wide matrix they take hundreds of megabytes
+                # a name would keep the moments alive: for a wide matrix they take hundreds of megabytes
                 coupled = error_feedback.coupling(moments.take(modules[0]))
                 matrices |= self._encode_matrices(modules, coupled)
             for tensor in layer.modules:
                 if tensor.of_experts:
                     matrices[tensor.name] = self._encode_experts(tensor)
-            found = layer.forward(hidden)
+            quantized = layer.forward(hidden)
         some = slice(None, None, -(-len(hidden) // _N_COMPARED))
-        self.block_errors.append(relative_change(wanted[some], found[some]))
-        return matrices, found
+        self.block_errors.append(relative_change(intact[some], quantized[some]))
+        return matrices, quantized
 
     def _moments(self) -> SecondMoments:
         watched = [module for module, tensor in self._layer.tensors.items() if not tensor.of_experts]
         return SecondMoments(watched, self._layer.in_bfloat16)
 
     def _encode_experts(self, tensor: TensorSpec) -> ByteArray:
-        """Encode a matrix of every expert, and put them in their places in the layer."""
-        parts = encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
-        data = np.concatenate([part.data for part in parts])
+        """Encode the tensor of all experts, and put the decoded matrices into the layer."""
+        encoded = encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
+        data = np.concatenate([rows.data for rows in encoded])
         modules = self._layer.modules[tensor]
         for module, rows in zip(modules, np.split(data, len(modules)), strict=True):
             decoded = ggml.dequantize(rows, QUANT_TYPES[self._plan.types[tensor.name]], self._n_threads)
@@ -176,10 +176,10 @@ class FeedbackPass:
         return data
 
     def _encode_matrices(self, modules: list[str], coupled: error_feedback.FloatArray) -> dict[str, ByteArray]:
-        """Encode the matrices of one input, and put them in their places in the layer."""
+        """Encode the matrices that share an input, and put the decoded matrices into the layer."""
         tensors = [self._layer.tensors[module] for module in modules]
-        requests = [
-            error_feedback.Request(
+        matrices = [
+            error_feedback.MatrixToEncode(
                 self._layer.weight(module).cpu().numpy(),
                 QUANT_TYPES[self._plan.types[tensor.name]],
                 None if self._importance is None else self._importance.mean(tensor.name),
@@ -187,22 +187,22 @@ class FeedbackPass:
             for module, tensor in zip(modules, tensors, strict=True)
         ]
         try:
-            encoded = error_feedback.encode(requests, coupled, self._n_threads)
+            encoded = error_feedback.encode(matrices, coupled, self._n_threads)
         except QuantizationError as error:
-            raise QuantizationError(f"{tensors[0].name} or another of its layer: {error}") from None
+            raise QuantizationError(f"{tensors[0].name} or another matrix of its layer: {error}") from None
         result = {}
-        for module, tensor, request, data in zip(modules, tensors, requests, encoded, strict=True):
-            decoded = ggml.dequantize(data, request.quant_type, self._n_threads)
+        for module, tensor, matrix, data in zip(modules, tensors, matrices, encoded, strict=True):
+            decoded = ggml.dequantize(data, matrix.quant_type, self._n_threads)
             self._layer.assign(module, torch.from_numpy(decoded))
             result[tensor.name] = in_file_order(tensor, data)
         return result
 
 
 def _seconds_per_weight(quant_type: QuantType) -> float:
-    """Time of a thread to encode a weight."""
+    """Seconds that a thread needs to encode a weight."""
     rows = np.random.default_rng(0).standard_normal((16, 1024), dtype=np.float32)
     importance = np.ones(rows.shape[1], dtype=np.float32)
-    encoders.quantize(rows[:1], quant_type, importance)  # tables
+    encoders.quantize(rows[:1], quant_type, importance)  # the first call may compute the encoder's tables
     start = time.perf_counter()
     encoders.quantize(rows, quant_type, importance)
     return (time.perf_counter() - start) / rows.size

@@ -1,4 +1,4 @@
-"""Everything in the file before the first tensor: what it says of the model and of itself, and where tensors are."""
+"""Everything in the file before the first tensor: metadata of the model and the file, and the place of every tensor."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lieq_gguf.sources.source import SourceMetadata
 
 @dataclass(frozen=True)
 class ImatrixNote:
-    """What a file says of the importance matrix it was made with.
+    """What a file says about the importance matrix it was made with.
 
     Attributes:
-        file: Its file name.
+        file: Name of its file.
         dataset: Name of the calibration text.
-        n_entries: Matrices in it.
-        n_chunks: Sequences it was measured on.
+        n_entries: Number of its matrices.
+        n_chunks: Number of sequences it was measured on.
     """
 
     file: str
@@ -35,7 +35,7 @@ class ImatrixNote:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a file comes from, kept inside it.
+    """The origin of a file, stored inside it.
 
     Attributes:
         command_line: The command that made it.
@@ -48,7 +48,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Header:
-    """The head of a file, ready to write.
+    """The header of a file, ready to write.
 
     Attributes:
         content: Everything before the first tensor.
@@ -61,7 +61,7 @@ class Header:
 
 @dataclass(frozen=True)
 class PlanLabels:
-    """What a file says of its plan besides the types.
+    """What a file says about its plan besides the types.
 
     Attributes:
         method: Name of the allocation method.
@@ -83,8 +83,7 @@ class PlanLabels:
 def make_header(spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, provenance: Provenance) -> Header:
     """Lay out the file: metadata, and name, shape, type and place of every tensor.
 
-    The figures of the file are themselves part of the metadata, so it is laid out twice, the first time to learn its
-    size.
+    The metadata holds figures that depend on the size of the file, so the header is made twice, first to get the size.
     """
     labels = PlanLabels(plan.method, plan.scorer, plan.profile, plan.error_feedback, plan.budget, plan.layer_scores)
     layout = _Layout(spec, _packed(spec, metadata), plan.types, labels, provenance)
@@ -95,14 +94,14 @@ def make_header(spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, prov
 
 
 def header_bytes(spec: ModelSpec, metadata: SourceMetadata, labels: PlanLabels, provenance: Provenance) -> int:
-    """Bytes before the first tensor, known before there is a plan: they do not depend on types or figures."""
+    """Bytes before the first tensor. They depend neither on types nor on figures, so no plan is needed."""
     types = {t.name: F32.name for t in spec.tensors}
     layout = _Layout(spec, _packed(spec, metadata), types, labels, provenance)
     return len(layout.content(measure_bits(spec.tensors, types, 0)))
 
 
 def _packed(spec: ModelSpec, metadata: SourceMetadata) -> dict[str, bytes]:
-    """The metadata as bytes: to pack a vocabulary takes a while."""
+    """The metadata as bytes, packed once, since packing a vocabulary takes a while."""
     writer = HeaderWriter(spec.architecture)
     metadata.add_to(writer)
     return writer.values
@@ -110,7 +109,7 @@ def _packed(spec: ModelSpec, metadata: SourceMetadata) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A header but for the figures of the file."""
+    """A header without the figures of the file."""
 
     spec: ModelSpec
     packed: Mapping[str, bytes]
@@ -119,7 +118,7 @@ class _Layout:
     provenance: Provenance
 
     def content(self, meter: BitMeter) -> bytes:
-        """The bytes, with the figures."""
+        """The bytes of the header with the figures."""
         spec = self.spec
         writer = HeaderWriter(spec.architecture)
         writer.values.update(self.packed)
@@ -154,7 +153,7 @@ class _Layout:
 
 
 def _file_type(layers: tuple[tuple[TensorSpec, ...], ...], types: Mapping[str, str]) -> int:
-    """The file type of the type that most decoder weights have; llama.cpp only shows it."""
+    """The file type for the type of most decoder weights; llama.cpp only displays it."""
     n_weights: dict[str, int] = {}
     for tensor in (t for layer in layers for t in layer):
         n_weights[types[tensor.name]] = n_weights.get(types[tensor.name], 0) + tensor.n_weights

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a layer's matrices, which error feedback needs."""
+"""Second moments of the inputs of a layer's matrices, for error feedback."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 class SecondMoments:
-    """``H = mean(x xᵀ)`` over tokens, of every distinct input in a layer.
+    """``H = mean(x xᵀ)`` over tokens, for every distinct input in a layer.
 
-    Query, key and value share theirs, as do gate and up.
+    Query, key and value share one input, as do gate and up.
     """
 
     def __init__(self, modules: Collection[str], in_bfloat16: bool) -> None:
@@ -19,7 +19,7 @@ class SecondMoments:
 
         Args:
             modules: Linear modules to watch.
-            in_bfloat16: Whether inputs may be rounded to bfloat16, as the layer rounds them; sums are float32 always.
+            in_bfloat16: Whether inputs may be rounded to bfloat16, as in the layer; sums are always float32.
         """
         self._watched = modules
         self._in_bfloat16 = in_bfloat16
@@ -29,7 +29,7 @@ class SecondMoments:
         self._last: tuple[torch.Tensor, str] | None = None
 
     def see_input(self, module: str, x: torch.Tensor) -> None:
-        """Add a batch; the same tensor reaching several modules is summed once, under the name of the first."""
+        """Add a batch; a tensor that reaches several modules is summed once, under the name of the first."""
         if module not in self._watched:
             return
         if self._last is not None and self._last[0] is x:
@@ -45,12 +45,12 @@ class SecondMoments:
         self._n_tokens[module] = self._n_tokens.get(module, 0) + len(rows)
 
     def groups(self) -> list[list[str]]:
-        """Modules that have the same input, in the order they run in."""
+        """Groups of modules that share an input, in the order in which they run."""
         self._last = None
         return list(self._modules.values())
 
     def take(self, first: str) -> torch.Tensor:
-        """The moments ``[n_in, n_in]`` of an input by its first module, on the CPU; nothing is kept of them."""
+        """The moments ``[n_in, n_in]`` of the input of a group's first module, on the CPU; they are not kept here."""
         return self._sums.pop(first).div_(self._n_tokens.pop(first)).cpu()
 
     def _note(self, first: str, module: str) -> None:
@@ -61,7 +61,7 @@ class SecondMoments:
 
 @contextmanager
 def _rounding_products(rounding: bool) -> Iterator[None]:
-    """Products of float32 matrices whose factors are rounded to bfloat16, where that is fast."""
+    """For the length of a ``with``, products of float32 matrices may round their factors to bfloat16."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if rounding else before)
     try:

@@ -1,4 +1,4 @@
-"""Proof that a written file is what was planned and that llama.cpp runs it. Every tensor is read back."""
+"""Verifies that a written file matches its plan and that llama.cpp runs it. Every tensor is read back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lieq_gguf.formats.gguf_file import GgufFile, StoredTensor
 from lieq_gguf.native import ggml
 from lieq_gguf.native.llama_cpp import open_model
 
-_CHUNK_WEIGHTS = 1 << 20  # decoded by a thread at a time
+_CHUNK_WEIGHTS = 1 << 20  # weights decoded per task of a thread
 
-_Part: TypeAlias = tuple[StoredTensor, slice]
+_RowSlice: TypeAlias = tuple[StoredTensor, slice]
 """Some rows of a tensor."""
 
 
@@ -26,9 +26,9 @@ class Verification:
     """What was checked; a failure raises instead.
 
     Attributes:
-        n_tensors: Tensors whose type and size were compared and whose values were all found finite.
-        n_weights: Their weights.
-        n_vocab: Logits a token has in llama.cpp.
+        n_tensors: Number of tensors; their types were compared and all their values are finite.
+        n_weights: Number of their weights.
+        n_vocab: Number of logits per token in llama.cpp.
     """
 
     n_tensors: int
@@ -43,19 +43,19 @@ def verify(
     n_threads: int = 1,
     advance: Callable[[float], None] = lambda _amount: None,
 ) -> Verification:
-    """Read a file back, compare it with what was planned, and run a few tokens in llama.cpp.
+    """Read a file back, compare it with the plan, and run a few tokens in llama.cpp.
 
     Args:
         file: The file.
-        types: Planned type of every tensor, or None to take the file's word.
+        types: Planned type of every tensor, or None to accept the types in the file.
         shapes: Planned shape of every tensor, or None.
         n_threads: Threads to decode and to run with.
         advance: Called with the number of weights checked.
 
     Raises:
-        FormatError: if the file is no complete GGUF.
-        VerificationError: if a tensor is missing, too many, of another type or shape, or not finite, or llama.cpp does
-            not load or run the file.
+        FormatError: if the file is not a complete GGUF file.
+        VerificationError: if a tensor is missing, not planned, of another type or shape, or not finite, or if llama.cpp
+            does not load or run the file.
     """
     n_tensors, n_weights = _check_tensors(file, types, shapes, n_threads, advance)
     return Verification(n_tensors, n_weights, _run_in_llama_cpp(file, n_threads))
@@ -68,37 +68,35 @@ def _check_tensors(
     n_threads: int,
     advance: Callable[[float], None],
 ) -> tuple[int, int]:
-    """Number of tensors and weights, all as planned and finite. Unmaps the file before llama.cpp maps it."""
+    """Check all tensors and count tensors and weights. Unmaps the file before llama.cpp maps it."""
     content = GgufFile(file)
     if types is not None and content.types != dict(types):
-        raise VerificationError(f"{file} is not as planned: {_difference(content.types, types)}")
+        raise VerificationError(f"{file} differs from the plan: {_difference(content.types, types)}")
     for tensor in content.tensors:
         if shapes is not None and shapes[tensor.spec.name] != tensor.spec.shape:
             planned = shapes[tensor.spec.name]
-            raise VerificationError(
-                f"{tensor.spec.name} in {file} has shape {tensor.spec.shape}, planned was {planned}"
-            )
+            raise VerificationError(f"{tensor.spec.name} in {file} has shape {tensor.spec.shape}; planned {planned}")
     with ThreadPoolExecutor(max(1, n_threads)) as pool:
-        parts = [part for tensor in content.tensors for part in _parts(tensor)]
-        for (tensor, rows), is_finite in zip(parts, pool.map(_is_finite, parts), strict=True):
+        slices = [row_slice for tensor in content.tensors for row_slice in _row_slices(tensor)]
+        for (tensor, rows), is_finite in zip(slices, pool.map(_is_finite, slices), strict=True):
             if not is_finite:
                 raise VerificationError(
                     f"{tensor.spec.name} in {file} holds NaN or infinite values as {tensor.quant_type.name}; "
-                    "the source's values exceed what the type can scale: choose another with --types"
+                    "the source's values exceed the range of the type: choose another with --types"
                 )
             advance(tensor.spec.n_weights * (rows.stop - rows.start) / len(tensor.data))
     return len(content.tensors), sum(t.spec.n_weights for t in content.tensors)
 
 
-def _parts(tensor: StoredTensor) -> Iterator[_Part]:
+def _row_slices(tensor: StoredTensor) -> Iterator[_RowSlice]:
     n_rows = len(tensor.data)
     step = max(1, _CHUNK_WEIGHTS * n_rows // max(1, tensor.spec.n_weights))
     for start in range(0, n_rows, step):
         yield tensor, slice(start, min(start + step, n_rows))
 
 
-def _is_finite(part: _Part) -> bool:
-    tensor, rows = part
+def _is_finite(row_slice: _RowSlice) -> bool:
+    tensor, rows = row_slice
     return bool(np.isfinite(ggml.dequantize(tensor.data[rows], tensor.quant_type)).all())
 
 
@@ -114,5 +112,5 @@ def _run_in_llama_cpp(file: Path, n_threads: int) -> int:
 def _difference(found: Mapping[str, str], planned: Mapping[str, str]) -> str:
     for name in sorted(found.keys() | planned.keys()):
         if found.get(name) != planned.get(name):
-            return f"{name} is {found.get(name, 'missing')}, planned was {planned.get(name, 'no such tensor')}"
+            return f"{name} is {found.get(name, 'missing')}, planned {planned.get(name, 'no such tensor')}"
     return "no difference"

@@ -1,7 +1,7 @@
-"""The GGUF file, written tensor by tensor: read, quantise, append.
+"""Writes the GGUF file tensor by tensor: read, quantise, append.
 
-The header is complete before the first tensor, because every size is known from the plan. The file grows under a
-temporary name beside the target and takes its place only when the caller is content with it.
+The header is complete before the first tensor, because the plan determines every size. The caller gives a temporary
+name, and replaces the target only when the file has passed its checks.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writing.header import Header
 
-_SLICE_WEIGHTS = 1 << 17  # that a thread encodes at a time: some ten milliseconds, with one slice like another
-_AHEAD = 3  # slices begun by thread, so that none runs dry while the file is written
+_SLICE_WEIGHTS = 1 << 17  # weights per task of a thread: tens of milliseconds, about the same for every slice
+_AHEAD = 3  # slices begun per thread, so that none is idle while the file is written
 
-_Rows: TypeAlias = tuple[TensorSpec, "npt.NDArray[np.float32] | npt.NDArray[np.uint8]", int, bool]
-"""A tensor, some rows of it, float32 ``[n_rows, n_in]`` or encoded already, the first's index, and if they are last."""
+_RowSlice: TypeAlias = tuple[TensorSpec, "npt.NDArray[np.float32] | npt.NDArray[np.uint8]", int, bool]
+"""A tensor; some of its rows, float32 ``[n_rows, n_in]`` or already encoded; index of the first; whether it ends it."""
 
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Some rows of a tensor as the file has them, in file order.
+    """Some rows of a tensor, encoded and in file order.
 
     Attributes:
         tensor: The tensor.
         data: ``[n_rows, row_bytes]``.
-        is_last: Whether they are its last.
+        is_last: Whether these are its last rows.
     """
 
     tensor: TensorSpec
@@ -63,7 +63,7 @@ def write_file(
         advance: Called with the number of weights written.
 
     Raises:
-        OutputError: if the file is not of the size the header says.
+        OutputError: if the file does not have the size in the header.
     """
     with target.open("wb") as file:
         file.write(header.content)
@@ -84,11 +84,11 @@ def encode_tensors(
     importance: ImportanceMatrix | None,
     n_threads: int = 1,
 ) -> Iterator[EncodedRows]:
-    """Read and quantise tensors, each by itself.
+    """Read and quantise tensors, independently of each other.
 
     Args:
         source: The model.
-        tensors: What to encode, in file order.
+        tensors: The tensors to encode, in file order.
         plan: One type per tensor.
         importance: Weights of the squared errors, or None.
         n_threads: Threads of the encoders.
@@ -98,17 +98,17 @@ def encode_tensors(
     """
     n_threads = max(1, n_threads)
     with ThreadPoolExecutor(n_threads) as pool:
-        begun: deque[tuple[_Rows, Future[npt.NDArray[np.uint8]]]] = deque()
-        for part in _rows_in_order(source, tensors, plan):
-            begun.append((part, pool.submit(_encoded, part, QUANT_TYPES[plan.types[part[0].name]], importance)))
+        begun: deque[tuple[_RowSlice, Future[npt.NDArray[np.uint8]]]] = deque()
+        for rows in _rows_in_order(source, tensors, plan):
+            begun.append((rows, pool.submit(_encoded, rows, QUANT_TYPES[plan.types[rows[0].name]], importance)))
             if len(begun) > _AHEAD * n_threads:
                 yield _finished(*begun.popleft())
         while begun:
             yield _finished(*begun.popleft())
 
 
-def _encoded(part: _Rows, quant_type: QuantType, importance: ImportanceMatrix | None) -> npt.NDArray[np.uint8]:
-    tensor, rows, first_row, _ = part
+def _encoded(row_slice: _RowSlice, quant_type: QuantType, importance: ImportanceMatrix | None) -> npt.NDArray[np.uint8]:
+    tensor, rows, first_row, _ = row_slice
     if rows.dtype == np.uint8:
         return rows.astype(np.uint8, copy=False)
     mean = None if importance is None else importance.mean(tensor.name)
@@ -120,12 +120,12 @@ def _encoded(part: _Rows, quant_type: QuantType, importance: ImportanceMatrix | 
         raise QuantizationError(f"{tensor.name}: {error}") from None
 
 
-def _finished(part: _Rows, data: Future[npt.NDArray[np.uint8]]) -> EncodedRows:
-    return EncodedRows(part[0], data.result(), is_last=part[3])
+def _finished(row_slice: _RowSlice, data: Future[npt.NDArray[np.uint8]]) -> EncodedRows:
+    return EncodedRows(row_slice[0], data.result(), is_last=row_slice[3])
 
 
-def _rows_in_order(source: Source, tensors: Sequence[TensorSpec], plan: QuantPlan) -> Iterator[_Rows]:
-    """Weights as the file has them, some rows at a time."""
+def _rows_in_order(source: Source, tensors: Sequence[TensorSpec], plan: QuantPlan) -> Iterator[_RowSlice]:
+    """Weights in file order, some rows at a time."""
     for tensor in tensors:
         n_left = tensor.n_rows
         step = max(1, _SLICE_WEIGHTS // tensor.shape[-1])
