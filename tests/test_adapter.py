@@ -591,7 +591,7 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "alpha is missing": (with_config(lora_alpha=None), ("lora_alpha", "is None", "expected a number")),
     "alpha is infinite": (with_config(lora_alpha=math.inf), ("lora_alpha", "is inf", "expected a number")),
     "pattern is a list": (with_config(alpha_pattern=["q_proj"]), ("alpha_pattern", "expected an object")),
-    "pattern is none": (with_config(rank_pattern={"(": 2}), ("rank_pattern", "'('", "no regular expression")),
+    "pattern is none": (with_config(rank_pattern={"(": 2}), ("rank_pattern", "'('", "not a regular expression")),
     "another rank": (with_config(r=8), ("lora_A.weight", "(4, 256)", "a rank of 8")),
     "A of another width": (
         with_tensors(pair(Q_PROJ) | {f"{A}.weight": torch.ones(RANK, 128)}),
@@ -629,7 +629,7 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a norm": (renamed(**{"self_attn.q_proj": "input_layernorm"}), ("vector", "expected a matrix")),
     "unknown part": (
         with_tensors(pair(Q_PROJ) | {f"{PREFIX}{Q_PROJ}.lora_diag": torch.ones(RANK)}),
-        ("lora_diag, which is no part of a LoRA adapter", MERGE),
+        ("lora_diag, which is not part of a LoRA adapter", MERGE),
     ),
     "two adapters": (
         with_tensors({key.replace(".weight", f".{n}.weight"): t for n in "ab" for key, t in pair(Q_PROJ).items()}),
@@ -673,7 +673,7 @@ def test_refuses(untied: Path, tmp_path: Path, case: str) -> None:
 )
 def test_refuses_to_untie_embedding_and_output(tiny_model: Path, tmp_path: Path, name: str) -> None:
     adapter = write_adapter(tmp_path / "lora", {f"{PREFIX}{name}": torch.ones(RANK, 256)})
-    with pytest.raises(SourceError, match="embedding and output of tiny are one matrix, which training unties; merge"):
+    with pytest.raises(SourceError, match="embedding and output of tiny are one matrix, and the adapter unties them; merge"):
         ModelDirectory(tiny_model, adapter)
 
 
@@ -685,12 +685,12 @@ def test_refuses_dora_on_weights_that_are_all_zero(untied: Path, tmp_path: Path)
     tensors = pair(Q_PROJ) | {f"{PREFIX}{Q_PROJ}.lora_magnitude_vector": torch.ones(256)}
     tensors[f"{B}.weight"][7] = 0
     source = ModelDirectory(base, write_adapter(tmp_path / "lora", tensors, use_dora=True))
-    with pytest.raises(SourceError, match=r"q_proj.weight has an output without weights"):
+    with pytest.raises(SourceError, match=r"q_proj.weight has an output whose weights are all zero"):
         read_all(source)
 
 
 def test_adapter_in_place_of_its_base_is_told_where_it_belongs(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="lora is an adapter; give its base model, and this with --adapter"):
+    with pytest.raises(SourceError, match="lora is an adapter; give its base model, and the adapter with --adapter"):
         ModelDirectory(write_adapter(tmp_path / "lora", pair(Q_PROJ)))
 
 

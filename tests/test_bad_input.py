@@ -100,7 +100,7 @@ def test_missing_source(run_cli: RunCli, folder: Path, command: str) -> None:
 
 def test_source_is_a_file(run_cli: RunCli, folder: Path, tiny_model: Path) -> None:
     done = run_cli("convert", tiny_model / "model.safetensors", *QUICK, "-o", folder / "out.gguf")
-    assert_refused(done, "is a file that does not begin as GGUF does; expected a model directory", folder)
+    assert_refused(done, "is a file, but not a GGUF file; expected a model directory", folder)
 
 
 def empty_folder(model: Path) -> None:
@@ -163,7 +163,7 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     "integers": (integers, "is I8; expected BF16, F16, F32"),
     "NaN": (nan_weight, "blk.1.ffn_up.weight: the weights hold NaN"),
     "more layers": (config(num_hidden_layers=4), "has no tensor model.layers.3.input_layernorm.weight"),
-    "another width": (config(intermediate_size=768), "config.json makes it (768, 256)"),
+    "another width": (config(intermediate_size=768), "by config.json expected (768, 256)"),
     "architecture": (config(architectures=["GPT2LMHeadModel"]), "unsupported architecture GPT2LMHeadModel; supported"),
     "architectures a number": (config(architectures=1), "unsupported architecture 1; supported"),
     "architectures of numbers": (config(architectures=[1]), "unsupported architecture 1; supported"),
@@ -324,7 +324,7 @@ def test_a_configuration_that_transformers_does_not_take(
     model = write_model(tmp_path / "model")
     edit_json(model / "config.json", **change)
     done = run_cli("score", model, "--n-tokens", 64, "-q", "-o", folder / "scores.json")
-    assert_refused(done, f"transformers does not read {model / 'config.json'}: ", folder)
+    assert_refused(done, f"transformers cannot read {model / 'config.json'}: ", folder)
 
 
 def test_a_model_card_that_cannot_be_parsed_stops_nothing(run_cli: RunCli, tmp_path: Path, folder: Path) -> None:
@@ -415,12 +415,12 @@ def test_failed_verification_leaves_the_old_output(
     run_cli: RunCli, tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_arguments: object) -> None:
-        raise VerificationError("not as planned")
+        raise VerificationError("differs from the plan")
 
     monkeypatch.setattr("lieq_gguf.pipeline.verify", fail)
     output = folder / "old.gguf"
     output.write_text("old")
-    assert_refused(run_cli("convert", tiny_model, *QUICK, "--force", "-o", output), "not as planned")
+    assert_refused(run_cli("convert", tiny_model, *QUICK, "--force", "-o", output), "differs from the plan")
     assert [p.name for p in folder.iterdir()] == ["old.gguf"]
     assert output.read_text() == "old"
 

@@ -112,7 +112,7 @@ def test_a_file_is_the_model_it_was_made_from(name: str, tmp_path: Path) -> None
     file = convert_plainly(directory, tmp_path / "model.gguf")
     expected, found = ModelDirectory(directory), open_source(file)
     assert isinstance(found, GgufSource)
-    assert found.why_not_known == ""
+    assert found.why_not_supported == ""
     assert [described(t) for t in found.spec.tensors] == [described(t) for t in expected.spec.tensors]
     assert (found.spec.n_weights, found.spec.has_tied_embeddings) == (
         expected.spec.n_weights,
@@ -186,7 +186,7 @@ def test_the_twin_is_drawn_as_the_directory_says(
         is_same = untold.by_scorer[name] == pytest.approx(scores, rel=1e-5)
         assert is_same == (name not in ("lieq", "lieq-qkv", "energy-gain")), name
     assert untold.type_errors == expected.type_errors
-    note, few = "does not tell initializer_range", ("--calibration", calibration_text, "--n-tokens", 64)
+    note, few = "does not store initializer_range", ("--calibration", calibration_text, "--n-tokens", 64)
     assert note in run_cli("score", converters, *few).stderr
     assert note not in run_cli("score", converters, *few, "--initializer-range", 0.05).stderr
     assert note not in run_cli("score", f16_file, *few).stderr
@@ -196,7 +196,7 @@ def test_the_twin_is_drawn_as_the_directory_says(
 def test_initializer_range_is_refused_where_it_is_known_or_useless(
     f16_model: Path, f16_file: Path, run_cli: RunCli
 ) -> None:
-    cases = {f16_model: "a model directory tells", f16_file: "has initializer_range 0.05"}
+    cases = {f16_model: "a model directory has", f16_file: "has initializer_range 0.05"}
     for path, words in cases.items():
         done = run_cli("plan", path, "--bits", 16, "--types", "F16", "--initializer-range", 0.02)
         assert (done.exit_code, done.stdout) == (1, "")
@@ -241,7 +241,7 @@ def test_a_value_nobody_reads_leaves_the_pass_to_llama_cpp(f16_file: Path, tmp_p
 
     source = GgufSource(rewrite(f16_file, tmp_path / "odd.gguf", change))
     assert not source.has_transformers_model
-    assert "attention.clamp_kqv" in source.why_not_known
+    assert "attention.clamp_kqv" in source.why_not_supported
     with pytest.raises(SourceError, match="cannot be run by transformers"):
         source.transformers_config()
 
@@ -284,7 +284,7 @@ def test_what_transformers_cannot_have_leaves_the_pass_to_llama_cpp(
 
     source = GgufSource(rewrite(f16_file, tmp_path / "odd.gguf", change))
     assert not source.has_transformers_model
-    assert words in source.why_not_known
+    assert words in source.why_not_supported
 
 
 def test_layers_come_one_after_the_other(f16_file: Path, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_parts_that_are_not_all_there(f16_file: Path, tmp_path: Path) -> None:
         GgufSource(parts[1])
     renamed = tmp_path / "renamed.gguf"
     renamed.write_bytes(parts[0].read_bytes())
-    with pytest.raises(SourceError, match="not named as one"):
+    with pytest.raises(SourceError, match="but its name is not"):
         GgufSource(renamed)
     parts[1].unlink()
     with pytest.raises(SourceError, match=f"{parts[1].name} is missing"):
@@ -524,7 +524,7 @@ def test_unknown_architecture_is_planned_and_written(
     options = ("--bits", 3.4, "--calibration", calibration_text, "--n-tokens", 512, "-q")
     made = run_cli("convert", gemma_file, "-o", output, *options)
     assert made.exit_code == 0, made.stderr
-    assert "the architecture gemma is not one of those" in made.stderr
+    assert "the architecture gemma has no forward pass" in made.stderr
     before, after = GgufFile(gemma_file), GgufFile(output)
     assert 0.99 * 3.4 <= after.bit_meter().layer_bpw <= 3.4
     assert {before.value(key) == after.value(key) for key in before.keys if key.startswith("gemma.")} == {True}

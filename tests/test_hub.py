@@ -245,7 +245,7 @@ def test_score_and_imatrix_and_eval_take_names(
 def test_what_is_downloaded_is_said_unless_quiet(home: Path, hub: HubServer) -> None:
     spoken = plan(home, hub)
     assert "note: downloading 0.00" in spoken.stderr
-    assert f"GB of weights of {NAME} to {home / 'hub'}" in spoken.stderr
+    assert f"GB of weights for {NAME} to {home / 'hub'}" in spoken.stderr
     assert plan(home, hub).stderr == ""
 
 
@@ -278,7 +278,7 @@ def test_offline_and_unreachable_use_the_cache(home: Path, hub: HubServer) -> No
     hub.is_down = True
     down = plan(home, hub, name)
     assert document(down)["types"] == online["types"]
-    assert "the copy in its cache is used" in down.stderr
+    assert "using the copy in its cache" in down.stderr
     hub.endpoint = "http://127.0.0.1:9"  # discard: nobody listens
     assert document(plan(home, hub, name, "-q"))["types"] == online["types"]
 
@@ -407,7 +407,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(home: Path, hub: Hu
 def test_the_next_run_downloads_only_the_rest(home: Path, hub: HubServer, sharded: Path) -> None:
     shards = sorted(p.name for p in sharded.glob("model-*.safetensors"))
     hub.broken[shards[-1]] = 500
-    assert_refused(plan(home, hub, "lab/sharded"), "does not answer", "500", "goes on where it stopped")
+    assert_refused(plan(home, hub, "lab/sharded"), "does not answer", "500", "continues where it stopped")
     assert leftovers(home) == []
     assert weights_sent(hub) == [f"lab/sharded/{shard}" for shard in shards[:-1]]
     hub.broken.clear()

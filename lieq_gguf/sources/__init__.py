@@ -1,4 +1,4 @@
-"""What models to convert are kept in."""
+"""The forms in which models to convert are stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lieq_gguf.sources.source import Source
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether there is a file that begins as GGUF files do."""
+    """Whether the path is a file that begins like a GGUF file."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -23,43 +23,43 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_source(path: Path, options: SourceOptions = SourceOptions()) -> Source:
-    """Open a model to convert, a model directory or a GGUF file.
+    """Open a model to convert: a model directory or a GGUF file.
 
     Args:
-        path: Where it is.
-        options: How to take it.
+        path: Its path.
+        options: How to read it.
 
     Raises:
-        LieqError: if it is no readable model.
+        LieqError: if the model cannot be read.
     """
     if not is_gguf(path):
         if options.initializer_range is not None:
             raise SourceError(
-                f"{path} is not a GGUF file, and a model directory tells its initializer_range in config.json; "
+                f"{path} is not a GGUF file, and a model directory has its initializer_range in config.json; "
                 "leave out --initializer-range"
             )
         return ModelDirectory(path, options.adapter)
     if options.adapter is not None:
         raise SourceError(
-            f"{path} is a GGUF file, but adapters are merged into model directories only; give the directory of the "
+            f"{path} is a GGUF file, but adapters can only be merged into model directories; give the directory of the "
             "model that the adapter was trained on"
         )
     return GgufSource(path, options)
 
 
 def find_model(model: str, revision: str | None, progress: Progress) -> Path:
-    """Where a model is, downloaded if ``model`` is the name of one on the hub.
+    """The path of a model, which is downloaded if ``model`` is a name on the hub.
 
     Raises:
-        SourceError: if it cannot be had, or a revision is given of what is not on the hub.
+        SourceError: if it cannot be downloaded, or a revision is given for a model that is not on the hub.
     """
     if is_hub_name(model):
         return fetch(model, revision, progress)
     if revision is not None:
-        raise SourceError(f"'{model}' is no model of the hub; leave out --revision {revision}")
+        raise SourceError(f"'{model}' is not a model on the hub; leave out --revision {revision}")
     return Path(model)
 
 
 def model_name(path: Path) -> str:
-    """Name of a model for people, by where it is."""
+    """Name of a model for people, made from its path."""
     return gguf_source.model_name(path) if is_gguf(path) else model_directory.model_name(path)

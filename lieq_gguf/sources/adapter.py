@@ -1,4 +1,4 @@
-"""A LoRA adapter as PEFT saves it, merged into the weights as they are read: no merged copy, on disk or in memory."""
+"""A LoRA adapter as PEFT saves it, merged into each tensor when it is read; there is no merged copy of the model."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 _MERGE_ELSEWHERE = "merge it with PEFT's merge_and_unload, save the model and convert that"
 
-# Options that make an adapter more than W + scale * B A, and what they do.
+# Options that make an adapter more than W + scale * B A, and their effect.
 _REFUSED_OPTIONS = {
     "fan_in_fan_out": "is for transposed weights",
     "layer_replication": "repeats layers",
     "lora_bias": "adds a bias to B",
     "megatron_config": "is for Megatron's layers",
-    "target_parameters": "adapts parameters that are no modules",
+    "target_parameters": "adapts parameters that are not modules",
     "trainable_token_indices": "trains single tokens of the embedding",
-    "use_bdlora": "makes blocks of A or B",
+    "use_bdlora": "makes A or B block-diagonal",
     "kasa_config": "changes the base's weights",
     "monteclora_config": "samples its weights",
 }
 # PEFT itself does not merge these.
 _UNMERGEABLE_OPTIONS = {
-    "alora_invocation_tokens": "acts only behind its invocation tokens",
+    "alora_invocation_tokens": "acts only after its invocation tokens",
     "arrow_config": "chooses between adapters at every token",
     "use_qalora": "works on pooled inputs",
 }
-# Initialisations that take the adapter's first state out of the base: the trained one does not fit the original.
+# Initialisations that subtract the initial adapter from the base, so the trained one does not fit the original.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _UPDATE = re.compile(
@@ -55,21 +55,21 @@ _REPLACEMENT = re.compile(
     r"(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.(?P<adapter>[^.]+))?)?\.(?P<kind>weight|bias)"
 )
 
-# Safetensors' name of a type: how to see its bits, and those that are all set in what is not finite.
+# Safetensors' name of a type to the integer type of its bits, and the bits that are all set in NaN and infinity.
 _EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """What is added to a matrix: ``scale * B A``, by the names that the adapter's file has for its parts.
+    """``scale * B A``, which is added to a matrix; A and B by their names in the adapter's file.
 
     Attributes:
-        a: ``[r, n_in]``; of an embedding ``[r, n_vocab]``.
-        b: ``[n_out, r]``; of an embedding ``[d_model, r]``.
+        a: ``[r, n_in]``; for an embedding ``[r, n_vocab]``.
+        b: ``[n_out, r]``; for an embedding ``[d_model, r]``.
         scale: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
-        is_embedding: Whether the product is transposed, as an embedding's is.
-        magnitude: DoRA's norms, ``[n_out]``, or ``[d_model]`` of an embedding; None without DoRA.
+        is_embedding: Whether the product is transposed, as for an embedding.
+        magnitude: DoRA's norms, ``[n_out]``, or ``[d_model]`` for an embedding; None without DoRA.
     """
 
     a: str
@@ -85,12 +85,12 @@ class LoraAdapter:
 
     Attributes:
         name: Name of its directory.
-        file: Its tensors.
-        digest: Of configuration and tensors.
-        updates: Source tensor name to what is added.
-        replacements: Source tensor name to the name, in ``file``, of a tensor that takes its place (PEFT's
+        file: File with its tensors.
+        digest: Digest of configuration and tensors.
+        updates: Source tensor name to the update added to it.
+        replacements: Source tensor name to the name, in ``file``, of a tensor that replaces it (PEFT's
             ``modules_to_save``, and trained biases).
-        notes: What the user may want to know of it.
+        notes: What the user may want to know about it.
     """
 
     name: str
@@ -107,15 +107,15 @@ class LoraAdapter:
 
         Args:
             source_name: Name of the tensor in the model.
-            weight: What the model has under that name.
+            weight: The model's tensor.
 
         Returns:
-            ``W + scale * B A`` in float32, with DoRA ``m * (W + scale * B A) / |W + scale * B A|``, the norm that of
-            each output's weights; or what replaces the tensor, in the adapter's type; or ``weight`` itself if the
-            adapter has nothing for it.
+            ``W + scale * B A`` in float32, with DoRA ``m * (W + scale * B A) / |W + scale * B A|``, with one norm for
+            the weights of each output; or the tensor's replacement, in the adapter's type; or ``weight`` itself if the
+            adapter does not change it.
 
         Raises:
-            SourceError: if DoRA divides by the norm of weights that are all zero.
+            SourceError: if DoRA would divide by the norm of weights that are all zero.
         """
         replacement, update = self.replacements.get(source_name), self.updates.get(source_name)
         if replacement is None and update is None:
@@ -133,7 +133,7 @@ class LoraAdapter:
                 norms = merged.norm(dim=0 if update.is_embedding else 1, keepdim=True)
                 if not bool(norms.all()):
                     raise SourceError(
-                        f"{source_name} has an output without weights, whose direction DoRA cannot scale; "
+                        f"{source_name} has an output whose weights are all zero, which DoRA cannot scale; "
                         f"{self.file} does not fit the model"
                     )
                 merged *= tensors.get_tensor(update.magnitude).float().view_as(norms) / norms
@@ -156,15 +156,15 @@ def load_adapter(path: Path, base: Path, spec: ModelSpec) -> LoraAdapter:
     file = path / _WEIGHTS
     shapes = _read_shapes(path)
     shape_of = {name: t.shape[1:] if t.of_experts else t.shape for t in spec.tensors for name in t.source_names}
-    parts, replacements = _assign(file, shapes, shape_of, spec)
-    updates = {name: _make_update(file, config, name, found, shapes) for name, found in parts.items()}
+    matrices, replacements = _assign(file, shapes, shape_of, spec)
+    updates = {name: _make_update(file, config, name, keys, shapes) for name, keys in matrices.items()}
     for name, update in updates.items():
         _check_shapes(file, shapes, update, shape_of[name])
     for name, key in replacements.items():
         if shapes[key] != shape_of[name]:
             resized = name.startswith(("model.embed_tokens", "lm_head")) and shapes[key][1:] == shape_of[name][1:]
-            advice = f"its vocabulary was resized: {_MERGE_ELSEWHERE}" if resized else "is it made for another model?"
-            raise SourceError(f"{key} in {file} has shape {shapes[key]}, {name} has {shape_of[name]}; {advice}")
+            advice = f"its vocabulary was resized: {_MERGE_ELSEWHERE}" if resized else "was it made for another model?"
+            raise SourceError(f"{key} in {file} has shape {shapes[key]}, but {name} has {shape_of[name]}; {advice}")
     named = [key for u in updates.values() for key in (u.a, u.b, u.magnitude) if key is not None]
     _check_finite(file, [*named, *replacements.values()])
     return LoraAdapter(path.resolve().name, file, _digest(path), updates, replacements, _notes(path, base, config))
@@ -187,21 +187,21 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _check_config(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what is not merged by ``W + scale * B A`` or DoRA's formula."""
+    """Refuse adapters that are not ``W + scale * B A`` or DoRA's formula."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise SourceError(f"{file} is of an adapter with peft_type {kind!r}; expected 'LORA': {_MERGE_ELSEWHERE}")
-    for key, does in _UNMERGEABLE_OPTIONS.items():
+        raise SourceError(f"{file} has peft_type {kind!r}; expected 'LORA': {_MERGE_ELSEWHERE}")
+    for key, effect in _UNMERGEABLE_OPTIONS.items():
         if config.get(key):
-            raise SourceError(f"{file} sets {key}: such an adapter {does} and cannot be merged into weights")
-    for key, does in _REFUSED_OPTIONS.items():
+            raise SourceError(f"{file} sets {key}: such an adapter {effect} and cannot be merged into weights")
+    for key, effect in _REFUSED_OPTIONS.items():
         if config.get(key):
-            raise SourceError(f"{file} sets {key}, which {does} and is not supported; {_MERGE_ELSEWHERE}")
+            raise SourceError(f"{file} sets {key}, which {effect} and is not supported; {_MERGE_ELSEWHERE}")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGES_BASE):
         raise SourceError(
-            f"{file} says init_lora_weights '{start}', which changes the base's weights, so the adapter does not fit "
-            f"the original ones; convert it to plain LoRA as PEFT describes, or {_MERGE_ELSEWHERE}"
+            f"{file} has init_lora_weights '{start}', which changes the base's weights, so the adapter does not fit "
+            f"the original weights; convert it to plain LoRA as PEFT describes, or {_MERGE_ELSEWHERE}"
         )
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
@@ -213,8 +213,8 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     file = path / _WEIGHTS
     if not file.is_file():
         pickle = next((name for name in _PICKLES if (path / name).exists()), None)
-        found = "no weights" if pickle is None else f"only pickled weights ({pickle}), which can run code when loaded"
-        raise SourceError(f"{path} holds {found}; expected {_WEIGHTS}: save the adapter with PEFT's save_pretrained")
+        held = "no weights" if pickle is None else f"only pickled weights ({pickle}), which can run code when loaded"
+        raise SourceError(f"{path} holds {held}; expected {_WEIGHTS}: save the adapter with PEFT's save_pretrained")
     shapes = {}
     try:
         # numpy as framework reads headers without loading torch.
@@ -235,58 +235,58 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def _assign(
     file: Path, keys: Iterable[str], names: Collection[str], spec: ModelSpec
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Which tensors of the model the adapter's tensors are for.
+    """Assign the adapter's tensors to tensors of the model.
 
     Returns:
         Source tensor name to ``lora_A``, ``lora_B``, … to the adapter's tensor; and source tensor name to the
         adapter's tensor that replaces it.
     """
-    parts: dict[str, dict[str, str]] = {}
+    matrices: dict[str, dict[str, str]] = {}
     replacements: dict[str, str] = {}
     adapters = set()
     for key in sorted(keys, key=len):  # of several copies of a replacement, PEFT loads the one with the plain name
         name = key.removeprefix("base_model.model.")
-        if ".original_module." in name:  # the base's own weights, beside those that replace them
+        if ".original_module." in name:  # the base's own weights, which are replaced
             continue
         update, replacement = _UPDATE.fullmatch(name), _REPLACEMENT.fullmatch(name)
         match = update or replacement
         if match is None:
-            raise SourceError(f"{file} has a tensor {key}, which is no part of a LoRA adapter; {_MERGE_ELSEWHERE}")
+            raise SourceError(f"{file} has a tensor {key}, which is not part of a LoRA adapter; {_MERGE_ELSEWHERE}")
         target = f"{match['module']}.{'weight' if replacement is None or update else replacement['kind']}"
         if spec.has_tied_embeddings and target in ("model.embed_tokens.weight", "lm_head.weight"):
             raise SourceError(
-                f"{file} changes {match['module']}, but embedding and output of {spec.name} are one matrix, which "
-                f"training unties; {_MERGE_ELSEWHERE}"
+                f"{file} changes {match['module']}, but embedding and output of {spec.name} are one matrix, and the "
+                f"adapter unties them; {_MERGE_ELSEWHERE}"
             )
         if target not in names:
             raise SourceError(
-                f"{file} has {key}, but {spec.name} with its {spec.n_layers} layers has no {target}; is the adapter "
-                "made for another model?"
+                f"{file} has {key}, but {spec.name} with {spec.n_layers} layers has no {target}; was the adapter made "
+                "for another model?"
             )
         if update:
             adapters.add(update["adapter"])
-            parts.setdefault(target, {})[update["part"]] = key
+            matrices.setdefault(target, {})[update["part"]] = key
         else:
             replacements.setdefault(target, key)
     if len(adapters) > 1:
-        found = ", ".join(sorted(str(name) for name in adapters))
-        raise SourceError(f"{file} holds several adapters ({found}); expected one: save them apart")
-    if not parts and not replacements:
+        listed = ", ".join(sorted(str(name) for name in adapters))
+        raise SourceError(f"{file} holds several adapters ({listed}); expected one: save them separately")
+    if not matrices and not replacements:
         raise SourceError(f"{file} holds no tensors; expected those of a LoRA adapter: save it again")
-    return parts, replacements
+    return matrices, replacements
 
 
 def _make_update(
     file: Path, config: Mapping[str, Any], name: str, found: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> LowRankUpdate:
-    """The update of a source tensor, of the parts that were found for it."""
+    """The update of a source tensor, from the adapter's tensors ``found`` for it."""
     is_embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
     expected = ["lora_embedding_A", "lora_embedding_B"] if is_embedding else ["lora_A", "lora_B"]
     if config.get("use_dora"):
         expected.append("lora_magnitude_vector")
     if set(found) != set(expected):
         raise SourceError(
-            f"{file} has {', '.join(sorted(found))} for {name}; {_CONFIG} makes it {', '.join(expected)}: "
+            f"{file} has {', '.join(sorted(found))} for {name}; by {_CONFIG} expected {', '.join(expected)}: "
             "save the adapter again"
         )
     rank, scale = _rank_and_scale(file.parent / _CONFIG, config, name.removesuffix(".weight"))
@@ -297,15 +297,17 @@ def _make_update(
 
 
 def _rank_and_scale(file: Path, config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Rank and scale of a module: the general ones, or those of the first pattern that its name ends with."""
+    """Rank and scale of a module: the general values, or those of the first pattern that matches its name's end."""
 
     def value(key: str, patterns: str) -> Any:
         for pattern, special in (config.get(patterns) or {}).items():
             try:
-                found = re.match(rf"(?:.*\.)?(?:{pattern})$", module)
+                is_match = re.match(rf"(?:.*\.)?(?:{pattern})$", module)
             except re.error as error:
-                raise SourceError(f"{patterns} in {file} has '{pattern}', no regular expression ({error})") from None
-            if found:
+                raise SourceError(
+                    f"{patterns} in {file} has '{pattern}', which is not a regular expression ({error})"
+                ) from None
+            if is_match:
                 return special
         return config.get(key)
 
@@ -320,7 +322,7 @@ def _rank_and_scale(file: Path, config: Mapping[str, Any], module: str) -> tuple
 def _check_shapes(
     file: Path, shapes: Mapping[str, tuple[int, ...]], update: LowRankUpdate, shape: tuple[int, ...]
 ) -> None:
-    """Refuse parts whose product has not the shape of the base's tensor."""
+    """Refuse A and B whose product does not have the shape of the base's tensor."""
     if len(shape) != 2:
         raise SourceError(f"{file} has {update.a}, but the model has a vector there; expected a matrix")
     rank = shapes[update.a][0]
@@ -328,16 +330,16 @@ def _check_shapes(
     expected: dict[str, tuple[int, ...]] = {update.a: (rank, n_in), update.b: (n_out, rank)}
     if update.magnitude is not None:
         expected[update.magnitude] = (n_out,)
-    for key, wanted in expected.items():
-        if shapes[key] != wanted:
+    for key, expected_shape in expected.items():
+        if shapes[key] != expected_shape:
             raise SourceError(
-                f"{key} in {file} has shape {shapes[key]}, the model makes it {wanted}; is the adapter made for "
-                "another model?"
+                f"{key} in {file} has shape {shapes[key]}, but the model needs {expected_shape}; was the adapter made "
+                "for another model?"
             )
 
 
 def _check_finite(file: Path, keys: Sequence[str]) -> None:
-    """Refuse NaN and infinite values, by their bits: torch takes seconds to load, and numpy has no BF16."""
+    """Refuse NaN and infinite values. Reads their bits, since torch takes seconds to load and numpy has no BF16."""
     with file.open("rb") as opened:
         header_bytes = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(header_bytes))
@@ -362,9 +364,9 @@ def _digest(path: Path) -> str:
 def _notes(path: Path, base: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     notes = []
     made_for = str(config.get("base_model_name_or_path") or "")
-    # a snapshot in the hub's cache has the model's name further up
+    # in the hub's cache, the model's name is in a parent folder of the snapshot
     if made_for.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() not in str(base.resolve()).lower():
-        notes.append(f"the adapter names {made_for} as its base model, which is merged into {base}")
+        notes.append(f"the adapter names {made_for} as its base model, but it is merged into {base}")
     differing = [
         name
         for name in _TOKENIZER_FILES
@@ -373,7 +375,7 @@ def _notes(path: Path, base: Path, config: Mapping[str, Any]) -> tuple[str, ...]
     ]
     if differing:
         notes.append(
-            f"{path} has {', '.join(differing)}, other than {base}, whose tokenizer and chat template are used; "
+            f"{path} has its own {', '.join(differing)}, but tokenizer and chat template are taken from {base}; "
             "copy these files there if the adapter was trained with them"
         )
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""What a file made from a model directory says of the model."""
+"""Metadata of a file made from a model directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lieq_gguf.records.spec import ModelSpec
 from lieq_gguf.tokenizers import Vocabulary
 
 INITIALIZER_RANGE = "lieq.initializer_range"
-"""Key of the one number that scores need of ``config.json`` and llama.cpp has no key for."""
+"""Key for the only number that scores need from ``config.json`` and that llama.cpp has no key for."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DirectoryMetadata:
     adapter: str | None = None
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
-        """Write all of it."""
+        """Write all metadata."""
         writer.add_type(gguf.GGUFType.MODEL)
         self._add_general(writer)
         self.family.add_hyper_parameters(self.spec.config, writer)
@@ -54,7 +54,7 @@ class DirectoryMetadata:
             if self.repository is not None:
                 self._name_after_repository(metadata, self.repository)
         except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-            metadata = gguf.Metadata()  # the model card is for people; one that cannot be parsed stops nothing
+            metadata = gguf.Metadata()  # the model card is only for people, so errors in it do not matter
         if self.repository is not None and metadata.source_repo_url is None:
             metadata.source_repo_url = f"https://huggingface.co/{self.repository}"
         if metadata.name is None:
@@ -64,7 +64,7 @@ class DirectoryMetadata:
         metadata.set_gguf_meta_model(writer)
 
     def _name_after_repository(self, metadata: gguf.Metadata, repository: str) -> None:
-        """Take what gguf reads out of a directory's name from the name on the hub: a snapshot's own is a commit."""
+        """Use the hub's name where gguf would use the directory's: a snapshot's directory is named by its commit."""
         card = gguf.Metadata.load_model_card(self.path)
         named = gguf.Metadata.apply_metadata_heuristic(
             gguf.Metadata(), card, {"_name_or_path": repository}, None, self.spec.n_weights

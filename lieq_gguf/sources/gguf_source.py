@@ -1,7 +1,7 @@
-"""A model that is a GGUF file already, in one part or several.
+"""A model that is already a GGUF file, in one part or several.
 
-Where the architecture is one of ours, transformers' configuration is made from the file's metadata, and all that can be
-learnt of a model directory can be learnt of the file as well. Any other architecture is run by llama.cpp.
+For a supported architecture, transformers' configuration is made from the file's metadata, and everything that can be
+measured in a model directory can be measured in the file. llama.cpp runs any other architecture.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _SAMPLE_BYTES = 1024
 _BUILDER_KEYS = ("split.", "quantize.imatrix.", "lieq.")
-_KEPT_OF_BUILDER = ("lieq.adapter", INITIALIZER_RANGE)
+_MODEL_KEYS = ("lieq.adapter", INITIALIZER_RANGE)  # under a prefix of _BUILDER_KEYS, but about the model
 _FILE_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
 _IN_TEXT = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is: file, first byte, type, and shape ``[n_rows, row_bytes]``."""
+    """The place of a tensor: file, first byte, type, and shape ``[n_rows, row_bytes]``."""
 
     path: Path
     offset: int
@@ -55,39 +55,39 @@ class _Place:
 
 @dataclass(frozen=True)
 class GgufMetadata:
-    """All that the file says of the model, value by value as it is stored, in its order.
+    """All metadata about the model, as stored and in the same order.
 
-    Left out is what tells of the file itself: its types, its parts, how it was quantised.
+    Metadata about the file itself is left out: its types, its parts, how it was quantised.
 
     Attributes:
         values: Key to stored bytes.
-        vocabulary: None: it is among the values.
+        vocabulary: None, since it is among the values.
     """
 
     values: Mapping[str, bytes]
     vocabulary: None = None
 
     def add_to(self, writer: HeaderWriter) -> None:
-        """Write all of it."""
+        """Write all metadata."""
         for key, content in self.values.items():
             writer.add_bytes(key, content)
 
 
 class GgufSource:
-    """A readable model: its spec from the header alone, its tensors on demand.
+    """A model in a GGUF file: its spec from the header alone, its tensors on demand.
 
     Attributes:
-        path: The file, of several the first.
-        spec: What the model is made of.
-        why_not_known: Why transformers cannot run the model; empty if it can.
+        path: The file; the first of several.
+        spec: Tensors and structure of the model.
+        why_not_supported: Why transformers cannot run the model; empty if it can.
 
     Raises:
         FormatError: if the file is damaged.
-        SourceError: if it is no language model, a part of it is missing, or it is quantised and that was not allowed.
+        SourceError: if it is not a language model, a part is missing, or it is quantised and that is not allowed.
     """
 
     def __init__(self, path: Path, options: SourceOptions = SourceOptions()) -> None:
-        """Open a file; weights that are quantised already are taken only if that is allowed."""
+        """Open a file; weights that are already quantised are accepted only with ``allow_requantize``."""
         self.path = path
         files = _open_parts(path)
         first = files[0]
@@ -103,90 +103,90 @@ class GgufSource:
         self._quantised = self._quantised_types(tensors)
         if self._quantised and not options.allow_requantize:
             raise SourceError(
-                f"{path} is quantised already ({', '.join(self._quantised)}), and the errors of both times add up; "
+                f"{path} is already quantised ({', '.join(self._quantised)}), and new errors would add to its errors; "
                 "expected F16, BF16 or F32: convert the original, or pass --allow-requantize"
             )
         self._tokens = first.value("tokenizer.ggml.tokens", [])
         self._token_types = first.value("tokenizer.ggml.token_type", [])
-        self._family, config, self.why_not_known = self._transformers_model(first, tensors)
-        config |= self._told_initializer_range(first, options.initializer_range)
+        self._family, config, self.why_not_supported = self._transformers_model(first, tensors)
+        config |= self._initializer_range(first, options.initializer_range)
         if self._family is None:
-            known = [_as_llama_quantize(t, self._places[t.name].quant_type) for t in tensors]
+            specs = [_as_llama_quantize(t, self._places[t.name].quant_type) for t in tensors]
         else:
-            by_name = {t.name: t for t in _known_tensors(self._family, config, {t.name: t.shape for t in tensors})}
-            known = [by_name.get(t.name, t) for t in tensors]
+            by_name = {t.name: t for t in _family_tensors(self._family, config, {t.name: t.shape for t in tensors})}
+            specs = [by_name.get(t.name, t) for t in tensors]
         self.spec = ModelSpec(
             name=model_name(path),
             architecture=first.architecture,
             config=config,
             n_layers=1 + max(t.layer for t in tensors if t.layer is not None),
-            tensors=tuple(_layers_in_order(known)),
+            tensors=tuple(_layers_in_order(specs)),
             has_tied_embeddings="output.weight" not in self._places,
         )
 
     @property
     def has_transformers_model(self) -> bool:
-        """Whether the architecture is one of ours, with nothing in the metadata that transformers does not do."""
+        """Whether the architecture is supported and transformers supports everything in the metadata."""
         return self._family is not None
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What it costs to quantise a second time, and what cannot be known of an architecture that llama.cpp runs."""
+        """The cost of quantising a second time, and what cannot be measured in a model that llama.cpp runs."""
         result = []
         if self._quantised:
             result.append(
-                f"{self.path} is quantised already, to {self._layer_bpw():.2f} bits per weight "
-                f"({', '.join(self._quantised)}): what that has cost stays, new errors add to it, and a divergence "
-                "foretold here is from this file, not from the model it was made of"
+                f"{self.path} is already quantised to {self._layer_bpw():.2f} bits per weight "
+                f"({', '.join(self._quantised)}): new errors add to the errors it has, and a divergence "
+                "predicted here is from this file, not from the original model"
             )
         if self._family is None:
             result.append(
-                f"{self.path} is run by llama.cpp and not layer by layer: {self.why_not_known}; types are chosen by "
-                "the weighted error of the weights alone, without error feedback"
+                f"{self.path} is run by llama.cpp, not layer by layer: {self.why_not_supported}; types are chosen only "
+                "by the weighted error of the weights, without error feedback"
             )
         return tuple(result)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """None so far."""
+        """No notes."""
         return ()
 
     @property
     def notes_on_scores(self) -> tuple[str, ...]:
-        """What they can differ in from those of the directory that the file was made from."""
+        """How they can differ from the scores of the directory that the file was made from."""
         if self._family is None or "initializer_range" in self.spec.config:
             return ()
         return (
-            f"{self.path} does not tell initializer_range: the untrained twin, which the scores lieq, lieq-qkv and "
-            "energy-gain compare with, has transformers' default; if config.json of the model says another number, "
-            "pass it with --initializer-range",
+            f"{self.path} does not store initializer_range, so the untrained twin (for the scores lieq, lieq-qkv and "
+            "energy-gain) uses transformers' default; if config.json of the model has another number, pass it with "
+            "--initializer-range",
         )
 
-    def _told_initializer_range(self, first: GgufFile, given: float | None) -> dict[str, float]:
-        """What ``initializer_range`` is by the file or by the user; nothing if nobody tells."""
-        told = first.value(INITIALIZER_RANGE)
-        if told is not None and not isinstance(told, float):
-            raise FormatError(f"{self.path} has {INITIALIZER_RANGE} {told!r}; expected a number")
+    def _initializer_range(self, first: GgufFile, given: float | None) -> dict[str, float]:
+        """``initializer_range`` from the file or from the user; empty if neither has it."""
+        stored = first.value(INITIALIZER_RANGE)
+        if stored is not None and not isinstance(stored, float):
+            raise FormatError(f"{self.path} has {INITIALIZER_RANGE} {stored!r}; expected a number")
         if self._family is None:
             if given is not None:
                 raise SourceError(
-                    f"{self.path} is run by llama.cpp, without an untrained twin ({self.why_not_known}); "
+                    f"{self.path} is run by llama.cpp, without an untrained twin ({self.why_not_supported}); "
                     "leave out --initializer-range"
                 )
             return {}
-        if given is not None and told is not None and given != told:
-            raise SourceError(f"{self.path} has initializer_range {told:g}; leave out --initializer-range {given:g}")
-        known = given if given is not None else told
-        return {} if known is None else {"initializer_range": known}
+        if given is not None and stored is not None and given != stored:
+            raise SourceError(f"{self.path} has initializer_range {stored:g}; leave out --initializer-range {given:g}")
+        value = given if given is not None else stored
+        return {} if value is None else {"initializer_range": value}
 
     def _layer_bpw(self) -> float:
-        """Stored bits per weight of the layers' matrices, as they are."""
+        """Stored bits per weight of the layers' matrices in this file."""
         matrices = [t for layer in self.spec.layer_matrices for t in layer]
         n_bytes = sum(self._places[t.name].quant_type.tensor_bytes(t.shape) for t in matrices)
         return 8 * n_bytes / sum(t.n_weights for t in matrices)
 
     def read(self, tensor: TensorSpec) -> torch.Tensor:
-        """The tensor as transformers has it; in its stored type where that is a plain number and nothing is undone."""
+        """The tensor as transformers has it; a plain type stays as stored, unless a norm's offset is subtracted."""
         import torch
 
         place = self._places[tensor.name]
@@ -201,7 +201,7 @@ class GgufSource:
         return loaded.float() - tensor.offset if tensor.offset else loaded
 
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
-        """The weights in file order, which is their own: decoded, and otherwise as they are."""
+        """The weights, decoded; they are already in file order."""
         place = self._places[tensor.name]
         data = self._mapped(place)
         step = max(1, CHUNK_WEIGHTS // tensor.shape[-1])
@@ -210,7 +210,7 @@ class GgufSource:
                 yield ggml.dequantize(matrix[start : start + step], place.quant_type)
 
     def encoded_rows(self, tensor: TensorSpec, quant_type: QuantType) -> Iterator[ByteArray] | None:
-        """The stored bytes of a quantised tensor that stays in its type: to encode it anew would cost once more."""
+        """The stored bytes of a quantised tensor that keeps its type: encoding it again would add errors."""
         place = self._places[tensor.name]
         if place.quant_type is not quant_type or not quant_type.is_quantized:
             return None
@@ -225,10 +225,10 @@ class GgufSource:
         """The configuration of transformers' model, for float32.
 
         Raises:
-            SourceError: if the architecture, or a value of the metadata, is none that transformers' model has.
+            SourceError: if transformers does not support the architecture or a value of the metadata.
         """
         if self._family is None:
-            raise SourceError(f"{self.path} cannot be run by transformers: {self.why_not_known}")
+            raise SourceError(f"{self.path} cannot be run by transformers: {self.why_not_supported}")
         import torch
         from transformers import AutoConfig
 
@@ -236,31 +236,31 @@ class GgufSource:
         settings |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # defaults are another model's
         try:
             config: PretrainedConfig = AutoConfig.for_model(self.spec.config["model_type"], **settings)
-        except Exception as error:  # it trips over values of the wrong kind in many ways
+        except Exception as error:  # it raises many kinds of errors for wrong values
             raise SourceError(
-                f"transformers takes no model of what {self.path} says: {' '.join(str(error).split())}"
+                f"transformers cannot make a model from the metadata of {self.path}: {' '.join(str(error).split())}"
             ) from None
         config.dtype = torch.float32
         return config
 
     def load_tokenizer(self) -> SourceTokenizer:
-        """The tokenizer that llama.cpp makes of the file."""
+        """The file's tokenizer, run by llama.cpp."""
         tokens = [str(token) for token in self._tokens]
         if not tokens:
-            raise TokenizerError(f"{self.path} has no tokens; expected a model that takes text")
+            raise TokenizerError(f"{self.path} has no tokens; expected a model with a vocabulary")
         in_text = {tokens[i]: i for i, kind in enumerate(self._token_types[: len(tokens)]) if kind in _IN_TEXT}
         loaded = load_vocabulary(self.path)
         return SourceTokenizer(len(tokens), in_text, loaded.tokenize, lambda token_id: tokens[token_id])
 
     def read_metadata(self, pre_tokenizer: str | None = None) -> GgufMetadata:
-        """What the file says of the model.
+        """The file's metadata about the model.
 
         Raises:
-            TokenizerError: if another pre-tokenizer is asked for than the file's.
+            TokenizerError: if a pre-tokenizer is given, since the file names its own.
         """
         if pre_tokenizer is not None:
             raise TokenizerError(
-                f"pre-tokenizer '{pre_tokenizer}' was asked for, but {self.path} names its own, which is kept; "
+                f"you asked for pre-tokenizer '{pre_tokenizer}', but {self.path} names its own, which is kept; "
                 "leave out --pre-tokenizer"
             )
         return self.metadata
@@ -291,10 +291,10 @@ class GgufSource:
         return digest.hexdigest()[:32]
 
     def check_output(self, output: Path) -> None:
-        """Require that no part of the model is written over.
+        """Require that the output does not overwrite a part of the model.
 
         Raises:
-            OutputError: if one would be.
+            OutputError: if it would.
         """
         for path in {place.path for place in self._places.values()}:
             if output.exists() and output.samefile(path):
@@ -303,15 +303,15 @@ class GgufSource:
     def _mapped(self, place: _Place) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor ``[n_rows, row_bytes]``."""
         if place.path not in self._maps:
-            # copy on write: torch takes no array that cannot be written, and nobody does
+            # copy on write, since torch requires a writable array; nobody writes to it
             self._maps[place.path] = np.memmap(place.path, mode="c").view(np.ndarray)
         n_rows, row_bytes = place.shape
         return self._maps[place.path][place.offset : place.offset + n_rows * row_bytes].reshape(n_rows, row_bytes)
 
     def _quantised_types(self, tensors: Sequence[TensorSpec]) -> tuple[str, ...]:
-        """Types with blocks among the matrices."""
-        found = dict.fromkeys(self._places[t.name].quant_type for t in tensors if len(t.shape) > 1)
-        return tuple(quant_type.name for quant_type in found if quant_type.is_quantized)
+        """Types of the quantised matrices."""
+        types = dict.fromkeys(self._places[t.name].quant_type for t in tensors if len(t.shape) > 1)
+        return tuple(quant_type.name for quant_type in types if quant_type.is_quantized)
 
     def _transformers_model(
         self, first: GgufFile, tensors: Sequence[TensorSpec]
@@ -320,16 +320,16 @@ class GgufSource:
         name = first.architecture
         family = family_named(name)
         if family is None:
-            return None, {}, f"the architecture {name} is not one of those with a forward pass here"
+            return None, {}, f"the architecture {name} has no forward pass here"
         values = {k.removeprefix(f"{name}."): first.value(k) for k in first.keys if k.startswith(f"{name}.")}
         shapes = {t.name: t.shape for t in tensors}
         stored = StoredParameters(values, shapes, self._vector)
         try:
             config = family.source_config(stored)
             n_layers = 1 + max(t.layer for t in tensors if t.layer is not None)
-            if config["num_hidden_layers"] != n_layers:  # before the tensors of that many are listed
-                raise ArchitectureError(f"block_count is {config['num_hidden_layers']}, found are {n_layers} layers")
-            expected = {t.name: t.shape for t in _known_tensors(family, config, shapes)}
+            if config["num_hidden_layers"] != n_layers:  # check first: a wrong count could list millions of tensors
+                raise ArchitectureError(f"block_count is {config['num_hidden_layers']}, but found {n_layers} layers")
+            expected = {t.name: t.shape for t in _family_tensors(family, config, shapes)}
         except ArchitectureError as error:
             return None, {}, f"{name} model of an unusual kind ({error})"
         if stored.unread:
@@ -345,10 +345,10 @@ class GgufSource:
         return ggml.dequantize(self._mapped(place), place.quant_type).reshape(-1)
 
 
-def _known_tensors(
+def _family_tensors(
     family: Decoder, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[TensorSpec, ...]:
-    """The tensors that a family has by a configuration, with the biases that the file has."""
+    """The tensors of a family for a configuration, with the biases that the file has."""
     biases = frozenset(
         f"model.layers.{layer}.{module.name}.bias"
         for layer in range(config["num_hidden_layers"])
@@ -359,16 +359,16 @@ def _known_tensors(
 
 
 def _as_llama_quantize(tensor: TensorSpec, stored: QuantType) -> TensorSpec:
-    """A tensor of an unknown architecture: a matrix to quantise where llama-quantize would, otherwise kept as it is."""
+    """A tensor of an unsupported architecture: quantised if llama-quantize would, otherwise kept in its type."""
     is_outer = tensor.layer is None and tensor.name not in ("token_embd.weight", "output.weight")
     is_kept = len(tensor.shape) < 2 or is_outer or is_never_quantised(tensor.name)
     return replace(tensor, is_fixed=is_kept and len(tensor.shape) > 1, fixed_type=stored.name if is_kept else F32.name)
 
 
 def _layers_in_order(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """File order, but one layer after the other, and nothing between them.
+    """File order, but with layers in ascending order and nothing between them.
 
-    llama.cpp's converter can leave them in the order of their names.
+    llama.cpp's converter can write them in the order of their names.
     """
     first = next(i for i, t in enumerate(tensors) if t.layer is not None)
     outside = [t for t in tensors[first:] if t.layer is None]
@@ -377,19 +377,19 @@ def _layers_in_order(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
 
 
 def _tells_of_model(key: str) -> bool:
-    if key in _KEPT_OF_BUILDER:
+    if key in _MODEL_KEYS:
         return True
     return key not in _FILE_KEYS and not key.startswith(_BUILDER_KEYS)
 
 
 def model_name(path: Path) -> str:
-    """Name of a file for people: without suffix and number of parts."""
+    """Name of a file for people: without suffix and part number."""
     part = _PART.fullmatch(path.name)
     return part["stem"] if part else path.stem
 
 
 def _open_parts(path: Path) -> list[GgufFile]:
-    """The file, and the others if it is the first of several."""
+    """The file, and the other parts if it is the first of several."""
     first = GgufFile(path)
     count = int(first.value("split.count", 1))
     if count <= 1:
@@ -397,14 +397,16 @@ def _open_parts(path: Path) -> list[GgufFile]:
     named = _PART.fullmatch(path.name)
     if named is None or int(named["count"]) != count:
         raise SourceError(
-            f"{path} is one of {count} parts, but not named as one; expected NAME-00001-of-{count:05d}.gguf"
+            f"{path} is one of {count} parts, but its name is not; expected NAME-00001-of-{count:05d}.gguf"
         )
     paths = [path.with_name(f"{named['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     if path != paths[0]:
         raise SourceError(f"{path} is part {named['number']} of {count}; give the first, {paths[0].name}")
     missing = [p.name for p in paths if not p.is_file()]
     if missing:
-        raise SourceError(f"{missing[0]} is missing, one of {count} parts of {path.name}; put it beside the first")
+        raise SourceError(
+            f"{missing[0]} is missing, one of the {count} parts of {path.name}; put it in the same folder"
+        )
     files = [first, *(GgufFile(p) for p in paths[1:])]
     for i, file in enumerate(files):
         if (file.value("split.no"), file.value("split.count")) != (i, count):
@@ -415,7 +417,7 @@ def _open_parts(path: Path) -> list[GgufFile]:
     n_found = sum(len(file.tensors) for file in files)
     if n_found != first.value("split.tensors.count", n_found):
         raise SourceError(
-            f"the {count} parts of {path.name} hold {n_found} tensors, the first says "
+            f"the {count} parts of {path.name} hold {n_found} tensors, but the first one says "
             f"{first.value('split.tensors.count')}: download them again"
         )
     return files

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub by name, through its own client: its cache, its token, its settings."""
+"""Downloads models from the Hugging Face hub by name, with its own client: its cache, its token, its settings."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _N_SHOWN = 6  # file names in a message
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a source is the name of a model on the hub, ``owner/name``: a path that exists never is.
+    """Whether a source is the name of a model on the hub, ``owner/name``, and not an existing path.
 
-    Names without an owner are not taken: the few models that have one are of no supported family, and a mistyped
-    directory should not ask the network.
+    Names without an owner do not count: the few such models are of no supported family, and a mistyped directory should
+    not cause a network request.
     """
     return _NAME.fullmatch(source) is not None and not source.endswith(_NO_NAMES) and not Path(source).exists()
 
 
 def fetch(name: str, revision: str | None, progress: Progress) -> Path:
-    """Download what a conversion needs of a model, unless the hub's cache has it.
+    """Download what a conversion needs from a model, unless the hub's cache has it.
 
-    List of files, configuration and tokenizer come first, so that a model that cannot be converted costs no weights.
-    Without a network, or with ``HF_HUB_OFFLINE`` set, the cache alone is used.
+    File list, configuration and tokenizer come first, so that no weights are downloaded for a model that cannot be
+    converted. Without a network, or with ``HF_HUB_OFFLINE`` set, only the cache is used.
 
     Args:
         name: ``owner/name``.
@@ -57,12 +57,12 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
         The directory of the snapshot in the cache.
 
     Raises:
-        SourceError: if the model or a part of it cannot be had; finished files stay in the cache.
+        SourceError: if the model or one of its files cannot be downloaded; finished files stay in the cache.
         ArchitectureError: if the architecture is not supported.
     """
     from huggingface_hub import HfApi
 
-    # Files come one after the other in this thread: the client's own pool would finish them before it heeds Ctrl-C.
+    # One file after the other in this thread: the client's own pool would finish all files before it reacts to Ctrl-C.
     model = _HubModel(HfApi(library_name="lieq-gguf", library_version=__version__), name, revision)
     with progress.stage("download", "Downloading"):
         try:
@@ -71,8 +71,8 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
             folder = model.cached()
             if folder is None:
                 raise
-            if not error.is_wanted:
-                progress.note(f"{error.reason}; the copy in its cache is used")
+            if not error.is_intended:
+                progress.note(f"{error.reason}; using the copy in its cache")
             return folder
         if _CONFIG not in files or not {INDEX_FILE, WEIGHTS_FILE} & set(files):
             raise SourceError(
@@ -85,7 +85,7 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
                 "model, or download both and add the tokenizer"
             )
         with _bars(shown=False):
-            # asked for by branch or tag once, so that the cache knows the commit when the hub is out of reach
+            # by branch or tag first, so that the cache knows its commit when the hub cannot be reached
             model.get(_CONFIG, revision)
             folder = model.get(_CONFIG, commit).parent
             read_supported_config(folder)
@@ -94,14 +94,14 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
                 weights = sorted(set(read_index(model.get(INDEX_FILE, commit)).values()))
             missing = [shard for shard in weights if shard not in files]
             if missing:
-                raise SourceError(f"{name} lacks {_some(missing)}, which its {INDEX_FILE} names; ask its owner")
+                raise SourceError(f"{name} lacks {_some(missing)}, named in its {INDEX_FILE}; ask its owner")
             for file in files:
                 if any(fnmatchcase(file, pattern) for pattern in _SMALL_FILES):
                     model.get(file, commit)
             n_bytes = sum(model.missing_bytes(shard, commit) for shard in weights)
         if n_bytes:
             model.check_space(n_bytes)
-            progress.note(f"downloading {_gigabytes(n_bytes)} of weights of {name} to {model.cache}")
+            progress.note(f"downloading {_gigabytes(n_bytes)} of weights for {name} to {model.cache}")
         with _bars(shown=not progress.silent):
             for shard in weights:
                 model.get(shard, commit)
@@ -109,24 +109,24 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
 
 
 class _UnreachableError(SourceError):
-    """The hub does not answer, or is not to be asked.
+    """The hub does not answer, or the user works offline.
 
     Attributes:
-        reason: Why, in words.
-        is_wanted: Whether the user has asked for that.
+        reason: The reason, for a message.
+        is_intended: Whether the user chose to work offline.
     """
 
-    def __init__(self, model: _HubModel, reason: str, is_wanted: bool = False) -> None:
-        again = "check the network and run the command again, which goes on where it stopped"
-        way_out = "unset it to download" if is_wanted else again
+    def __init__(self, model: _HubModel, reason: str, is_intended: bool = False) -> None:
+        again = "check the network and run the command again; it continues where it stopped"
+        way_out = "unset it to download" if is_intended else again
         super().__init__(f"{model.name} is not, or not completely, in {model.cache}, and {reason}; {way_out}")
         self.reason = reason
-        self.is_wanted = is_wanted
+        self.is_intended = is_intended
 
 
 @dataclass(frozen=True)
 class _HubModel:
-    """One model, asked for through the client."""
+    """One model, accessed through the client."""
 
     api: HfApi
     name: str
@@ -134,7 +134,7 @@ class _HubModel:
 
     @property
     def cache(self) -> Path:
-        """Where the client keeps models."""
+        """The client's folder for models."""
         from huggingface_hub.constants import HF_HUB_CACHE
 
         return Path(HF_HUB_CACHE).expanduser()
@@ -146,19 +146,19 @@ class _HubModel:
         with self._explained():
             info = self.api.model_info(self.name, revision=self.revision, timeout=HF_HUB_ETAG_TIMEOUT)
         if info.sha is None or info.siblings is None:
-            raise SourceError(f"{self.api.endpoint} does not tell the files of {self.name}; is HF_ENDPOINT right?")
+            raise SourceError(f"{self.api.endpoint} does not list the files of {self.name}; is HF_ENDPOINT right?")
         return info.sha, tuple(sorted(file.rfilename for file in info.siblings))
 
     def get(self, file: str, revision: str | None) -> Path:
-        """A file in the cache, downloaded if it is not there."""
+        """A file in the cache, downloaded if it is missing."""
         with self._explained():
             return Path(self.api.hf_hub_download(self.name, file, revision=revision))
 
     def missing_bytes(self, file: str, commit: str) -> int:
-        """Bytes to download of a file."""
+        """Bytes of a file that must be downloaded; 0 if it is in the cache."""
         with self._explained():
-            found = self.api.hf_hub_download(self.name, file, revision=commit, dry_run=True)
-        return found.file_size or 0 if found.will_download else 0
+            download = self.api.hf_hub_download(self.name, file, revision=commit, dry_run=True)
+        return download.file_size or 0 if download.will_download else 0
 
     def cached(self) -> Path | None:
         """The snapshot in the cache, if it is complete."""
@@ -180,14 +180,14 @@ class _HubModel:
         free = shutil.disk_usage(place).free
         if n_bytes > free:
             raise SourceError(
-                f"the weights of {self.name} take {_gigabytes(n_bytes)}, {self.cache} has {_gigabytes(free)} left; "
-                "make room, or set HF_HOME to a folder on another disk"
+                f"the weights of {self.name} take {_gigabytes(n_bytes)}, but {self.cache} has {_gigabytes(free)} left; "
+                "free some space, or set HF_HOME to a folder on another disk"
             )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn the client's errors into one line with the way out."""
-        # of httpx2, or of httpx before version 2 of the client
+        """Turn the client's errors into one line that says what to do."""
+        # from httpx2, or from httpx before version 2 of the client
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
         try:
@@ -212,14 +212,14 @@ class _HubModel:
         if status in (_UNAUTHORIZED, _FORBIDDEN):
             return SourceError(f"the hub refuses your token for {name} ({status}); log in again: hf auth login")
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return _UnreachableError(self, "HF_HUB_OFFLINE is set", is_wanted=True)
+            return _UnreachableError(self, "HF_HUB_OFFLINE is set", is_intended=True)
         if isinstance(error, OSError) and error.errno is not None:
             return SourceError(
-                f"{name} cannot be stored in {self.cache}: {error.strerror}; make room, or set HF_HOME to another "
-                "folder, and run the command again"
+                f"{name} cannot be stored in {self.cache}: {error.strerror}; free some space, or set HF_HOME to "
+                "another folder, and run the command again"
             )
         is_busy = status is not None and (status == _TOO_MANY_REQUESTS or status >= _SERVER_ERRORS)
-        if is_busy or not isinstance(error, (OSError, ValueError, RuntimeError)):  # what is left are httpx's own
+        if is_busy or not isinstance(error, (OSError, ValueError, RuntimeError)):  # all others are httpx's own
             return _UnreachableError(self, f"{self.api.endpoint} does not answer ({error})")
         if isinstance(error, errors.LocalEntryNotFoundError):
             return _UnreachableError(self, f"{self.api.endpoint} does not answer ({error.__cause__ or error})")
@@ -227,7 +227,7 @@ class _HubModel:
 
 
 def _some(files: Sequence[str]) -> str:
-    """The first of some files, hidden ones aside."""
+    """The first few of some file names, without hidden files."""
     names = [file for file in files if not file.startswith(".")] or ["no file"]
     rest = len(names) - _N_SHOWN
     return ", ".join(names[:_N_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
@@ -239,7 +239,7 @@ def _gigabytes(n_bytes: int) -> str:
 
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
-    """The client's progress bars on or off; its own setting stays as it was."""
+    """Show or hide the client's progress bars; its own setting is restored."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if shown or are_progress_bars_disabled():

@@ -36,25 +36,25 @@ _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[0-9a-f]{40}")
 
 
 class ModelDirectory:
-    """A readable model: its spec from headers alone, its tensors on demand.
+    """A model in a directory: its spec from headers alone, its tensors on demand.
 
     Attributes:
         path: The directory.
         repository: Its name on the hub, ``owner/name``, if it is a snapshot in the hub's cache.
-        spec: What the model is made of.
+        spec: Tensors and structure of the model.
         family: The functions of its architecture.
-        adapter: What is merged into its tensors as they are read, or None.
+        adapter: The adapter merged into its tensors when they are read, or None.
 
     Raises:
-        SourceError: if something is missing, damaged, or stored in a form that is no plain weight, or if the adapter
-            cannot be merged.
+        SourceError: if something is missing, damaged, or not stored as plain weights, or if the adapter cannot be
+            merged.
         ArchitectureError: if the architecture is not supported.
     """
 
     has_transformers_model = True
 
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
-        """Open a model, with a LoRA adapter if there is a directory of one."""
+        """Open a model, optionally with the directory of a LoRA adapter."""
         self.path = path
         self.repository = repository_of(path)
         config, self.family = read_supported_config(path)
@@ -75,23 +75,23 @@ class ModelDirectory:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know before it is converted."""
+        """What the user should know before the conversion."""
         return self.family.caveats(self.spec.config)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What may interest the user, of less weight than a warning."""
+        """What the user may want to know, less important than a warning."""
         return () if self.adapter is None else self.adapter.notes
 
     @property
     def notes_on_scores(self) -> tuple[str, ...]:
-        """None: all that scores need is there."""
+        """No notes: config.json has all that scores need."""
         return ()
 
     def read(self, tensor: TensorSpec) -> torch.Tensor:
         """The tensor in the source's own type and row order, mapped and not copied; float32 if an adapter changes it.
 
-        Matrices of experts are put together, ``[n_experts, n_out, n_in]``.
+        Matrices of experts are stacked, ``[n_experts, n_out, n_in]``.
         """
         if tensor.source_name is None:
             return self.family.computed_tensor(self.spec.config, tensor.name)
@@ -104,7 +104,7 @@ class ModelDirectory:
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
         """The weights in file order, some rows ``[n_rows, n_in]`` of one matrix at a time; a vector is one row."""
         if tensor.of_experts:
-            for name in tensor.source_names:  # one after the other: together they are a good part of the model
+            for name in tensor.source_names:  # one at a time: together they are much of the model
                 yield from file_rows(tensor, self._stored(name))
         else:
             yield from file_rows(tensor, self.read(tensor))
@@ -113,13 +113,13 @@ class ModelDirectory:
         """None: no weights of a directory are quantised."""
 
     def check_output(self, output: Path) -> None:
-        """Nothing: no file of the directory is a GGUF."""
+        """Check nothing: no file of the directory is a GGUF file."""
 
     def transformers_config(self) -> PretrainedConfig:
         """The configuration that transformers reads, for float32.
 
         Raises:
-            SourceError: if transformers does not read it.
+            SourceError: if transformers cannot read it.
         """
         import torch
         from transformers import AutoConfig
@@ -128,22 +128,22 @@ class ModelDirectory:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # it trips over values of the wrong kind in many ways
+        except Exception as error:  # it raises many kinds of errors for wrong values
             raise SourceError(
-                f"transformers does not read {self.path / 'config.json'}: {' '.join(str(error).split())}"
+                f"transformers cannot read {self.path / 'config.json'}: {' '.join(str(error).split())}"
             ) from None
         config.dtype = torch.float32
         return config
 
     def load_tokenizer(self) -> SourceTokenizer:
-        """The tokenizer that the directory's files define."""
+        """The tokenizer of the directory's files."""
         return load_source_tokenizer(self.path)
 
     def read_metadata(self, pre_tokenizer: str | None = None) -> DirectoryMetadata:
-        """What the file is to say of the model; with a name for the pre-tokenizer if it cannot be recognised.
+        """Metadata for the file; ``pre_tokenizer`` names a pre-tokenizer that cannot be recognised.
 
         Raises:
-            TokenizerError: if llama.cpp cannot tokenise as the model's files say.
+            TokenizerError: if llama.cpp does not support the model's tokenizer.
         """
         spec = self.spec
         vocabulary = read_vocabulary(self.path, spec.config["vocab_size"], pre_tokenizer, spec.architecture)
@@ -152,10 +152,10 @@ class ModelDirectory:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of what the weights depend on: another model, or another adapter, has another.
+        """A digest that differs for every model and adapter.
 
-        That is configuration, tensor headers, some bytes of every tensor, and the adapter. Reads a few kilobytes a
-        tensor, not the model.
+        It covers configuration, tensor headers, some bytes of every tensor, and the adapter. It reads a few kilobytes
+        per tensor, not the model.
         """
         digest = hashlib.sha256(json.dumps(dict(self.spec.config), sort_keys=True).encode())
         for shard in sorted(set(self._shard_of.values())):
@@ -183,9 +183,9 @@ class ModelDirectory:
         return digest.hexdigest()[:32]
 
     def release(self) -> None:
-        """Unmap the shards, whose pages count as this process's memory as long as they are mapped.
+        """Unmap the shards, whose pages count as this process's memory while they are mapped.
 
-        Tensors that were read stay valid; the next ``read`` maps again.
+        Tensors that were read stay valid; the next ``read`` maps the file again.
         """
         self._open.clear()
 
@@ -197,7 +197,7 @@ class ModelDirectory:
         return loaded if self.adapter is None else self.adapter.merged(name, loaded)
 
     def _check_headers(self, tensors: tuple[TensorSpec, ...]) -> None:
-        wanted: dict[Path, list[tuple[str, tuple[int, ...]]]] = {}
+        expected_in: dict[Path, list[tuple[str, tuple[int, ...]]]] = {}
         for tensor in tensors:
             shape = tensor.shape[1:] if tensor.of_experts else tensor.shape
             for name in tensor.source_names:
@@ -205,19 +205,19 @@ class ModelDirectory:
                     raise SourceError(
                         f"{self.path} has no tensor {name}; expected all tensors that config.json describes"
                     )
-                wanted.setdefault(self._shard_of[name], []).append((name, shape))
-        for shard, names_and_shapes in wanted.items():
+                expected_in.setdefault(self._shard_of[name], []).append((name, shape))
+        for shard, names_and_shapes in expected_in.items():
             with _open_shard(shard) as file:
                 names = set(file.keys())
                 for name, expected in names_and_shapes:
                     if name not in names:
                         raise SourceError(
-                            f"{shard} has no tensor {name}, which {INDEX_FILE} says it holds: download it again"
+                            f"{shard} has no tensor {name}, although {INDEX_FILE} says so: download it again"
                         )
                     header = file.get_slice(name)
                     shape = tuple(header.get_shape())
                     if shape != expected:
-                        raise SourceError(f"{name} in {shard} has shape {shape}; config.json makes it {expected}")
+                        raise SourceError(f"{name} in {shard} has shape {shape}; by config.json expected {expected}")
                     if header.get_dtype() not in _DTYPES:
                         raise SourceError(f"{name} in {shard} is {header.get_dtype()}; expected {', '.join(_DTYPES)}")
 
@@ -229,15 +229,15 @@ def repository_of(path: Path) -> str | None:
 
 
 def model_name(path: Path) -> str:
-    """Name of a model for people: that of its directory, or on the hub without its owner."""
+    """Name of a model for people: its directory's name, or its name on the hub without the owner."""
     return (repository_of(path) or path.resolve().name).rpartition("/")[2]
 
 
 def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
-    """Read ``config.json`` of a directory, which needs no weights yet.
+    """Read ``config.json`` of a directory; the weights may still be missing.
 
     Raises:
-        SourceError: if it is missing or damaged, or the model is quantised already.
+        SourceError: if it is missing or damaged, or the model is already quantised.
         ArchitectureError: if the architecture is not supported.
     """
     config = _read_config(path)
@@ -252,7 +252,7 @@ def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
 
 
 def read_index(file: Path) -> dict[str, str]:
-    """Tensor name to file name, by the index of a model in several files.
+    """Tensor name to file name, from the index of a model in several files.
 
     Raises:
         SourceError: if it is damaged.
@@ -272,27 +272,24 @@ def _complete_config(path: Path) -> Iterator[None]:
         raise SourceError(f"{path / 'config.json'} has no {error}; expected the configuration of a model") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise SourceError(
-            f"{path / 'config.json'} has a value of a kind that no model of this architecture has ({error}); "
-            "download it again"
+            f"{path / 'config.json'} has a value that does not fit this architecture ({error}); download it again"
         ) from None
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     if not path.is_dir():
-        found = "is a file that does not begin as GGUF does" if path.exists() else "does not exist"
+        found = "is a file, but not a GGUF file" if path.exists() else "does not exist"
         raise SourceError(
             f"{path} {found}; expected a model directory with config.json and {WEIGHTS_FILE}, a GGUF file, "
-            "or a model of the Hugging Face hub as owner/name"
+            "or a model on the Hugging Face hub as owner/name"
         )
     file = path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if (path / "adapter_config.json").is_file():
-            raise SourceError(f"{path} is an adapter; give its base model, and this with --adapter") from None
-        raise SourceError(
-            f"{path} has no config.json; expected a model directory as Hugging Face lays it out"
-        ) from None
+            raise SourceError(f"{path} is an adapter; give its base model, and the adapter with --adapter") from None
+        raise SourceError(f"{path} has no config.json; expected a model directory in Hugging Face's layout") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise SourceError(f"{file} cannot be read: {error}") from None
     if not isinstance(config, dict):
@@ -301,13 +298,13 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _find_shards(path: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
+    """Tensor name to the file that holds it."""
     index = path / INDEX_FILE
     if index.is_file():
         shards = {name: path / file for name, file in read_index(index).items()}
         for shard in sorted(set(shards.values())):
             if not shard.is_file():
-                raise SourceError(f"{shard.name} is missing, which {index} names; download it into {path}")
+                raise SourceError(f"{shard.name}, named in {index}, is missing; download it into {path}")
         return shards
     single = path / WEIGHTS_FILE
     if single.is_file():
@@ -323,7 +320,7 @@ def _find_shards(path: Path) -> dict[str, Path]:
 
 
 def _open_shard(shard: Path) -> Any:
-    # numpy as framework reads headers without loading torch.
+    # With numpy as framework, headers are read without loading torch.
     try:
         return safe_open(shard, framework="numpy")
     except (SafetensorError, OSError) as error:

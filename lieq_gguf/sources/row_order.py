@@ -1,4 +1,4 @@
-"""The order of rows: Hugging Face keeps the halves of a rotated head apart, llama.cpp interleaves them in places."""
+"""The order of rows: Hugging Face stores a rotated head as two halves; some of llama.cpp's graphs interleave them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ByteArray = npt.NDArray[np.uint8]
 _Number = TypeVar("_Number", np.float32, np.uint8)
 
 CHUNK_WEIGHTS = 1 << 22
-"""Weights converted to float32 at a time: 16 MiB, and as much being read ahead."""
+"""Weights converted to float32 at a time: 16 MiB, and as much again for reading ahead."""
 
 
 def rotary_order(n_rows: int, n_heads: int) -> npt.NDArray[np.int64]:
@@ -27,21 +27,21 @@ def rotary_order(n_rows: int, n_heads: int) -> npt.NDArray[np.int64]:
 
 
 def in_file_order(tensor: TensorSpec, rows: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
-    """All rows of a matrix in transformers' order, as numbers or as bytes, in the order of the file."""
+    """Reorder all rows of a matrix, as numbers or as bytes, from transformers' order to file order."""
     return rows[rotary_order(len(rows), tensor.rotary_heads)] if tensor.rotary_heads else rows
 
 
 def in_model_order(tensor: TensorSpec, loaded: torch.Tensor) -> torch.Tensor:
-    """All rows of a matrix, or all numbers of a vector, as the file has them, in transformers' order."""
+    """Reorder all rows of a matrix, or all numbers of a vector, from file order to transformers' order."""
     if not tensor.rotary_heads:
         return loaded
     return loaded[np.argsort(rotary_order(len(loaded), tensor.rotary_heads))]
 
 
 def file_rows(tensor: TensorSpec, loaded: torch.Tensor) -> Iterator[FloatArray]:
-    """A matrix or vector of a model directory as the file has it, some rows ``[n_rows, n_in]`` at a time."""
+    """A matrix or vector of a model directory in file order, some rows ``[n_rows, n_in]`` at a time."""
     rows = loaded if loaded.ndim > 1 else loaded[None, :]
-    if tensor.rotary_heads and loaded.ndim == 1:  # a bias has its rotary rows in one line
+    if tensor.rotary_heads and loaded.ndim == 1:  # a bias is a single row here, whose numbers are reordered
         rows = rows[:, rotary_order(tensor.shape[0], tensor.rotary_heads)]
     order = rotary_order(tensor.shape[0], tensor.rotary_heads) if tensor.rotary_heads and loaded.ndim > 1 else None
     step = max(1, CHUNK_WEIGHTS // rows.shape[1])

@@ -1,4 +1,4 @@
-"""What a model to convert has to offer, whatever it is kept in."""
+"""The interface of a model to convert, whatever its form of storage."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class SourceMetadata(Protocol):
-    """What a file says of the model besides its tensors."""
+    """Metadata of the model for the file to write."""
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """The tokenizer in llama.cpp's terms; None if it is taken over as it is."""
+        """The tokenizer in llama.cpp's terms; None if it is copied unchanged."""
 
     def add_to(self, writer: HeaderWriter) -> None:
         """Write names, hyper-parameters and tokenizer."""
@@ -31,20 +31,20 @@ class SourceMetadata(Protocol):
 class Source(Protocol):
     """A model to convert: its spec from headers alone, its tensors on demand.
 
-    There are two ways to a tensor, since transformers and llama.cpp do not keep all rows in the same order.
+    There are two ways to read a tensor, since transformers and llama.cpp do not store all rows in the same order.
     """
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """Its path."""
 
     @property
     def spec(self) -> ModelSpec:
-        """What it is made of."""
+        """Its tensors and structure."""
 
     @property
     def fingerprint(self) -> str:
-        """A digest of its weights and configuration, of a few kilobytes a tensor."""
+        """A digest of its configuration and a few kilobytes of every tensor."""
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -52,11 +52,11 @@ class Source(Protocol):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know before it is converted."""
+        """What the user should know before the conversion."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What may interest the user, of less weight."""
+        """What the user may want to know, less important than a warning."""
 
     @property
     def notes_on_scores(self) -> tuple[str, ...]:
@@ -73,10 +73,10 @@ class Source(Protocol):
         """The weights in file order, some rows ``[n_rows, n_in]`` at a time; a vector is one row."""
 
     def encoded_rows(self, tensor: TensorSpec, quant_type: QuantType) -> Iterator[ByteArray] | None:
-        """Rows ``[n_rows, row_bytes]`` as they are stored, if that is in a quantised type and in this one."""
+        """Stored rows ``[n_rows, row_bytes]``, if they are already stored in this type and it is quantised."""
 
     def release(self) -> None:
-        """Let go of memory that reading took; tensors that were read stay valid."""
+        """Free memory used for reading; tensors that were read stay valid."""
 
     def check_output(self, output: Path) -> None:
         """Require that writing a file does not destroy the model.
@@ -89,18 +89,18 @@ class Source(Protocol):
         """The configuration of transformers' model, for float32.
 
         Raises:
-            SourceError: if transformers has none.
+            SourceError: if transformers cannot make one.
         """
 
     def load_tokenizer(self) -> SourceTokenizer:
         """The model's own tokenizer."""
 
     def read_metadata(self, pre_tokenizer: str | None = None) -> SourceMetadata:
-        """What the file is to say of the model.
+        """Metadata for the file.
 
         Args:
-            pre_tokenizer: llama.cpp's name of it, if it cannot be recognised.
+            pre_tokenizer: llama.cpp's name of the pre-tokenizer, if it cannot be recognised.
 
         Raises:
-            TokenizerError: if llama.cpp cannot tokenise as the model does.
+            TokenizerError: if llama.cpp does not support the model's tokenizer.
         """
