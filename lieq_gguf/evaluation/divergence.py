@@ -176,16 +176,16 @@ def evaluate(
 ) -> list[Evaluation]:
     """Compare files with a reference on a text; the reference runs once for all of them.
 
-        Args:
-            files: GGUF files.
-            reference: GGUF file or model directory.
-                text: Text that calibration has not seen.
-            options: How to compare.
-            advance: Called with 1 after each sequence and each question.
-    
-        Raises:
-            EvaluationError: if a file has another architecture or tokenizer than the reference, or the text is too short.
-            LieqError: if a file or the reference cannot be loaded.
+    Args:
+        files: GGUF files.
+        reference: GGUF file or model directory.
+            text: Text that calibration has not seen.
+        options: How to compare.
+        advance: Called with 1 after each sequence and each question.
+
+    Raises:
+        EvaluationError: if a file has another architecture or tokenizer than the reference, or the text is too short.
+        LieqError: if a file or the reference cannot be loaded.
     """
     n_ctx, n_threads, questions = options.n_ctx, options.n_threads, options.questions
     n_needed = max(n_ctx, health.N_CTX, _tokens_needed(files[0], questions))

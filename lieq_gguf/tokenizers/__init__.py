@@ -1,4 +1,4 @@
-"""From a Hugging Face model's tokenizer files to llama.cpp's vocabulary, with a proof that both agree."""
+"""Converts a Hugging Face model's tokenizer files to llama.cpp's vocabulary, and checks that both agree."""
 
 from lieq_gguf.tokenizers.check import TokenizerDifference, known_deviation, tokenizer_differences
 from lieq_gguf.tokenizers.pre_tokenizers import pre_tokenizer_caveat

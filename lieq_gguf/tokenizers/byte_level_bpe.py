@@ -12,15 +12,15 @@ from lieq_gguf.tokenizers.model_files import JsonObject, TokenizerFiles, steps
 from lieq_gguf.tokenizers.special_tokens import is_llama_family, read_special_tokens, swallows_blanks
 from lieq_gguf.tokenizers.vocabulary import Vocabulary
 
-#: what separates words inside a piece of SentencePiece; byte-level BPE has it in added tokens at most
+#: SentencePiece's stand-in for a blank; in byte-level BPE only added tokens may have it
 SENTENCEPIECE_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 
-# tokens that models mark as ordinary although they only make sense as control tokens
+# tokens that only make sense as control tokens, even if a model marks them as ordinary
 _LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>", re.DOTALL)
 
 
 def looks_special(text: str) -> bool:
-    """Whether a token is a control token by its looks, whatever its flags say, as llama.cpp's converter guesses."""
+    """Whether a token's text looks like a control token, whatever its flags say; as in llama.cpp's converter."""
     return _LOOKS_SPECIAL.fullmatch(text) is not None
 
 
@@ -34,14 +34,14 @@ def read_byte_level_bpe(
     """Read a byte-level BPE vocabulary.
 
     Args:
-        files: of the model, with tokenizer.json.
-        tokenizer: tokenizer.json loaded.
-        vocab_size: rows of the embedding; ids that no token has become unused tokens.
-        architecture: llama.cpp's name of it.
-        pre_tokenizer: llama.cpp's name of it; None to recognise it.
+        files: the model's tokenizer files, with tokenizer.json.
+        tokenizer: the loaded tokenizer.json.
+        vocab_size: rows of the embedding; ids without a token become unused tokens.
+        architecture: llama.cpp's name of the architecture.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None to recognise it.
 
     Raises:
-        TokenizerError: if this is no byte-level BPE, an id is beyond ``vocab_size``, or the pre-tokenizer is unknown.
+        TokenizerError: if this is not byte-level BPE, an id is beyond ``vocab_size``, or the pre-tokenizer is unknown.
     """
     path = files.directory / "tokenizer.json"
     model = _checked_model(files, tokenizer)
@@ -56,7 +56,7 @@ def read_byte_level_bpe(
             token_type = gguf.TokenType.UNUSED
         elif token_id in added:
             if not added[token_id].normalized:
-                # llama.cpp looks added tokens up in the raw text, so they must be spelt as they come out
+                # llama.cpp searches for added tokens in the raw text, so they need the spelling of decoded text
                 text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
             if added[token_id].special or looks_special(text):
                 token_type = gguf.TokenType.CONTROL
@@ -65,7 +65,7 @@ def read_byte_level_bpe(
                 text = text.replace(SENTENCEPIECE_BLANK, " ")
         tokens.append(text.encode())
         token_types.append(token_type)
-    # llama.cpp makes nothing of it in byte-level BPE; the converter writes it for these architectures only
+    # llama.cpp ignores it in byte-level BPE; its converter writes it only for these architectures
     add_space_prefix = files.config.get("add_prefix_space") if is_llama_family(architecture) else None
     adds_bos = pre_tokenizers.adds_bos_by_default(name)
     return Vocabulary(
@@ -82,15 +82,15 @@ def read_byte_level_bpe(
 
 
 def check_ids(largest: int, vocab_size: int, text_of: dict[int, str], source: str) -> None:
-    """Refuse ids that the model has no embedding for.
+    """Refuse ids without an embedding.
 
     Raises:
         TokenizerError: if ``largest`` is not below ``vocab_size``.
     """
     if largest >= vocab_size:
         raise TokenizerError(
-            f"{source}: token {text_of.get(largest, '?')!r} has id {largest} but the model has a vocab_size of "
-            f"{vocab_size}; remove the tokens beyond it from the tokenizer files, or use those of the original model"
+            f"{source}: token {text_of.get(largest, '?')!r} has id {largest}, but the model has a vocab_size of "
+            f"{vocab_size}; remove larger ids from the tokenizer files, or use the files of the original model"
         )
 
 
@@ -105,14 +105,14 @@ def _checked_model(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) -> Js
         )
     if not any(step["type"] == "ByteLevel" for step in steps(tokenizer.pre_tokenizer)):
         raise TokenizerError(
-            f"{path}: the BPE tokenizer works neither on bytes (no ByteLevel pre-tokenizer) nor as SentencePiece does "
-            "(no byte_fallback); llama.cpp's own converter may know this model"
+            f"{path}: the BPE tokenizer works neither on bytes (no ByteLevel pre-tokenizer) nor like SentencePiece "
+            "(no byte_fallback); llama.cpp's own converter may support this model"
         )
     marks = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if marks:
         raise TokenizerError(
-            f"{path}: the BPE tokenizer has {' and '.join(marks)}, which llama.cpp does not know; expected none; "
-            "this tokenizer cannot be carried over"
+            f"{path}: the BPE tokenizer has {' and '.join(marks)}, which llama.cpp does not support; "
+            "this tokenizer cannot be converted"
         )
     if not model["merges"]:
         raise TokenizerError(
@@ -125,5 +125,5 @@ def _checked_model(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) -> Js
 def _merge_text(merge: str | list[str]) -> str:
     if isinstance(merge, str):
         return merge
-    # a blank separates the two in GGUF; byte-level BPE spells blanks inside as the byte's stand-in
-    return " ".join(part.replace(" ", "Ġ") for part in merge)
+    # in GGUF a blank separates the two tokens; byte-level BPE writes a blank inside a token as Ġ
+    return " ".join(token.replace(" ", "Ġ") for token in merge)

@@ -1,4 +1,4 @@
-"""Where a model keeps its chat templates: in the tokenizer's configuration or in files of their own."""
+"""Reads a model's chat templates, from the tokenizer's configuration or from separate files."""
 
 import json
 from collections.abc import Mapping
@@ -10,25 +10,25 @@ from lieq_gguf.tokenizers.vocabulary import ChatTemplates
 
 
 def read_chat_templates(files: TokenizerFiles) -> ChatTemplates:
-    """Find the chat templates, the first of the places that has one.
+    """Read the chat templates from the first place that has one.
 
-    In the order of llama.cpp's converter: ``chat_template`` of tokenizer_config.json, ``chat_template.jinja`` with
+    The order is that of llama.cpp's converter: ``chat_template`` in tokenizer_config.json, ``chat_template.jinja`` with
     ``additional_chat_templates/*.jinja``, ``chat_template.json``.
 
     Raises:
         SourceError: if a template's file cannot be read.
     """
-    found = files.config.get("chat_template")
-    if found is None:
-        found = _from_jinja_files(files.directory)
-    if found is None:
-        found = _from_json_file(files.directory / "chat_template.json")
-    if isinstance(found, str):
-        return ChatTemplates(default=found)
-    if not isinstance(found, list):
+    content = files.config.get("chat_template")
+    if content is None:
+        content = _from_jinja_files(files.directory)
+    if content is None:
+        content = _from_json_file(files.directory / "chat_template.json")
+    if isinstance(content, str):
+        return ChatTemplates(default=content)
+    if not isinstance(content, list):
         return ChatTemplates()
     named: dict[str, str] = {}
-    for entry in found:
+    for entry in content:
         name, template = (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
         if isinstance(name, str) and name and isinstance(template, str):
             named[_key_name(name)] = template

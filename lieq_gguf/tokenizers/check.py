@@ -1,4 +1,4 @@
-"""Proof that llama.cpp splits text into the same tokens as the model's own tokenizer."""
+"""Checks that llama.cpp splits text into the same tokens as the model's own tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class TokenizerDifference:
         segment: name of the text, such as ``digits``.
         text: the text.
         position: index of the first token that differs.
-        expected_id: the model's own token there; None if it has none any more.
-        found_id: llama.cpp's; None if it has none any more.
-        expected_pieces: the model's own tokens around the position.
-        found_pieces: llama.cpp's.
+        expected_id: the token there from the model's own tokenizer; None if its tokens end before.
+        found_id: the token there from llama.cpp; None if its tokens end before.
+        expected_pieces: tokens around the position from the model's own tokenizer.
+        found_pieces: tokens around the position from llama.cpp.
     """
 
     segment: str
@@ -39,22 +39,22 @@ class TokenizerDifference:
     def __str__(self) -> str:
         return (
             f"{self.segment}: token {self.position} of {self.text!r}: the model's tokenizer gives {self.expected_id} "
-            f"in {list(self.expected_pieces)}, llama.cpp {self.found_id} in {list(self.found_pieces)}"
+            f"in {list(self.expected_pieces)}, llama.cpp gives {self.found_id} in {list(self.found_pieces)}"
         )
 
 
 def tokenizer_differences(source: SourceTokenizer, gguf_file: Path) -> list[TokenizerDifference]:
     """Tokenise test texts with the model's own tokenizer and with llama.cpp.
 
-    The texts are ordinary and awkward ones in several languages, and one made of the model's own special tokens. They
-    are compared without automatic tokens, then a short one with them.
+    The texts are ordinary and difficult ones in several languages, and one made of the model's own special tokens. They
+    are compared without automatic tokens, then a short text with them.
 
     Args:
         source: the model's own tokenizer.
         gguf_file: the file made from it; only its vocabulary is read.
 
     Returns:
-        One difference per text that is tokenised differently; an empty list if all are the same.
+        One difference for each text that is tokenised differently; an empty list if there is none.
 
     Raises:
         VerificationError: if llama.cpp refuses the file.
@@ -64,11 +64,11 @@ def tokenizer_differences(source: SourceTokenizer, gguf_file: Path) -> list[Toke
 
 
 def known_deviation(vocabulary: Vocabulary, differences: Sequence[TokenizerDifference]) -> str:
-    """Why llama.cpp tokenises otherwise although the file is right, or an empty string if it should not.
+    """Why llama.cpp tokenises differently although the file is right; an empty string if there is no known reason.
 
     Args:
-        vocabulary: what the file says.
-        differences: what :func:`tokenizer_differences` has found with it.
+        vocabulary: the vocabulary in the file.
+        differences: result of :func:`tokenizer_differences` for the file.
     """
     segments = {d.segment for d in differences}
     causes: list[tuple[str, frozenset[str]]] = []
@@ -76,18 +76,18 @@ def known_deviation(vocabulary: Vocabulary, differences: Sequence[TokenizerDiffe
         name = vocabulary.pre_tokenizer
         causes.append((pre_tokenizer_caveat(name), explained_segments(name)))
     elif vocabulary.model == "llama":
-        blank = "llama.cpp puts a blank behind special tokens and before leading blanks, where this tokenizer does not"
+        blank = "llama.cpp adds a blank after special tokens and before leading blanks, but this tokenizer does not"
         causes.append((blank, frozenset({"special tokens", "blanks"})))
     if vocabulary.swallows_blanks:
-        # llama.cpp does so for models whose general.name has phi-3 or phi3
-        swallowed = "llama.cpp keeps the blanks behind special tokens, which this tokenizer swallows"
+        # llama.cpp swallows them too for models whose general.name has phi-3 or phi3
+        swallowed = "llama.cpp keeps the blanks after special tokens, but this tokenizer swallows them"
         causes.insert(0, (swallowed, frozenset({"special tokens"})))
-    said = []
+    reasons = []
     for cause, explained in causes:
         if segments & explained:
-            said.append(cause)
+            reasons.append(cause)
             segments -= explained
-    return "" if segments else "; ".join(said)
+    return "" if segments else "; ".join(reasons)
 
 
 def _differences(source: SourceTokenizer, written: LoadedModel) -> Iterator[TokenizerDifference]:
@@ -121,7 +121,7 @@ def _difference(
 def _special_token_texts(source: SourceTokenizer) -> list[str]:
     """Texts with the model's added tokens alone, between words, and beside blanks."""
     tokens = [text for text, _ in sorted(source.added_tokens.items(), key=lambda item: item[1])]
-    # of hundreds of reserved tokens the first and the last stand for all
+    # if there are hundreds of reserved tokens, the first and the last stand for all
     half = _MAX_SPECIAL_TOKENS // 2
     tokens = tokens if len(tokens) <= _MAX_SPECIAL_TOKENS else tokens[:half] + tokens[-half:]
     return [text for token in tokens for text in (token, f"one{token}two", f"{token}user\nHi there{token}\n")] + (

@@ -1,4 +1,4 @@
-"""Texts on which tokenizers are compared: each line is something that has told two pre-tokenizers apart."""
+"""Texts on which tokenizers are compared; each shows a difference between some pre-tokenizers."""
 
 # ruff: noqa: RUF001 - letters that look like others are the point
 

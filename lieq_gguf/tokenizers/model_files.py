@@ -1,4 +1,4 @@
-"""The tokenizer's files of a model directory, read once and checked for their outer form."""
+"""The tokenizer files of a model directory, read once and checked for their form."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from lieq_gguf.errors import SourceError, TokenizerError
 
 JsonObject = Mapping[str, Any]
 
-#: roles that tokenizer_config.json may give a token, as ``<role>_token``
+#: roles of tokens in tokenizer_config.json, as ``<role>_token``
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in a text before anything else is done to it."""
+    """A token that is searched for in a text before anything else is done to the text."""
 
     content: str
     is_special: bool
@@ -26,11 +26,11 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The parsed files; what is missing is empty or None.
+    """The parsed files; missing files are empty or None.
 
     Attributes:
-        directory: of the model, for messages and for the files that are read later.
-        tokenizer_json: the whole of ``tokenizer.json``.
+        directory: the model's directory, for messages and for files that are read later.
+        tokenizer_json: the whole ``tokenizer.json``.
         config: ``tokenizer_config.json``.
         model_config: ``config.json``, for the ids it names.
         legacy_added_tokens: ``added_tokens.json``, text to id.
@@ -45,7 +45,7 @@ class TokenizerFiles:
     sentencepiece_model: Path | None = None
 
     def role_text(self, role: str) -> str | None:
-        """Text of the token that tokenizer_config.json gives a role, in its string or its object form."""
+        """Text of the token that has a role in tokenizer_config.json, from its string or object form."""
         return _token_text(self.config.get(f"{role}_token"))
 
     def special_texts(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class TokenizerFiles:
         texts = [self.role_text(role) for role in ROLES]
         for key in ("additional_special_tokens", "extra_special_tokens"):
             entries = self.config.get(key)
-            # transformers has written both a list of tokens and an object of name to token
+            # versions of transformers write either a list of tokens or an object of name to token
             if isinstance(entries, Mapping):
                 entries = list(entries.values())
             if isinstance(entries, list):
@@ -61,10 +61,10 @@ class TokenizerFiles:
         return tuple(dict.fromkeys(text for text in texts if text))
 
     def added_tokens(self) -> dict[int, AddedToken]:
-        """Added tokens by id; where files disagree, tokenizer_config.json wins, as in llama.cpp's converter.
+        """Added tokens by id; if files disagree, tokenizer_config.json wins, as in llama.cpp's converter.
 
-        The converter does not look into tokenizer.json when there is a tokenizer.model; but transformers 5 saves
-        added tokens nowhere else.
+        Unlike here, the converter ignores tokenizer.json if there is a tokenizer.model; but transformers 5 saves added
+        tokens only in tokenizer.json.
 
         Raises:
             TokenizerError: if an entry has no readable id or text.
@@ -76,7 +76,7 @@ class TokenizerFiles:
         for text, token_id in self.legacy_added_tokens.items():
             if not isinstance(token_id, int) or token_id < 0:
                 raise TokenizerError(
-                    f"{self.directory / 'added_tokens.json'}: id of {text!r} is {token_id!r}; expected a whole number; "
+                    f"{self.directory / 'added_tokens.json'}: the id of {text!r} is {token_id!r}; expected a number; "
                     "download the file again"
                 )
             added.setdefault(token_id, AddedToken(text, is_special=False))
@@ -101,7 +101,7 @@ def read_tokenizer_files(model_dir: Path) -> TokenizerFiles:
 
     Raises:
         SourceError: if a file cannot be read or is not a JSON object.
-        TokenizerError: if neither ``tokenizer.model`` nor ``tokenizer.json`` is there.
+        TokenizerError: if there is neither ``tokenizer.model`` nor ``tokenizer.json``.
     """
     sentencepiece_model = model_dir / "tokenizer.model"
     files = TokenizerFiles(
@@ -123,10 +123,10 @@ def read_tokenizer_files(model_dir: Path) -> TokenizerFiles:
 
 
 def open_tokenizer(files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """Load ``tokenizer.json`` with the library it was written for.
+    """Load ``tokenizer.json`` with the tokenizers library.
 
-    Tokens that tokenizer_config.json gives a role are marked special, as transformers does; tokens it names that
-    tokenizer.json does not hold are left out, for they have no id that could be relied on.
+    Tokens with a role in tokenizer_config.json are marked special, as in transformers; tokens that are missing in
+    tokenizer.json are left out, since they have no reliable id.
 
     Raises:
         TokenizerError: if the library refuses the file.
@@ -139,28 +139,28 @@ def open_tokenizer(files: TokenizerFiles) -> tokenizers.Tokenizer:
             f"{path}: the tokenizers library {tokenizers.__version__} cannot read it ({_one_line(error)}); "
             "download the file again or update the library"
         ) from error
-    # both are settings of whoever saved the file; a calibration text must neither be cut nor padded
+    # whoever saved the file may have set both; a calibration text must be neither cut nor padded
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    known = [text for text in files.special_texts() if tokenizer.token_to_id(text) is not None]
-    tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in known])
+    texts = [text for text in files.special_texts() if tokenizer.token_to_id(text) is not None]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in texts])
     return tokenizer
 
 
 def component(part: Any) -> JsonObject | None:
-    """JSON form of a tokenizer's component, with defaults filled in whatever version wrote the file.
+    """JSON form of a tokenizer's component, with all defaults filled in, whatever version wrote the file.
 
     Args:
         part: normalizer, pre-tokenizer, post-processor or decoder of a ``tokenizers.Tokenizer``.
     """
     if part is None:
         return None
-    # the library documents no other way from a component to its JSON than the state that pickle uses
+    # the state for pickle is the library's only documented way to a component's JSON
     return cast(JsonObject, json.loads(part.__getstate__()))
 
 
 def steps(part: Any) -> list[JsonObject]:
-    """The components of a component: several for a sequence, one for any other, none for None."""
+    """The steps of a component: several for a sequence, one for any other component, none for None."""
     return _flatten(component(part))
 
 

@@ -1,9 +1,9 @@
-"""Which of llama.cpp's pre-tokenizers splits a text as a tokenizer.json does.
+"""Finds the pre-tokenizer of llama.cpp that splits text like a tokenizer.json.
 
-llama.cpp knows the rules by name only and has them built in. The name is found from the structure of tokenizer.json,
-that is from its rules, not from the ids that a vocabulary gives to a text: fine-tunes with added tokens and unheard-of
-vocabularies with a well-known rule are recognised alike. Where llama.cpp has several names for one rule, added tokens
-that a family has and others have not choose the name its converter gives. A new rule is one more row in the table.
+llama.cpp has the rules built in, each under a name. The name is found from the rules in tokenizer.json, not from the
+ids of a test text, so fine-tunes with added tokens and new vocabularies with a known rule are recognised too. If
+llama.cpp has several names for one rule, added tokens that only one family has decide between them, as in its converter.
+A new rule is one more row in the table.
 
 Source: the regular expressions are those in the models' own tokenizer.json; names and the defaults that come with
 them (adding BOS, ignoring merges) as in llama.cpp build 0.3.36 of llama-cpp-python.
@@ -39,28 +39,28 @@ _GPT_4O = (
 _BYTES = "ByteLevel"
 _GPT_2_WORDS = "ByteLevel(words)"
 _EACH_DIGIT = "Digits(each)"
-# the check's texts in which llama.cpp can differ for the reason of a caveat
+# segments of the check's texts in which llama.cpp can differ because of a caveat
 _MARKS = frozenset({"accents, decomposed", "arabic", "hebrew", "devanagari", "thai", "khmer"})
 _DECOMPOSED = frozenset({"accents, decomposed"})
 _CAPITALS = frozenset({"accents, composed", "russian", "greek"})
-_CASE_CAVEAT = "llama.cpp knows capitals only in ASCII here and takes combining marks for punctuation"
+_CASE_CAVEAT = "llama.cpp recognises only ASCII capitals here and treats combining marks as punctuation"
 _NFC_CAVEAT = "llama.cpp does not normalise to NFC, so decomposed accents give other tokens"
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One of llama.cpp's pre-tokenizers and the structure of tokenizer.json it stands for.
+    """One of llama.cpp's pre-tokenizers and the structure of tokenizer.json that it matches.
 
     Attributes:
         name: the value of ``tokenizer.ggml.pre``.
-        steps: what tokenizer.json does, in the notation of :func:`describe_steps`.
-        ignore_merges: whether words of the vocabulary are taken whole; None where it makes no difference.
-        normalizer: what is done before, in the same notation.
-        markers: added tokens that tell this name from another with the same structure; all of them must be there.
-            Empty for the name that stands where no other one's markers are found.
-        adds_bos: llama.cpp's default where a file does not say whether BOS is automatic.
+        steps: the pre-tokenizer in tokenizer.json, in the notation of :func:`describe_steps`.
+        ignore_merges: whether words in the vocabulary are taken whole; None if it makes no difference.
+        normalizer: the normalizer in tokenizer.json, in the same notation.
+        markers: added tokens that distinguish this name from others with the same structure; all must be present.
+            Empty for the name that applies if no other name's markers are present.
+        adds_bos: llama.cpp's default if a file does not say whether BOS is automatic.
         caveat: where llama.cpp is known to deviate from the rule; empty if nowhere.
-        caveat_segments: the check's texts that it explains.
+        caveat_segments: segments of the check's texts that the caveat explains.
     """
 
     name: str
@@ -76,25 +76,25 @@ class PreTokenizer:
 _NFC = ("NFC",)
 _DEEPSEEK_BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 
-# the first row that fits counts, so those with markers come before those without
+# the first matching row counts, so rows with markers come before rows without
 TABLE = (
-    # mpt, jais, phi-2 and others have the same structure and differ in nothing that llama.cpp does with them
+    # mpt, jais, phi-2 and others have the same structure, and llama.cpp treats them the same way
     PreTokenizer("gpt-2", (_GPT_2_WORDS,)),
-    # GPT-NeoX, from which OLMo 1 has it
+    # GPT-NeoX and OLMo 1, which uses its tokenizer
     PreTokenizer("olmo", (_GPT_2_WORDS,), normalizer=_NFC, caveat=_NFC_CAVEAT, caveat_segments=_DECOMPOSED),
-    # StarCoder and its offspring: Refact and Granite 3 have the tokens of the first, StarCoder 2 others
+    # StarCoder and its successors: Refact and Granite 3 have the tokens of StarCoder, StarCoder 2 has others
     PreTokenizer("refact", (_EACH_DIGIT, _GPT_2_WORDS), markers=("<fim_prefix>", "<reponame>")),
     PreTokenizer("starcoder", (_EACH_DIGIT, _GPT_2_WORDS), markers=("<fim_prefix>",)),
     # codeshell, exaone and others have the same structure; SmolLM2's name stands for all
     PreTokenizer("smollm", (_EACH_DIGIT, _GPT_2_WORDS)),
-    # SmolLM3 too, which llama.cpp's converter takes for smaug-bpe because its hash is of a text without BOS; but
-    # smaug-bpe does not take words of the vocabulary whole. That BOS is not automatic is said by a key of its own.
+    # SmolLM3 too. llama.cpp's converter takes it for smaug-bpe, because its hash is that of a text without BOS; but
+    # smaug-bpe does not take words in the vocabulary whole. A separate key says that BOS is not automatic.
     PreTokenizer("llama-bpe", (f"Split({_LLAMA_3})", _BYTES), ignore_merges=True, adds_bos=True),
-    # OpenAI's cl100k, known by its tokens to fill in the middle: DBRX, Olmo 2 and 3, Phi-4, Granite 4
+    # OpenAI's cl100k, recognised by its fill-in-the-middle tokens: DBRX, Olmo 2 and 3, Phi-4, Granite 4
     PreTokenizer("dbrx", (f"Split({_LLAMA_3})", _BYTES), markers=("<|fim_prefix|>",)),
     # Llama 3's rule in a file that does not ignore merges
     PreTokenizer("smaug-bpe", (f"Split({_LLAMA_3})", _BYTES)),
-    # llama.cpp always ignores merges here; where a file does not, the check tells whether that matters
+    # llama.cpp always ignores merges here; if a file does not, the check shows whether that matters
     PreTokenizer(
         "tekken",
         (f"Split({_TEKKEN})", _BYTES),
@@ -103,7 +103,7 @@ TABLE = (
         caveat=_CASE_CAVEAT,
         caveat_segments=_MARKS | _CAPITALS,
     ),
-    # the same for llama.cpp; DeepSeek's distillations have tokens of their own
+    # llama.cpp treats it like qwen2; DeepSeek's distillations have their own tokens
     PreTokenizer("deepseek-r1-qwen", (f"Split({_QWEN_2})", _BYTES), markers=(_DEEPSEEK_BOS,)),
     PreTokenizer(
         "deepseek-r1-qwen",
@@ -126,7 +126,7 @@ TABLE = (
     PreTokenizer("gpt-4o", (f"Split({_GPT_4O})", _BYTES), caveat=_CASE_CAVEAT, caveat_segments=_MARKS | _CAPITALS),
 )
 
-#: further names that llama.cpp takes for byte-level BPE, which a user may ask for
+#: other names that llama.cpp accepts for byte-level BPE, which a user may give
 OTHER_NAMES = (
     "a.x-4.0", "afmoe", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell", "cohere2moe",
     "command-r", "deepseek-coder", "deepseek-llm", "deepseek-v3", "default", "exaone", "exaone-moe", "exaone4",
@@ -143,64 +143,64 @@ _ADD_BOS = frozenset({"chameleon", "falcon-h1", "falcon3", "lfm2", "llama-v3", "
 
 
 def recognise(tokenizer: tokenizers.Tokenizer, source: str) -> str:
-    """Name of the pre-tokenizer that does what tokenizer.json says.
+    """Name of the pre-tokenizer that matches tokenizer.json.
 
     Args:
         tokenizer: a byte-level BPE.
-        source: the file's name, for the message.
+        source: name of the file, for the message.
 
     Raises:
-        TokenizerError: if no row of the table fits.
+        TokenizerError: if no row of the table matches.
     """
-    found = describe_steps(tokenizer)
+    described = describe_steps(tokenizer)
     normalizer = tuple(_describe(step) for step in steps(tokenizer.normalizer))
     ignore_merges = bool(getattr(tokenizer.model, "ignore_merges", False))
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for row in TABLE:
-        is_same = row.steps == found and row.normalizer == normalizer and row.ignore_merges in (ignore_merges, None)
+        is_same = row.steps == described and row.normalizer == normalizer and row.ignore_merges in (ignore_merges, None)
         if is_same and added.issuperset(row.markers):
             return row.name
-    text = " then ".join((*normalizer, *found)) or "nothing"
+    text = " then ".join((*normalizer, *described)) or "nothing"
     nearest = _nearest(text, ignore_merges)
     raise TokenizerError(
-        f"{source}: the pre-tokenizer (ignore_merges={ignore_merges}) is {_shorten(text)!r}, which none of the known "
-        f"ones does; nearest are {', '.join(nearest)}; pass --pre-tokenizer NAME if you know llama.cpp's name for it"
+        f"{source}: the pre-tokenizer (ignore_merges={ignore_merges}) is {_shorten(text)!r}, which matches no known "
+        f"one; the nearest are {', '.join(nearest)}; pass --pre-tokenizer NAME if you know llama.cpp's name for it"
     )
 
 
 def checked_name(name: str) -> str:
-    """Give back a name that llama.cpp knows.
+    """The name itself, if llama.cpp has a pre-tokenizer of that name.
 
     Raises:
         TokenizerError: if llama.cpp would refuse a file with that name.
     """
-    known = sorted({row.name for row in TABLE} | set(OTHER_NAMES))
-    if name in known:
+    names = sorted({row.name for row in TABLE} | set(OTHER_NAMES))
+    if name in names:
         return name
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     raise TokenizerError(
-        f"pre-tokenizer {name!r} is not known to llama.cpp; nearest are {', '.join(nearest)}; "
-        "pass --pre-tokenizer NAME with one of these, or leave it out to have it recognised"
+        f"llama.cpp has no pre-tokenizer {name!r}; the nearest are {', '.join(nearest)}; "
+        "pass one of these with --pre-tokenizer NAME, or leave it out to have it recognised"
     )
 
 
 def adds_bos_by_default(name: str) -> bool:
-    """Whether llama.cpp puts BOS before a text when a file with this pre-tokenizer does not say."""
+    """Whether llama.cpp adds BOS to a text if a file with this pre-tokenizer does not say."""
     return name in _ADD_BOS or any(row.adds_bos for row in TABLE if row.name == name)
 
 
 def pre_tokenizer_caveat(name: str) -> str:
-    """Where llama.cpp is known to deviate from the rule of that name; empty if nowhere."""
+    """Where llama.cpp is known to deviate from the rule of this name; empty if nowhere."""
     return next((row.caveat for row in TABLE if row.name == name and row.caveat), "")
 
 
 def explained_segments(name: str) -> frozenset[str]:
-    """The check's texts in which a difference is llama.cpp's and not the file's."""
+    """Segments of the check's texts where a difference comes from llama.cpp, not from the file."""
     return frozenset().union(*(row.caveat_segments for row in TABLE if row.name == name))
 
 
 def describe_steps(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
-    """The pre-tokenizer's steps in a short notation that leaves out what does not change the words."""
+    """The pre-tokenizer's steps in a short notation, without options that do not change the words."""
     return tuple(_describe(step) for step in steps(tokenizer.pre_tokenizer))
 
 
@@ -212,7 +212,7 @@ def _describe(step: JsonObject) -> str:
     if kind == "Digits" and options["individual_digits"]:
         return _EACH_DIGIT
     if kind == "Split" and "Regex" in options["pattern"]:
-        # to keep the matches and to remove what is between them is the same when the matches cover the text
+        # isolating the matches and removing the rest are the same when the matches cover the text
         way = (options["behavior"], options["invert"])
         if way in (("Isolated", False), ("Removed", True)):
             return f"Split({options['pattern']['Regex']})"
@@ -220,12 +220,12 @@ def _describe(step: JsonObject) -> str:
 
 
 def _nearest(text: str, ignore_merges: bool) -> list[str]:
-    # by the pieces between the alternatives: characters would make any two long expressions look alike
+    # compare alternatives of the expressions: by characters, any two long expressions would look alike
     def distance(row: PreTokenizer) -> tuple[float, bool, str]:
         described = " then ".join((*row.normalizer, *row.steps))
-        wanted, other = (re.split(r"[|()]|(?= then )", t) for t in (text, described))
-        likeness = difflib.SequenceMatcher(None, wanted, other).ratio()
-        return -likeness, row.ignore_merges not in (ignore_merges, None), row.name
+        own, other = (re.split(r"[|()]|(?= then )", t) for t in (text, described))
+        similarity = difflib.SequenceMatcher(None, own, other).ratio()
+        return -similarity, row.ignore_merges not in (ignore_merges, None), row.name
 
     return list(dict.fromkeys(row.name for row in sorted(TABLE, key=distance)))[:3]
 

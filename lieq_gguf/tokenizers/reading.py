@@ -1,4 +1,4 @@
-"""Which of the formats a model's tokenizer is in."""
+"""Reads a model's tokenizer, in whichever format it is."""
 
 from pathlib import Path
 
@@ -21,13 +21,13 @@ def read_vocabulary(
 
     Args:
         model_dir: a Hugging Face model directory.
-        vocab_size: of config.json, the number of rows of the embedding.
-        pre_tokenizer: llama.cpp's name of it, for byte-level BPE; None to recognise it from tokenizer.json.
-        architecture: llama.cpp's name of it, such as ``qwen2``; some keys depend on it.
+        vocab_size: number of rows of the embedding, from config.json.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer, for byte-level BPE; None to recognise it.
+        architecture: llama.cpp's name of the architecture, such as ``qwen2``; some keys depend on it.
 
     Raises:
         SourceError: if a file cannot be read.
-        TokenizerError: if there are no tokenizer files, or llama.cpp cannot tokenise as they say.
+        TokenizerError: if there are no tokenizer files, or llama.cpp does not support the tokenizer.
     """
     name = None if pre_tokenizer is None else checked_name(pre_tokenizer)
     files = read_tokenizer_files(model_dir)
@@ -35,7 +35,7 @@ def read_vocabulary(
     if files.sentencepiece_model is not None or tokenizer is None or is_sentencepiece_style(tokenizer):
         if name is not None:
             raise TokenizerError(
-                f"{model_dir}: pre-tokenizer {name!r} was asked for, but the tokenizer is of SentencePiece style, "
+                f"{model_dir}: you asked for pre-tokenizer {name!r}, but this is a SentencePiece-style tokenizer, "
                 "which has none; leave out --pre-tokenizer"
             )
         return read_sentencepiece(files, tokenizer, vocab_size, architecture)

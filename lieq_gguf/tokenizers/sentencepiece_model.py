@@ -1,8 +1,7 @@
-"""tokenizer.model: a SentencePiece model, and what its library does not tell about it.
+"""tokenizer.model: a SentencePiece model, and fields that its library does not expose.
 
-The library has the pieces but neither the kind of model nor its normaliser, and of a piece it does not say whether it
-is user-defined. These are read from the file, which is a protocol buffer; the package that reads those in general is
-not needed for six fields.
+The library exposes the pieces, but neither the kind of model nor its normaliser, nor which pieces are user-defined.
+These six fields are read directly from the file, a protocol buffer, without another package.
 
 Source: sentencepiece_model.proto of SentencePiece 0.2.
 """
@@ -25,9 +24,9 @@ class Piece:
     """One entry of the vocabulary.
 
     Attributes:
-        text: as the model spells it, with the stand-in for blanks.
-        score: the higher the earlier it is merged, or in a Unigram model the logarithm of its probability.
-        token_type: ``gguf.TokenType`` of it.
+        text: text of the piece, with SentencePiece's stand-in for blanks.
+        score: pieces with higher scores are merged first; in a Unigram model the logarithm of the probability.
+        token_type: its ``gguf.TokenType``.
     """
 
     text: str
@@ -40,12 +39,12 @@ class SentencePieceModel:
     """A SentencePiece model.
 
     Attributes:
-        processor: the library's own reader of it.
-        pieces: by id.
-        is_unigram: whether it chooses the likeliest pieces rather than merging them.
-        has_byte_fallback: whether characters without a piece are spelt in bytes.
+        processor: the library's own reader of the model.
+        pieces: all pieces by id.
+        is_unigram: whether it chooses the likeliest pieces instead of merging.
+        has_byte_fallback: whether characters without a piece are written as bytes.
         adds_space_prefix: whether a text gets a leading blank.
-        removes_extra_whitespaces: whether blanks at the ends go and several become one.
+        removes_extra_whitespaces: whether blanks at the ends are removed and runs of blanks become one.
         precompiled_charsmap: the normaliser's table, empty if it changes no characters.
     """
 
@@ -72,7 +71,7 @@ def open_sentencepiece(path: Path) -> SentencePieceModel:
             f"{path}: sentencepiece cannot read it ({' '.join(str(error).split())}); expected a SentencePiece model; "
             "download the file again (a file of a few hundred bytes is a Git LFS pointer)"
         ) from error
-    # what follows trusts the form of the message, as the library has just read it
+    # the message is well-formed, since the library has just read it
     user_defined: set[int] = set()
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -116,7 +115,7 @@ def _piece(processor: sentencepiece.SentencePieceProcessor, token_id: int, is_us
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of a message's fields: bytes for strings and messages, whole numbers for the others."""
+    """Numbers and values of a message's fields: bytes for strings and messages, integers for the others."""
     position = 0
     while position < len(message):
         key, position = _varint(message, position)

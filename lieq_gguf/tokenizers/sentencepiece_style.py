@@ -1,7 +1,7 @@
-"""SentencePiece and what is like it: Unigram, or BPE of characters with bytes as a fallback.
+"""SentencePiece and similar tokenizers: Unigram, or BPE of characters with bytes as a fallback.
 
-Llama 2, Mistral 7B, Gemma and Phi-3 have such BPE. The vocabulary is in tokenizer.model, or, for models that were
-published without it, in a tokenizer.json with ``byte_fallback`` or of type Unigram.
+Llama 2, Mistral 7B, Gemma and Phi-3 have such BPE. The vocabulary is in tokenizer.model or, for models published
+without it, in a tokenizer.json with ``byte_fallback`` or of type Unigram.
 """
 
 import re
@@ -19,7 +19,7 @@ from lieq_gguf.tokenizers.special_tokens import read_special_tokens, swallows_bl
 from lieq_gguf.tokenizers.unigram import preparation_by_json, preparation_by_model
 from lieq_gguf.tokenizers.vocabulary import SpecialTokens, Vocabulary
 
-# what llama.cpp assumes where a file does not say, by tokenizer model
+# llama.cpp's default ids by tokenizer model, for files that do not say
 _DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "t5": {"eos": 1, "unk": 2, "pad": 0}}
 _ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
@@ -27,7 +27,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class _Pieces:
-    """Tokens under construction, by id; ids never set stay unused padding."""
+    """Tokens under construction, by id; ids that are never set stay unused padding."""
 
     def __init__(self, vocab_size: int) -> None:
         self.tokens = [f"[PAD{i}]".encode() for i in range(vocab_size)]
@@ -41,7 +41,7 @@ class _Pieces:
 
 
 def is_sentencepiece_style(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether a tokenizer.json without tokenizer.model is to be read here rather than as byte-level BPE."""
+    """Whether a tokenizer.json without tokenizer.model is of this kind, not byte-level BPE."""
     if isinstance(tokenizer.model, tokenizers.models.Unigram):
         return True
     decoder = component(tokenizer.decoder) or {}
@@ -55,13 +55,14 @@ def read_sentencepiece(
     """Read the vocabulary of SentencePiece-style BPE or Unigram.
 
     Args:
-        files: of the model, with tokenizer.model, or else tokenizer.json.
-        tokenizer: tokenizer.json loaded, if there is one.
-        vocab_size: rows of the embedding; ids that no token has become unused tokens.
-        architecture: llama.cpp's name of it.
+        files: the model's tokenizer files, with tokenizer.model or tokenizer.json.
+        tokenizer: the loaded tokenizer.json, if there is one.
+        vocab_size: rows of the embedding; ids without a token become unused tokens.
+        architecture: llama.cpp's name of the architecture.
 
     Raises:
-        TokenizerError: if a file is damaged, an id is beyond ``vocab_size``, or llama.cpp cannot tokenise so.
+        TokenizerError: if a file is damaged, an id is beyond ``vocab_size``, or llama.cpp does not support
+            the tokenizer.
     """
     path = files.sentencepiece_model
     model = None if path is None else open_sentencepiece(path)
@@ -75,7 +76,7 @@ def read_sentencepiece(
         new = _put_sentencepiece_model(pieces, model, files, added)
     elif tokenizer is not None:
         new = _put_tokenizer_json(pieces, files, tokenizer, added)
-    # a token that tokenizer.json alone calls special is a control token too, where the converter makes it user-defined
+    # a token that only tokenizer.json calls special is a control token too; the converter makes it user-defined
     for token_id, token in new.items():
         if token.is_special or looks_special(token.content):
             pieces.put(token_id, token.content, gguf.TokenType.CONTROL, _ADDED_SCORE)
@@ -103,7 +104,7 @@ def read_sentencepiece(
     return replace(
         vocabulary,
         model="t5",
-        special=_with_both_said(_with_ids(vocabulary.special, model, files, "t5"), tokenizer),
+        special=_with_bos_and_eos(_with_ids(vocabulary.special, model, files, "t5"), tokenizer),
         add_space_prefix=preparation.adds_space_prefix,
         remove_extra_whitespaces=preparation.removes_extra_whitespaces,
         precompiled_charsmap=preparation.precompiled_charsmap,
@@ -111,32 +112,32 @@ def read_sentencepiece(
 
 
 def _check_bytes(vocabulary: Vocabulary, files: TokenizerFiles) -> None:
-    # llama.cpp looks for either spelling and ends the process if there is neither
-    known = set(vocabulary.tokens)
-    missing = next((b for b in range(256) if b"<0x%02X>" % b not in known and bytes([b]) not in known), None)
+    # llama.cpp looks for either spelling and aborts the process if there is neither
+    tokens = set(vocabulary.tokens)
+    missing = next((b for b in range(256) if b"<0x%02X>" % b not in tokens and bytes([b]) not in tokens), None)
     if missing is not None:
         raise TokenizerError(
             f"{files.sentencepiece_model or files.directory / 'tokenizer.json'}: the vocabulary has no token for byte "
             f"0x{missing:02X}; expected tokens for all bytes, which llama.cpp needs for characters outside the "
-            "vocabulary; this tokenizer cannot be carried over"
+            "vocabulary; this tokenizer cannot be converted"
         )
 
 
 def _put_sentencepiece_model(
     pieces: _Pieces, model: SentencePieceModel, files: TokenizerFiles, added: dict[int, AddedToken]
 ) -> dict[int, AddedToken]:
-    """Put all pieces, and tell which added tokens are new or overrule theirs."""
+    """Put all pieces; returns the added tokens that are new or override a piece."""
     n_pieces = len(model.pieces)
     last = {n_pieces - 1: model.pieces[-1].text}
     check_ids(n_pieces - 1, len(pieces.tokens), last, str(files.sentencepiece_model))
     for token_id, piece in enumerate(model.pieces):
         pieces.put(token_id, piece.text, piece.token_type, piece.score)
-    # in tokenizer.json <unk> and the like are also added tokens; only tokenizer_config.json overrules the model
-    overruling = {int(token_id) for token_id in files.config.get("added_tokens_decoder") or {}}
-    overruling |= set(files.legacy_added_tokens.values())
-    new = {i: token for i, token in added.items() if i in overruling or pieces.token_types[i] == gguf.TokenType.UNUSED}
-    # SentencePiece finds user-defined pieces before all others; the converter makes them ordinary ones if no file but
-    # the model names them, which are then found only where merges lead to them
+    # in tokenizer.json <unk> and the like are also added tokens; only tokenizer_config.json overrides the model
+    overriding = {int(token_id) for token_id in files.config.get("added_tokens_decoder") or {}}
+    overriding |= set(files.legacy_added_tokens.values())
+    new = {i: token for i, token in added.items() if i in overriding or pieces.token_types[i] == gguf.TokenType.UNUSED}
+    # SentencePiece searches for user-defined pieces first. The converter makes them ordinary if only the model names
+    # them, so that only merges would lead to them.
     for token_id, piece in enumerate(model.pieces):
         if piece.token_type == gguf.TokenType.USER_DEFINED:
             new.setdefault(token_id, added.get(token_id, AddedToken(piece.text, is_special=False)))
@@ -146,7 +147,7 @@ def _put_sentencepiece_model(
 def _put_tokenizer_json(
     pieces: _Pieces, files: TokenizerFiles, tokenizer: tokenizers.Tokenizer, added: dict[int, AddedToken]
 ) -> dict[int, AddedToken]:
-    """Put the whole vocabulary, and tell which added tokens are new or found before all others."""
+    """Put the whole vocabulary; returns the added tokens that are new or searched for first."""
     model = (files.tokenizer_json or {})["model"]
     is_unigram = isinstance(tokenizer.model, tokenizers.models.Unigram)
     ids: dict[str, int]
@@ -167,18 +168,20 @@ def _put_tokenizer_json(
         elif text in special:
             token_type = gguf.TokenType.CONTROL
         pieces.put(token_id, text, token_type, score_of.get(text, unmerged))
-    # Gemma's runs of blanks are spelt so that they are not found in a text as they stand, but by merges
-    found = {
+    # Gemma's runs of blanks contain the stand-in for blanks, so they do not occur in a text; merges lead to them
+    searched_first = {
         token_id
         for token_id, token in by_id.items()
         if not token.special and (token.normalized or SENTENCEPIECE_BLANK not in token.content)
     }
-    return {i: token for i, token in added.items() if i in found or pieces.token_types[i] == gguf.TokenType.UNUSED}
+    return {
+        i: token for i, token in added.items() if i in searched_first or pieces.token_types[i] == gguf.TokenType.UNUSED
+    }
 
 
 def _scores_by_rank(merges: list[str | list[str]]) -> dict[str, float]:
-    # llama.cpp merges by the score of the result, tokenizer.json by the merge's rank: the rank becomes the score.
-    # The converter gives all tokens the same score, with which llama.cpp merges from left to right regardless.
+    # llama.cpp merges by the score of the result, tokenizer.json by the rank of the merge: the rank becomes the score.
+    # The converter gives all tokens the same score, so llama.cpp would merge from left to right.
     score_of: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
@@ -189,22 +192,22 @@ def _scores_by_rank(merges: list[str | list[str]]) -> dict[str, float]:
 def _with_ids(
     special: SpecialTokens, model: SentencePieceModel | None, files: TokenizerFiles, kind: str
 ) -> SpecialTokens:
-    """Add ids that no other file names where llama.cpp's default would be wrong."""
+    """Add ids that no other file names, if llama.cpp's default would be wrong."""
     ids = dict(special.ids)
     if model is not None:
-        read = model.processor
-        known = {"bos": read.bos_id(), "eos": read.eos_id(), "unk": read.unk_id(), "pad": read.pad_id()}
+        library = model.processor
+        own = {"bos": library.bos_id(), "eos": library.eos_id(), "unk": library.unk_id(), "pad": library.pad_id()}
     else:
         unk = (files.tokenizer_json or {})["model"].get("unk_id")
-        known = {"unk": unk if isinstance(unk, int) else -1}
-    for role, token_id in known.items():
+        own = {"unk": unk if isinstance(unk, int) else -1}
+    for role, token_id in own.items():
         if token_id >= 0 and token_id != _DEFAULT_IDS[kind].get(role):
             ids.setdefault(role, token_id)
     return replace(special, ids=tuple(ids.items()))
 
 
-def _with_both_said(special: SpecialTokens, tokenizer: tokenizers.Tokenizer | None) -> SpecialTokens:
-    """Say of BOS and EOS whether they are automatic: llama.cpp's defaults for Unigram are those of T5."""
+def _with_bos_and_eos(special: SpecialTokens, tokenizer: tokenizers.Tokenizer | None) -> SpecialTokens:
+    """State whether BOS and EOS are automatic, since llama.cpp's defaults for Unigram are those of T5."""
     ids, automatic = dict(special.ids), dict(special.automatic)
     if tokenizer is None:
         automatic = {"bos": True, "eos": False} | automatic
@@ -218,7 +221,7 @@ def _with_both_said(special: SpecialTokens, tokenizer: tokenizers.Tokenizer | No
 def _add_space_prefix(
     files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None, model: SentencePieceModel | None
 ) -> bool | None:
-    # llama.cpp adds the blank by default; the converter looks at the configuration only, and for Gemma not even there
+    # llama.cpp adds the blank by default; its converter reads only the configuration, and for Gemma not even that
     declared = files.config.get("add_prefix_space")
     if isinstance(declared, bool):
         return declared

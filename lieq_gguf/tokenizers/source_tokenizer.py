@@ -1,4 +1,4 @@
-"""The model's own tokenizer, as the reference for calibration and for the check."""
+"""The model's own tokenizer, for calibration and as the reference of the check."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -19,8 +19,8 @@ class SourceTokenizer:
     """A model's tokenizer as its files define it.
 
     Attributes:
-        vocab_size: one more than the largest id it can give.
-        added_tokens: text to id of the tokens that are found in a text as they stand, such as ``<|im_start|>``.
+        vocab_size: one more than its largest id.
+        added_tokens: text to id of the tokens that are recognised in a text, such as ``<|im_start|>``.
     """
 
     vocab_size: int
@@ -33,12 +33,12 @@ class SourceTokenizer:
 
         Args:
             text: any text.
-            add_special_tokens: whether BOS and the like are added as the files ask.
+            add_special_tokens: whether to add BOS and the like, as the files say.
         """
         return self._encode(text, add_special_tokens)
 
     def piece(self, token_id: int) -> str:
-        """How the vocabulary spells a token; ``?`` for an id it does not have."""
+        """Spelling of a token in the vocabulary; ``?`` for an id it does not have."""
         piece = self._piece(token_id) if 0 <= token_id < self.vocab_size else None
         return "?" if piece is None else piece
 
@@ -61,11 +61,11 @@ def _from_tokenizer_json(files: TokenizerFiles) -> SourceTokenizer:
     tokenizer = open_tokenizer(files)
     automatic = automatic_tokens(files, tokenizer)
     if not tokenizer.encode("", add_special_tokens=True).ids and (automatic.get("bos") or automatic.get("eos")):
-        # transformers adds what tokenizer_config.json asks for when tokenizer.json adds nothing
+        # if tokenizer.json adds nothing, transformers adds what tokenizer_config.json asks for
         _add_template(files, tokenizer, automatic)
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
-        # unlike encode, a batch lets other threads run meanwhile, and a fast one keeps no offsets
+        # unlike encode, a batch lets other threads run, and the fast variant skips offsets
         [encoding] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
@@ -93,19 +93,19 @@ def _from_sentencepiece(files: TokenizerFiles) -> SourceTokenizer:
     added |= {token.content: token_id for token_id, token in files.added_tokens().items()}
     before = _automatic_id(files, processor, "bos", default=True)
     after = _automatic_id(files, processor, "eos", default=False)
-    # the longest first, as <s> may begin another
+    # the longest first, since a token may begin with another, such as <s>
     pattern = re.compile("(" + "|".join(re.escape(text) for text in sorted(added, key=len, reverse=True)) + ")")
     text_of = {token_id: text for text, token_id in added.items()}
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = []
-        for part in pattern.split(text):
-            ids += [added[part]] if part in added else processor.EncodeAsIds(part)
+        for segment in pattern.split(text):
+            ids += [added[segment]] if segment in added else processor.EncodeAsIds(segment)
         return [*before, *ids, *after] if add_special_tokens else ids
 
     def piece(token_id: int) -> str | None:
-        known = text_of.get(token_id)
-        return processor.IdToPiece(token_id) if known is None and token_id < n_pieces else known
+        added_text = text_of.get(token_id)
+        return processor.IdToPiece(token_id) if added_text is None and token_id < n_pieces else added_text
 
     return SourceTokenizer(max(n_pieces, *(i + 1 for i in added.values())), added, encode, piece)
 
@@ -118,7 +118,7 @@ def _automatic_id(
     token_id = processor.bos_id() if role == "bos" else processor.eos_id()
     if token_id < 0:
         raise TokenizerError(
-            f"{files.directory / 'tokenizer.model'}: has no {role.upper()} token, which is to be added to every text; "
+            f"{files.directory / 'tokenizer.model'}: has no {role.upper()} token, which should be added to every text; "
             f"set add_{role}_token to false in tokenizer_config.json"
         )
     return (int(token_id),)

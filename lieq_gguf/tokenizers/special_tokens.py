@@ -1,7 +1,7 @@
-"""Tokens with a role (BOS, EOS...) and which of them are put around a text automatically.
+"""Tokens with a role (BOS, EOS...) and which of them are added to a text automatically.
 
-The rules are those of llama.cpp's converter, so that the same keys come out; they are kept here because the gguf
-package on PyPI is older than the converter and leaves some of them out.
+The rules are those of llama.cpp's converter, so that the same keys are written; they are here because the gguf package
+on PyPI is older than the converter and lacks some of them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import tokenizers
 from lieq_gguf.tokenizers.model_files import ROLES, JsonObject, TokenizerFiles, component
 from lieq_gguf.tokenizers.vocabulary import SpecialTokens
 
-# the architectures that llama.cpp's converter handles as Llama's; it tells some of them apart by these numbers alone
+# the architectures that llama.cpp's converter handles like Llama; it recognises some models only by these numbers
 _LLAMA_FAMILY = frozenset({"llama", "granite", "smollm3"})
 _CODE_LLAMA_VOCAB_SIZE = 32016
 _CODE_LLAMA_EOT = 32010
@@ -29,11 +29,11 @@ def read_special_tokens(
     """Ids with a role, and the automatic ones.
 
     Args:
-        files: of the model.
-        tokenizer: tokenizer.json, if there is one.
+        files: the model's tokenizer files.
+        tokenizer: the loaded tokenizer.json, if there is one.
         vocab_size: rows of the embedding; an id beyond it is left out.
-        architecture: llama.cpp's name of it.
-        adds_bos_by_default: what llama.cpp does where the file does not say.
+        architecture: llama.cpp's name of the architecture.
+        adds_bos_by_default: what llama.cpp does if the file does not say.
     """
     texts, automatic = _texts_and_automatic(files, tokenizer)
     added = {token.content: token_id for token_id, token in reversed(files.added_tokens().items())}
@@ -52,13 +52,13 @@ def read_special_tokens(
     if is_llama and vocab_size == _GRANITE_VOCAB_SIZE:
         automatic["bos"] = False
     elif tokenizer is not None and "bos" not in automatic and adds_bos_by_default != _starts_with(tokenizer, ids):
-        # no file says it, yet the tokenizer does otherwise than llama.cpp would by default
+        # no file says it, but the tokenizer differs from llama.cpp's default
         automatic["bos"] = not adds_bos_by_default
     return SpecialTokens(tuple(ids.items()), tuple(automatic.items()))
 
 
 def is_llama_family(architecture: str) -> bool:
-    """Whether llama.cpp's converter reads vocabularies of this architecture as it does Llama's."""
+    """Whether llama.cpp's converter reads vocabularies of this architecture like Llama's."""
     return architecture in _LLAMA_FAMILY
 
 
@@ -69,7 +69,7 @@ def swallows_blanks(tokenizer: tokenizers.Tokenizer | None) -> bool:
 
 
 def automatic_tokens(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None) -> dict[str, bool]:
-    """Which of ``bos``, ``eos``, ``sep`` the files say are added automatically; a role they do not name is missing."""
+    """Whether ``bos``, ``eos``, ``sep`` are added automatically; a role that no file mentions is missing."""
     return _texts_and_automatic(files, tokenizer)[1]
 
 
@@ -82,7 +82,7 @@ def _texts_and_automatic(
     automatic = _automatic_by_post_processor(tokenizer, texts)
     for role in ("bos", "eos", "sep"):
         is_added = files.config.get(f"add_{role}_token")
-        # transformers lets the flag win in some of its classes only; tokenizer.json is the same for all of them
+        # only in some classes of transformers the flag wins; tokenizer.json applies to all of them
         if isinstance(is_added, bool):
             automatic.setdefault(role, is_added)
     return texts, automatic
@@ -103,7 +103,7 @@ def _automatic_by_post_processor(
 
 
 def _automatic_by_template(template: JsonObject, texts: dict[str, str | None]) -> dict[str, bool]:
-    """Read a template such as ``<s> $A </s>``; ``texts`` learns the roles that only the template tells."""
+    """Read a template such as ``<s> $A </s>``; roles that only the template has are added to ``texts``."""
     single, pair = template["single"], template["pair"]
     first = _special_id(single[0]) if len(single) > 1 else None
     last = _special_id(single[-1]) if len(single) > 1 else None
@@ -113,7 +113,7 @@ def _automatic_by_template(template: JsonObject, texts: dict[str, str | None]) -
         automatic["bos"] = first == texts["bos"]
     if last:
         if texts["eos"] not in (None, last):
-            # what ends a text wins over what ends a turn
+            # the token that ends a text is EOS, the one that ends a turn EOT
             texts["eot"] = texts["eos"]
         texts["eos"] = last
         automatic["eos"] = True

@@ -1,7 +1,7 @@
-"""What llama.cpp must know of a SentencePiece Unigram tokenizer besides its pieces: how it prepares a text.
+"""How a SentencePiece Unigram tokenizer prepares a text, which llama.cpp needs besides its pieces.
 
-llama.cpp takes the likeliest pieces for files of tokenizer model ``t5`` only, whatever the architecture; in those of
-model ``llama`` it merges. Its converter writes ``llama`` for decoder-only models all the same.
+llama.cpp takes the likeliest pieces only in files with tokenizer model ``t5``, whatever the architecture; with
+``llama`` it merges. Yet its converter writes ``llama`` for decoder-only models.
 """
 
 import base64
@@ -19,11 +19,11 @@ _SEVERAL_BLANKS = {"Regex": " {2,}"}
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to a text before it is cut into pieces.
+    """What is done to a text before it is split into pieces.
 
     Attributes:
         adds_space_prefix: whether it gets a leading blank.
-        removes_extra_whitespaces: whether blanks at the ends go and several become one.
+        removes_extra_whitespaces: whether blanks at the ends are removed and runs of blanks become one.
         precompiled_charsmap: SentencePiece's table of replacements, empty if there is none.
     """
 
@@ -36,7 +36,7 @@ def preparation_by_model(model: SentencePieceModel, path: Path) -> Preparation:
     """How a tokenizer.model prepares a text.
 
     Raises:
-        TokenizerError: if llama.cpp cannot tokenise as the model does.
+        TokenizerError: if llama.cpp does not support the tokenizer.
     """
     _check_byte_fallback(model.has_byte_fallback, path)
     return Preparation(model.adds_space_prefix, model.removes_extra_whitespaces, model.precompiled_charsmap)
@@ -46,7 +46,7 @@ def preparation_by_json(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) 
     """How a tokenizer.json with a Unigram model prepares a text.
 
     Raises:
-        TokenizerError: if llama.cpp cannot tokenise as the file says.
+        TokenizerError: if llama.cpp does not support the tokenizer.
     """
     path = files.directory / "tokenizer.json"
     _check_byte_fallback(bool((files.tokenizer_json or {})["model"].get("byte_fallback")), path)
@@ -55,11 +55,10 @@ def preparation_by_json(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) 
     unknown = [str(step["type"]) for step in normalizers if not _is_known(step)]
     unknown += [str(step["type"]) for step in splitters if step["type"] not in ("Metaspace", "WhitespaceSplit")]
     if unknown or not blanks:
-        found = " and ".join(unknown) or "no Metaspace"
+        used = " and ".join(unknown) or "no Metaspace"
         raise TokenizerError(
-            f"{path}: the Unigram tokenizer prepares texts by {found}; expected SentencePiece's steps (Precompiled, "
-            "Strip, Replace of several blanks, Metaspace), which are all that llama.cpp knows; "
-            "this tokenizer cannot be carried over"
+            f"{path}: the Unigram tokenizer prepares texts by {used}; llama.cpp supports only SentencePiece's steps "
+            "(Precompiled, Strip, Replace of several blanks, Metaspace); this tokenizer cannot be converted"
         )
     charsmaps = [step["precompiled_charsmap"] for step in normalizers if step["type"] == "Precompiled"]
     return Preparation(
@@ -80,6 +79,6 @@ def _is_known(step: JsonObject) -> bool:
 def _check_byte_fallback(has_byte_fallback: bool, path: Path) -> None:
     if has_byte_fallback:
         raise TokenizerError(
-            f"{path}: the Unigram tokenizer spells unknown characters in bytes; expected none or BPE, as llama.cpp's "
-            "Unigram tokenizer loses such characters; this tokenizer cannot be carried over"
+            f"{path}: the Unigram tokenizer writes unknown characters as bytes, but llama.cpp's Unigram tokenizer "
+            "loses such characters; this tokenizer cannot be converted"
         )

@@ -1,4 +1,4 @@
-"""What a GGUF file says about a tokenizer, and how it is written."""
+"""The tokenizer in a GGUF file, and how it is written."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class ChatTemplates:
     """The chat templates of a model, as Jinja text.
 
     Attributes:
-        default: the template used when none is asked for by name.
+        default: the template used when none is named.
         named: ``(name, template)`` of the others, such as ``tool_use``, sorted by name.
     """
 
@@ -23,11 +23,11 @@ class ChatTemplates:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids with a role and what is put around a text automatically.
+    """The ids with a role, and which tokens are added to a text automatically.
 
     Attributes:
         ids: ``(role, id)``, role being a word of the format: ``bos``, ``eos``, ``unk``, ``pad``...
-        automatic: ``(role, is added)``; a role that is missing is left to llama.cpp's default.
+        automatic: ``(role, is added)``; for a missing role llama.cpp's default applies.
     """
 
     ids: tuple[tuple[str, int], ...] = ()
@@ -41,16 +41,17 @@ class Vocabulary:
     Attributes:
         model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece-style BPE, ``t5`` for Unigram.
         pre_tokenizer: llama.cpp's name of the rule that splits text into words (``tokenizer.ggml.pre``).
-        tokens: one per id, UTF-8; there are exactly as many as the embedding has rows.
+        tokens: one per id, UTF-8; exactly as many as the embedding has rows.
         token_types: ``gguf.TokenType`` of each token.
-        scores: of each token, the higher the earlier it is merged; None for byte-level BPE.
+        scores: one per token; tokens with higher scores are merged first. None for byte-level BPE.
         merges: for byte-level BPE, ``left right``, the most frequent first; otherwise empty.
         special: ids with a role, and which of them are automatic.
         add_space_prefix: whether a text gets a leading blank; None leaves llama.cpp's default.
-        chat_templates: carried over unchanged.
-        remove_extra_whitespaces: whether blanks at the ends go and several become one; None leaves llama.cpp's default.
+        chat_templates: copied unchanged.
+        remove_extra_whitespaces: whether blanks at the ends are removed and runs of blanks become one; None leaves
+            llama.cpp's default.
         precompiled_charsmap: SentencePiece's table of replacements, for Unigram; empty if there is none.
-        swallows_blanks: whether blanks beside added tokens are part of them, which no key of the format can say.
+        swallows_blanks: whether blanks beside added tokens are part of them; the format has no key for it.
 
     Raises:
         TokenizerError: if two tokens have the same text, which makes llama.cpp abort.
@@ -75,8 +76,8 @@ class Vocabulary:
         text, count = Counter(self.tokens).most_common(1)[0]
         ids = [i for i, token in enumerate(self.tokens) if token == text]
         raise TokenizerError(
-            f"the vocabulary holds {text.decode(errors='replace')!r} {count} times (ids {ids[:5]}) but llama.cpp wants "
-            "every token once; rename all but one in the tokenizer files"
+            f"the vocabulary holds {text.decode(errors='replace')!r} {count} times (ids {ids[:5]}), but llama.cpp "
+            "needs every token once; rename all but one in the tokenizer files"
         )
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
@@ -106,11 +107,11 @@ class Vocabulary:
         if self.chat_templates.default is not None:
             writer.add_chat_template(self.chat_templates.default)
         if self.chat_templates.named:
-            # gguf's own way goes through a set, so that two runs would give two different files
+            # gguf's own function uses a set, so two runs could write different files
             for name, template in self.chat_templates.named:
                 writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), template)
             writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, [name for name, _ in self.chat_templates.named])
 
 
-# where the format's key is not the role's short name
+# keys of the format that differ from the role's short name
 _ID_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
