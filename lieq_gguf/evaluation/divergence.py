@@ -179,7 +179,7 @@ def evaluate(
     Args:
         files: GGUF files.
         reference: GGUF file or model directory.
-            text: Text that calibration has not seen.
+        text: Text that calibration has not seen.
         options: How to compare.
         advance: Called with 1 after each sequence and each question.
 
