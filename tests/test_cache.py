@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from support.command import RunCli
 
 from lieq_gguf.errors import OutputError
-from lieq_gguf.measure import cache, forward_pass
+from lieq_gguf.measure import cache, forward_pass, measuring
 from lieq_gguf.measure.cache import _MAX_ENTRIES, CacheEntry, passes_folder
 from lieq_gguf.records.folders import cache_root
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
+from lieq_gguf.scorers import Scorer, scorers
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 IMPORTANCE = ImportanceMatrix({"blk.0.attn_q.weight": np.ones(4, dtype=np.float32)}, 16, 16, "text")
@@ -75,6 +76,20 @@ def test_what_the_result_depends_on_makes_a_pass_anew(
 ) -> None:
     for changed in ([], change):
         assert run_cli("plan", model, "--bits", 3, *options, *changed).exit_code == 0
+    assert n_passes() == 2
+
+
+def test_a_score_that_is_installed_later_makes_a_pass_anew(
+    run_cli: RunCli,
+    model: Path,
+    options: list[object],
+    n_passes: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run_cli("plan", model, "--bits", 3, *options).exit_code == 0
+    later = {**scorers(), "mine": Scorer("lieq_gguf.scorers.lim:score")}
+    monkeypatch.setattr(measuring, "scorers", lambda: later)
+    assert run_cli("plan", model, "--bits", 3, *options).exit_code == 0
     assert n_passes() == 2
 
 

@@ -168,8 +168,8 @@ def _cache_entry(task: MeasuringTask) -> CacheEntry:
         seed=options.seed if task.measures_scores else None,
         device=compute.device,
         in_float32=compute.in_float32,
-        removal=task.needs.costly,
-        outer_matrices=task.measures_scores,
+        costly=task.needs.costly,
+        scorers=list(scorers()) if task.measures_scores else None,  # another package's may come later
     )
 
 
