@@ -254,7 +254,7 @@ def test_nominal_bits_out_of_reach(run_cli: RunCli, tiny_model: Path, folder: Pa
 
 def test_types_that_would_widen_the_range_are_named(run_cli: RunCli, tiny_model: Path, folder: Path) -> None:
     done = run_cli("convert", tiny_model, "--bits", 1.6, "-q", "-o", folder / "out")
-    assert_refused(done, "smaller types can be allowed with --types, for example IQ1_S", folder)
+    assert_refused(done, "--types allows smaller types, for example IQ1_S", folder)
 
 
 def test_width_that_fits_no_k_type(run_cli: RunCli, tmp_path: Path, folder: Path) -> None:
@@ -266,8 +266,11 @@ def test_width_that_fits_no_k_type(run_cli: RunCli, tmp_path: Path, folder: Path
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--types", "IQ2_XXS,IQ2_XS", "--no-imatrix"), "all types asked for (IQ2_XXS, IQ2_XS) need an importance"),
-        (("--types", "Q4_K", "--no-imatrix", "--embedding-type", "IQ2_XXS"), "needs an importance matrix, which no"),
+        (("--types", "IQ2_XXS,IQ2_XS", "--no-imatrix"), "all types you asked for (IQ2_XXS, IQ2_XS) need"),
+        (
+            ("--types", "Q4_K", "--no-imatrix", "--embedding-type", "IQ2_XXS"),
+            "needs an importance matrix, which embedding",
+        ),
         (("--device", "cuda:7"), "device 'cuda:7' cannot be used"),
         (("--device", "toaster"), "device 'toaster' cannot be used"),
         (("--pre-tokenizer", "none-such"), "none-such"),

@@ -1,1 +1,1 @@
-"""One type for every tensor, so that the target is met and never exceeded."""
+"""Chooses a type for every tensor, so that the target is met and never exceeded."""

@@ -1,4 +1,4 @@
-"""One type for every tensor, so that the target is met and never exceeded."""
+"""Chooses a type for every tensor, so that the target is met and never exceeded."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lieq_gguf.records.spec import ModelSpec
 
 
 def check_reachable(problem: Problem) -> None:
-    """Refuse a target that cannot be met. Headers are enough to know, so this comes before any work.
+    """Refuse a target that cannot be met. Needs only headers, so it comes before any work.
 
     Raises:
-        BudgetError: if the target is outside of what the types can reach, with the range and what would widen it; if
-            the method has no two widths for it; or if no choice is that fast.
+        BudgetError: if the target is outside the range of the types, naming the range and what would widen it; if the
+            method has no two widths for it; or if no choice is fast enough.
     """
     budget, options = problem.budget, problem.options
     low, high = problem.range()
-    # A target above the largest type is a mistake, not a wish for a smaller file; allow for rounding of the decimal.
+    # A target above the largest type is a mistake of the user; the factor allows for rounding of the decimal.
     if problem.least > problem.limit or budget.value > high * 1.0001:
         raise BudgetError(
             f"{budget} is out of reach: {problem.spec.name} can have {_shown_range(budget, low, high)}; "
@@ -33,16 +33,16 @@ def check_reachable(problem: Problem) -> None:
         )
     method = METHODS[options.method]
     method.check(problem)
-    if options.min_tokens_per_sec is not None and not method.minds_speed:
-        raise BudgetError(f"--method {options.method} takes no account of speed; leave out --min-tokens-per-sec")
+    if options.min_tokens_per_sec is not None and not method.considers_speed:
+        raise BudgetError(f"--method {options.method} does not consider speed; leave out --min-tokens-per-sec")
     check_speed(problem)
 
 
 def allocate(problem: Problem, scores: LayerScores | None) -> QuantPlan:
-    """Give every tensor a type; the target is met from below.
+    """Give every tensor a type; the result never exceeds the target.
 
     Args:
-        problem: What there is to choose.
+        problem: The choices and limits.
         scores: Layer scores and type errors of this model; None if there is a single choice.
 
     Raises:
@@ -67,24 +67,24 @@ def allocate(problem: Problem, scores: LayerScores | None) -> QuantPlan:
         reachable_bpw=problem.layer_bpw_range,
         types=types,
         layer_scores=tuple(scores.by_scorer[problem.scorer]) if scores is not None else (),
-        profile=options.profile if METHODS[options.method].minds_speed else "quality",
+        profile=options.profile if METHODS[options.method].considers_speed else "quality",
         error_feedback=problem.error_feedback and quantizes_layers(types, spec),
         expected_kld=None if scores is None else expected_kld(spec, types, scores),
     )
 
 
 def expected_kld(spec: ModelSpec, types: Mapping[str, str], scores: LayerScores) -> float | None:
-    """Divergence of the logits in nats: what the block errors of all matrices come to; None if they are not known."""
+    """Divergence of the logits in nats, predicted from the block errors of all matrices; None if one is missing."""
     matrices = [t.name for t in spec.tensors if t.is_matrix]
-    known = all(types[n] in scores.type_errors.get(n, {}) and n in scores.sensitivities for n in matrices)
-    if scores.kld_per_block_error is None or not known:
+    are_measured = all(types[n] in scores.type_errors.get(n, {}) and n in scores.sensitivities for n in matrices)
+    if scores.kld_per_block_error is None or not are_measured:
         return None
     total = sum(scores.sensitivities[name] * scores.type_errors[name][types[name]] for name in matrices)
     return scores.kld_per_block_error * total
 
 
 def _shown_range(budget: BitBudget, low: float, high: float) -> str:
-    """The range, rounded inwards, so that what is printed can be had."""
+    """The range, rounded inwards, so that the printed limits can be reached."""
     if budget.kind == "size":
         return f"{math.ceil(low):,} to {math.floor(high):,} bytes"
     unit = "bits of file per weight" if budget.kind == "file-bits" else "bits per weight"
@@ -92,32 +92,32 @@ def _shown_range(budget: BitBudget, low: float, high: float) -> str:
 
 
 def _advice(problem: Problem, low: float) -> str:
-    """What pushes the range away from a target outside of it, and what would widen it."""
+    """Why a target is outside the range, and what would widen the range."""
     budget, options, spec = problem.budget, problem.options, problem.spec
     is_small = budget.value < low
-    parts = []
+    hints = []
     if budget.covers_file and is_small:
         outer = [t for t in spec.outer_matrices if t.name in problem.fixed]
         share = sum(t.n_weights for t in spec.outer_matrices) / spec.n_weights
         names = ", ".join(dict.fromkeys(problem.fixed[t.name].name for t in outer))
         given = f", in {names}: --embedding-type and --output-type can be smaller" if outer else ""
-        parts.append(f"embedding and output are {share:.0%} of the weights{given}")
+        hints.append(f"embedding and output are {share:.0%} of the weights{given}")
     n_pinned = sum(t.name in problem.fixed for layer in spec.layer_matrices for t in layer)
     if n_pinned:
-        parts.append(f"{n_pinned} matrices of the layers are pinned")
+        hints.append(f"{n_pinned} matrices of the layers are pinned")
     if is_small and options.profile == "edge":
-        parts.append("--profile quality or cpu has smaller types")
+        hints.append("--profile quality or cpu has smaller types")
     widths = sorted({t.shape[-1] for g in problem.groups for t in g.tensors if t.shape[-1] % 256})
     if is_small and widths:
         rows = " and ".join(str(w) for w in widths)
-        parts.append(f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types")
+        hints.append(f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types")
         fitting = [q for q in QUANT_TYPES.values() if all(q.fits(width) for width in widths)]
         smallest = min(fitting, key=lambda q: q.bits_per_weight)
         if problem.granularity == "layer":
-            parts[-1] += "; --granularity tensor uses those where they fit"
+            hints[-1] += "; --granularity tensor uses those where they fit"
         elif smallest not in problem.offered_types:
-            parts[-1] += f"; --types +{smallest.name} allows one of {smallest.bits_per_weight:g} bits that they fit"
-        return "; ".join(parts)
+            hints[-1] += f"; --types +{smallest.name} allows a type of {smallest.bits_per_weight:g} bits that fits them"
+        return "; ".join(hints)
 
     def bits(quant_type: QuantType) -> float:
         return quant_type.nominal_bits if budget.kind == "nominal" else quant_type.bits_per_weight
@@ -128,13 +128,13 @@ def _advice(problem: Problem, low: float) -> str:
         nearest = [q for q in reversed(others) if bits(q) < min(offered)]
     else:
         nearest = [q for q in others if bits(q) > max(offered)]
-    if budget.bits_per_weight is not None and not budget.covers_file:  # name one that does reach it
+    if budget.bits_per_weight is not None and not budget.covers_file:  # name a type that reaches the target
         reaching = [q for q in nearest if (bits(q) <= budget.value if is_small else bits(q) >= budget.value)]
         nearest = reaching
     if nearest and problem.groups and not (is_small and options.profile == "edge"):
         size = "smaller" if is_small else "larger"
-        parts.append(f"{size} types can be allowed with --types, for example {nearest[0].name}")
-    return "; ".join(parts or ["choose a target inside this range"])
+        hints.append(f"--types allows {size} types, for example {nearest[0].name}")
+    return "; ".join(hints or ["choose a target inside this range"])
 
 
 def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> None:
@@ -142,13 +142,15 @@ def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> 
         raise FormatError(f"the scores have no '{scorer}'; they have {', '.join(scores.by_scorer)}")
     for group in groups:
         for tensor in group.tensors:
-            known = scores.type_errors.get(tensor.name, {})
-            missing = [q.name for q in group.choices if q.name not in known]
-            if not known:
-                raise FormatError(f"the scores have no errors of {tensor.name}, made by an older version; score again")
-            if missing:
-                kept = [*known, *missing]
+            errors = scores.type_errors.get(tensor.name, {})
+            missing = [q.name for q in group.choices if q.name not in errors]
+            if not errors:
                 raise FormatError(
-                    f"the scores have no errors for {missing[0]}; score again with --types {','.join(kept)}, "
+                    f"the scores were made by an older version and have no errors of {tensor.name}; score again"
+                )
+            if missing:
+                names = [*errors, *missing]
+                raise FormatError(
+                    f"the scores have no errors for {missing[0]}; score again with --types {','.join(names)}, "
                     "or leave those types out here"
                 )

@@ -1,6 +1,6 @@
-"""From a model and the user's options to the problem: which types are on offer, what is fixed, what goes together.
+"""Builds the problem from a model and the user's options: the offered types, the fixed tensors, the groups.
 
-Types whose blocks do not divide a row are never offered to it.
+A row is never offered a type whose blocks do not divide it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lieq_gguf.records.spec import ModelSpec, TensorSpec
 
 
 def scorer_of(options: AllocationOptions) -> str:
-    """Name of the layer score: the one asked for, or the one the method is made for."""
+    """Name of the layer score: the requested one, or the one that belongs to the method."""
     return options.scorer or METHODS[options.method].scorer
 
 
@@ -31,19 +31,19 @@ def build_problem(
     error_feedback: bool = False,
     header_bytes: int = 0,
 ) -> Problem:
-    """What is fixed, and the groups of the rest with the types that fit.
+    """Separate the fixed tensors from the rest, and group the rest with the types that fit.
 
     Args:
         spec: The model.
         budget: The target.
         options: Method and choices.
-        costs: What decoding takes by type; None to leave speed out of it.
+        costs: Decoding time of each type; None to ignore speed.
         has_imatrix: Whether the file will be made with an importance matrix, which some types need.
         error_feedback: Whether it will be written with error feedback.
-        header_bytes: What comes before the first tensor of the file.
+        header_bytes: Bytes before the first tensor of the file.
 
     Raises:
-        BudgetError: if no type fits a group, or a type asked for does not fit.
+        BudgetError: if no type fits a group, or a requested type does not fit.
     """
     method = METHODS[options.method]
     types = types_on_offer(options.types, has_imatrix, options.profile)
@@ -68,10 +68,10 @@ def build_problem(
 
 
 def types_on_offer(types: Sequence[QuantType], has_imatrix: bool, profile: str = "quality") -> tuple[QuantType, ...]:
-    """The types that can be made: those of the profile, and those that need an importance matrix only if there is one.
+    """The types of the profile, without those that need an importance matrix if there is none.
 
     Raises:
-        BudgetError: if none is left.
+        BudgetError: if no type is left.
     """
     of_profile = tuple(t for t in types if t.family in PROFILES[profile].families)
     names = ", ".join(t.name for t in types)
@@ -93,24 +93,24 @@ def _outer_type(
     types: Sequence[QuantType],
     pinned: QuantType | None,
 ) -> QuantType | None:
-    """The type of embedding or output matrix by hand or by rule; None if it is a choice."""
-    asked = _asked_outer_type(tensor, spec, options)
+    """The type of embedding or output matrix, by hand or by rule; None if the method chooses it."""
+    requested = _requested_outer_type(tensor, spec, options)
     if pinned is not None:
-        if asked not in (None, pinned):
+        if requested not in (None, pinned):
             raise BudgetError(
-                f"{tensor.name} is pinned to {pinned.name} and asked to be {asked and asked.name}; "
+                f"you pinned {tensor.name} to {pinned.name} and also asked for {requested and requested.name}; "
                 "leave out one of the two"
             )
         return pinned
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if budget.covers_file and METHODS[options.method].weighs_outer:
         return None
     return _outer_type_by_rule(tensor, spec, budget, types)
 
 
 def _choices(tensors: Sequence[TensorSpec], types: Sequence[QuantType]) -> tuple[QuantType, ...]:
-    """The types that fit all of some matrices; no embedding or output has an importance matrix."""
+    """The types that fit all of some matrices. Embedding and output matrix never have importance."""
     is_outer = tensors[0].layer is None
     fitting = tuple(q for q in types if all(q.fits(t.shape[-1]) for t in tensors))
     choices = tuple(q for q in fitting if not (is_outer and q.needs_imatrix))
@@ -120,8 +120,8 @@ def _choices(tensors: Sequence[TensorSpec], types: Sequence[QuantType]) -> tuple
         where = tensors[0].name if is_outer else f"layer {tensors[0].layer}"
         if fitting:
             raise BudgetError(
-                f"all of the types {names} need an importance matrix, which no embedding has; "
-                f"name a type for {where} with {'--output-type' if where == 'output.weight' else '--embedding-type'}"
+                f"all of the types {names} need an importance matrix, which {where} never has; "
+                f"name a type for it with {'--output-type' if where == 'output.weight' else '--embedding-type'}"
             )
         raise BudgetError(
             f"none of the types {names} fits rows of {widths} weights in {where}; "
@@ -154,36 +154,36 @@ def _pinned(spec: ModelSpec, pins: Sequence[Pin], has_imatrix: bool) -> dict[str
 
 
 def _check_fit(tensor: TensorSpec, quant_type: QuantType) -> None:
-    """Require that a tensor can have a type."""
+    """Require that a type fits a tensor."""
     why = None
     if not quant_type.fits(tensor.shape[-1]):
         why = "does not fit its rows"
     elif quant_type.needs_imatrix and tensor.layer is None:
-        why = "needs an importance matrix, which no embedding has"
+        why = "needs an importance matrix, which embedding and output never have"
     if why is not None:
         raise BudgetError(f"{tensor.name} of shape {tensor.shape} cannot be {quant_type.name}: it {why}")
 
 
-def _asked_outer_type(tensor: TensorSpec, spec: ModelSpec, options: AllocationOptions) -> QuantType | None:
-    """Type of the embedding or the output matrix that was asked for."""
+def _requested_outer_type(tensor: TensorSpec, spec: ModelSpec, options: AllocationOptions) -> QuantType | None:
+    """The type that the user requested for the embedding or the output matrix."""
     is_output = tensor.name == "output.weight" or spec.has_tied_embeddings
-    asked = options.output_type if is_output else options.embedding_type
+    requested = options.output_type if is_output else options.embedding_type
     if spec.has_tied_embeddings and options.embedding_type is not None:
-        if asked not in (None, options.embedding_type):
+        if requested not in (None, options.embedding_type):
             raise BudgetError(
                 f"embedding and output of {spec.name} are one matrix, which cannot be both "
                 f"{options.embedding_type.name} and {options.output_type and options.output_type.name}"
             )
-        asked = options.embedding_type
-    if asked is not None:
-        _check_fit(tensor, asked)
-    return asked
+        requested = options.embedding_type
+    if requested is not None:
+        _check_fit(tensor, requested)
+    return requested
 
 
 def _outer_type_by_rule(
     tensor: TensorSpec, spec: ModelSpec, budget: BitBudget, types: Sequence[QuantType]
 ) -> QuantType:
-    """As good as llama-quantize's at this budget: the output at least Q6_K, the embedding at least the target."""
+    """As good as llama-quantize's choice at this budget: output at least Q6_K, embedding at least the target."""
     if not any(q.is_quantized for q in types):
         return max(types, key=lambda q: q.bits_per_weight)
     is_output = tensor.name == "output.weight" or spec.has_tied_embeddings

@@ -1,8 +1,8 @@
-"""What it costs to decode a weight of each type: a token reads all weights once, and types differ in more than bytes.
+"""The time to decode a weight of each type: a token reads all weights once, and types differ in more than bytes.
 
-A table comes along for each class of processor; ``bench --types`` measures this machine and keeps its own in the user's
-data folder, since a cache may be emptied at any time. Speeds foretold from a table of another machine are good for
-comparing files, not as promises.
+The package has a table for each class of processor; ``bench --types`` measures this machine and keeps its table in the
+user's data folder, since a cache may be emptied at any time. Speeds predicted from another machine's table are good for
+comparing files, but they are no promises.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class DecodeCosts:
     """Time by type, on one machine with one number of threads.
 
     Attributes:
-        machine: What it was measured on, with the number of threads.
-        source: Where the figures come from, and when.
+        machine: The machine and the number of threads.
+        source: Origin and date of the figures.
         picoseconds: Type name to 10⁻¹² seconds per weight.
         is_own: Whether it was measured on this machine.
     """
@@ -42,29 +42,29 @@ class DecodeCosts:
     is_own: bool = False
 
     def matrix_seconds(self, tensor: TensorSpec, quant_type: QuantType, is_tied: bool) -> float:
-        """What a matrix adds to a token: nothing if it is an embedding that only gives rows."""
+        """Time that a matrix adds to a token: zero for an embedding that is not the output matrix too."""
         if tensor.name == "token_embd.weight" and not is_tied:
             return 0.0
         return self._per_weight(quant_type) * tensor.n_weights * tensor.active_share
 
     def seconds(self, tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> float:
-        """Seconds of a token.
+        """Seconds per token.
 
         Args:
-            tensors: All of the model.
-            types: Tensor name to type name; matrices it leaves out take no time.
+            tensors: All tensors of the model.
+            types: Tensor name to type name; matrices that are missing take no time.
         """
         is_tied = all(t.name != "output.weight" for t in tensors)
         matrices = [t for t in tensors if t.is_matrix and t.name in types]
         return sum(self.matrix_seconds(t, QUANT_TYPES[types[t.name]], is_tied) for t in matrices)
 
     def _per_weight(self, quant_type: QuantType) -> float:
-        """Seconds of a weight; for a type that was not measured, by its bytes beside Q8_0."""
-        known = self.picoseconds.get(quant_type.name)
-        if known is None:
+        """Seconds per weight; for a type that was not measured, that of Q8_0 in proportion to the bytes."""
+        cost = self.picoseconds.get(quant_type.name)
+        if cost is None:
             q8 = QUANT_TYPES["Q8_0"]
-            known = self.picoseconds[q8.name] * quant_type.bits_per_weight / q8.bits_per_weight
-        return known * 1e-12
+            cost = self.picoseconds[q8.name] * quant_type.bits_per_weight / q8.bits_per_weight
+        return cost * 1e-12
 
     def to_json(self) -> dict[str, Any]:
         """The document of a costs file."""
@@ -77,24 +77,24 @@ class DecodeCosts:
         }
 
     def save(self) -> Path:
-        """Keep it as this machine's own.
+        """Save it as this machine's own table.
 
         Raises:
-            OutputError: if the data folder cannot be made or written.
+            OutputError: if the data folder cannot be created or written.
         """
         target = data_root() / _OWN_FILE
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"cannot make the folder {target.parent}: {error.strerror}; name another with LIEQ_GGUF_DATA"
+                f"cannot create the folder {target.parent}: {error.strerror}; name another with LIEQ_GGUF_DATA"
             ) from None
         write_json(target, self.to_json())
         return target
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: str, is_own: bool) -> DecodeCosts:
-        """Read what ``to_json`` has made.
+        """Read a document of ``to_json``.
 
         Raises:
             FormatError: if it is not complete.
@@ -108,7 +108,7 @@ class DecodeCosts:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(
-                f"{where} is no complete table of decode costs ({error}); measure with bench --types"
+                f"{where} is not a complete table of decode costs ({error}); measure with bench --types"
             ) from None
         if "Q8_0" not in costs.picoseconds or not all(v > 0 for v in costs.picoseconds.values()):
             raise FormatError(f"{where} lacks Q8_0 or has costs that are not positive; measure with bench --types")
@@ -116,7 +116,7 @@ class DecodeCosts:
 
 
 def decode_costs() -> DecodeCosts:
-    """This machine's own table if there is one, or that of its class of processor."""
+    """This machine's own table if there is one, otherwise the table of its class of processor."""
     own = _own_file()
     if own is not None:
         return DecodeCosts.from_json(read_json(own, "decode-costs"), str(own), is_own=True)
@@ -126,6 +126,6 @@ def decode_costs() -> DecodeCosts:
 
 
 def _own_file() -> Path | None:
-    """This machine's own table: in the data folder, or in the cache folder, where it was kept before."""
+    """This machine's own table: in the data folder, or in the cache folder, where older versions kept it."""
     places = (data_root() / _OWN_FILE, cache_root() / _OWN_FILE)
     return next((file for file in places if file.is_file()), None)

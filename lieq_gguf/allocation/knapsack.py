@@ -1,7 +1,7 @@
-"""The multiple-choice knapsack: one option per group, least damage, within a size and, if asked, a time.
+"""The multiple-choice knapsack: one option per group with the least total damage, within limits on size and time.
 
-Solved exactly, up to a gap, by HiGHS: first with mixtures allowed, which all but solves it and rules most options out,
-then what is left in integers. Sizes are integers and the limit on them holds to the last bit.
+HiGHS solves it exactly, up to a gap: first the relaxation, in which options may be mixed, which almost solves it and
+rules out most options; then the rest in integers. Sizes are integers, and their limit holds to the last bit.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 GAP = 1e-3
-"""Share of the damage by which a solution may miss the best one; damages are known to some per cent."""
+"""Share of the damage by which a solution may miss the best one; damages themselves are off by some per cent."""
 
 _SECONDS = 60.0
-_TOLERANCE = 1e-7  # of HiGHS, on damages of about one
+_TOLERANCE = 1e-7  # HiGHS's tolerance, for damages of about one
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a group may be given.
+    """A choice for a group.
 
     Attributes:
-        damage: What is to be least in sum.
+        damage: Its sum is minimised.
         size: Bits.
-        time: Anything, as long as the limit is in the same unit.
+        time: In the unit of the limit.
     """
 
     damage: float
@@ -49,8 +49,8 @@ def solve(groups: Sequence[Sequence[Option]], size_limit: int, time_limit: float
 
     Args:
         groups: Options of each group; at least one.
-        size_limit: What the sizes may come to.
-        time_limit: What the times may come to.
+        size_limit: Largest sum of sizes.
+        time_limit: Largest sum of times.
 
     Returns:
         An index into each group. The same for the same input.
@@ -59,33 +59,33 @@ def solve(groups: Sequence[Sequence[Option]], size_limit: int, time_limit: float
         BudgetError: if no choice is within both limits, or none is found in a minute.
     """
     timed = bool(np.isfinite(time_limit))
-    kept = [(i, k) for i, options in enumerate(groups) for k in _undominated(options, timed)]
-    scale = max((groups[i][k].damage for i, k in kept), default=0.0)
+    candidates = [(i, k) for i, options in enumerate(groups) for k in _undominated(options, timed)]
+    scale = max((groups[i][k].damage for i, k in candidates), default=0.0)
     while True:
-        chosen = _solve(groups, kept, size_limit, time_limit, max(scale, 1e-300))
+        chosen = _solve(groups, candidates, size_limit, time_limit, max(scale, 1e-300))
         damage = sum(g[k].damage for g, k in zip(groups, chosen, strict=True))
-        # HiGHS stops at 10⁻⁶ of the scale as well: where that is more than the gap, ask again on the scale of what was
-        # found. An option that does more damage than the whole is no part of anything better.
+        # HiGHS also stops at 10⁻⁶ of the scale. If that exceeds the gap, solve again with this damage as the scale;
+        # an option with more damage than the whole solution cannot be part of a better one.
         if damage >= 1e-6 / GAP * scale or damage == 0:
             return chosen
         scale = damage
-        kept = [(i, k) for i, k in kept if groups[i][k].damage <= damage]
+        candidates = [(i, k) for i, k in candidates if groups[i][k].damage <= damage]
 
 
 @dataclass(frozen=True)
 class _Program:
-    """Options in rows: what HiGHS is given.
+    """The problem as arrays for HiGHS.
 
     Attributes:
-        kept: Group and index in it of each option.
-        groups: ``[n_groups, n_options]``, which options are whose.
-        damage: Of each option, of about one.
-        sizes: Of each option.
+        candidates: Group of each option, and its index in the group.
+        groups: ``[n_groups, n_options]``, 1 where an option belongs to a group.
+        damage: Damage of each option, scaled to about one.
+        sizes: Size of each option.
         uses: ``[n_limits, n_options]``, how much of each limit an option takes; sizes first, in whole units.
         limits: ``[n_limits]``.
     """
 
-    kept: tuple[tuple[int, int], ...]
+    candidates: tuple[tuple[int, int], ...]
     groups: csr_array
     damage: FloatArray
     sizes: npt.NDArray[np.int64]
@@ -95,69 +95,72 @@ class _Program:
     @property
     def owner(self) -> npt.NDArray[np.int64]:
         """Group of each option."""
-        return np.array([i for i, _ in self.kept])
+        return np.array([i for i, _ in self.candidates])
 
     def among(self, keep: npt.NDArray[np.bool_]) -> _Program:
-        """The same with fewer options."""
-        kept = tuple(pair for pair, is_kept in zip(self.kept, keep, strict=True) if is_kept)
+        """The same problem with fewer options."""
         columns = np.flatnonzero(keep)
         return _Program(
-            kept, self.groups[:, columns], self.damage[keep], self.sizes[keep], self.uses[:, keep], self.limits
-        )
+            tuple(self.candidates[j] for j in columns), self.groups[:, columns], self.damage[keep], self.sizes[keep],
+            self.uses[:, keep], self.limits,
+        )  # fmt: skip
 
 
 def _solve(
     groups: Sequence[Sequence[Option]],
-    kept: Sequence[tuple[int, int]],
+    candidates: Sequence[tuple[int, int]],
     size_limit: int,
     time_limit: float,
     scale: float,
 ) -> tuple[int, ...]:
-    """The best of the options ``kept`` (group, index), with damages as multiples of ``scale``."""
+    """The best of the options ``candidates`` (group, index in it), with damages as multiples of ``scale``."""
     if not groups:
         return ()
-    program = _program(groups, kept, size_limit, time_limit, scale)
+    program = _program(groups, candidates, size_limit, time_limit, scale)
     bound, reduced_costs, shares = _relaxed(program)
     rounded = _rounded(program, shares)
     if rounded is not None:
         excess = float(program.damage[rounded].sum()) - bound
         if excess <= GAP * (bound + excess):
             return _checked(groups, program, rounded, size_limit)
-        # an option that costs more than this is no part of anything better
+        # an option with a higher reduced cost cannot be part of a better solution
         program = program.among(reduced_costs <= excess + _TOLERANCE)
     return _checked(groups, program, _integers(program), size_limit)
 
 
 def _program(
     groups: Sequence[Sequence[Option]],
-    kept: Sequence[tuple[int, int]],
+    candidates: Sequence[tuple[int, int]],
     size_limit: int,
     time_limit: float,
     scale: float,
 ) -> _Program:
     from scipy.sparse import csr_array
 
-    sizes = np.array([groups[i][k].size for i, k in kept], dtype=np.int64)
-    times = np.array([groups[i][k].time for i, k in kept])
-    damage = np.array([groups[i][k].damage for i, k in kept]) / scale
-    members = csr_array((np.ones(len(kept)), ([i for i, _ in kept], range(len(kept)))), shape=(len(groups), len(kept)))
+    sizes = np.array([groups[i][k].size for i, k in candidates], dtype=np.int64)
+    times = np.array([groups[i][k].time for i, k in candidates])
+    damage = np.array([groups[i][k].damage for i, k in candidates]) / scale
+    members = csr_array(
+        (np.ones(len(candidates)), ([i for i, _ in candidates], range(len(candidates)))),
+        shape=(len(groups), len(candidates)),
+    )
     unit = max(1, int(np.gcd.reduce(sizes)))
     uses, limits = [(sizes // unit).astype(float)], [float(size_limit // unit)]
     if np.isfinite(time_limit) and times.any():
         slowest = times.max()
         uses.append(times / slowest)
         limits.append(time_limit / slowest)
-    return _Program(tuple(kept), members, damage, sizes, np.array(uses), np.array(limits))
+    return _Program(tuple(candidates), members, damage, sizes, np.array(uses), np.array(limits))
 
 
 def _relaxed(program: _Program) -> tuple[float, FloatArray, FloatArray]:
-    """Options may be mixed: least damage, what each option costs beyond it, and shares of the options.
+    """The relaxation, in which options may be mixed: least damage, reduced cost and share of each option.
 
-    No choice does less damage, and none with a given option less than this and the option's cost.
+    No choice has less damage; a choice with a given option has at least this damage plus the option's reduced cost.
     """
     from scipy.optimize import linprog
 
-    with silenced_native_stdout():  # HiGHS prints now and then, even when told to be silent
+    with silenced_native_stdout():  # HiGHS sometimes prints even if told to be silent
         solution = linprog(
             program.damage,
             A_ub=program.uses,
@@ -172,9 +175,9 @@ def _relaxed(program: _Program) -> tuple[float, FloatArray, FloatArray]:
 
 
 def _rounded(program: _Program, shares: FloatArray) -> npt.NDArray[np.int64] | None:
-    """An option of each group, by index, near shares of which few are neither zero nor one; None if that is no choice.
+    """An option of each group, by index, close to ``shares``; None if too many groups are mixed or nothing fits.
 
-    Those few groups are decided by trying. What is left of the limits then goes where it takes most damage away.
+    All options of the few mixed groups are tried. The rest of the limits is then spent where it removes most damage.
     """
     owner = program.owner
     chosen = np.zeros(program.groups.shape[0], dtype=np.int64)
@@ -207,7 +210,7 @@ def _integers(program: _Program) -> npt.NDArray[np.int64]:
     with silenced_native_stdout():
         solution = milp(
             program.damage,
-            integrality=np.ones(len(program.kept)),
+            integrality=np.ones(len(program.candidates)),
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(program.groups, 1, 1),
@@ -216,7 +219,7 @@ def _integers(program: _Program) -> npt.NDArray[np.int64]:
             options={"mip_rel_gap": GAP, "time_limit": _SECONDS},
         )
     if solution.status == 1:
-        raise BudgetError(f"no plan was found in {_SECONDS:.0f} s; offer fewer types, or choose --granularity layer")
+        raise BudgetError(f"found no plan in {_SECONDS:.0f} s; offer fewer types, or use --granularity layer")
     if solution.x is None:
         raise BudgetError(f"no choice of types is within the limits: {solution.message}")
     return np.flatnonzero(solution.x > 0.5)
@@ -225,21 +228,21 @@ def _integers(program: _Program) -> npt.NDArray[np.int64]:
 def _checked(
     groups: Sequence[Sequence[Option]], program: _Program, chosen: npt.NDArray[np.int64], size_limit: int
 ) -> tuple[int, ...]:
-    """The choice as an index into each group, if it is one."""
-    pairs = [program.kept[j] for j in chosen]
+    """The choice as an index into each group, checked against the limits."""
+    pairs = [program.candidates[j] for j in chosen]
     if [i for i, _ in pairs] != list(range(len(groups))) or int(program.sizes[chosen].sum()) > size_limit:
         raise BudgetError("the solver broke the limits; please report this")
     return tuple(k for _, k in pairs)
 
 
 def _undominated(options: Sequence[Option], timed: bool) -> list[int]:
-    """Indices of the options that no other beats in everything; of equals, the first."""
+    """Indices of the options that no other option matches or beats in everything; of equals, the first."""
 
     def key(option: Option) -> tuple[float, ...]:
         return (option.size, option.damage, option.time) if timed else (option.size, option.damage)
 
-    kept: list[int] = []
+    result: list[int] = []
     for k in sorted(range(len(options)), key=lambda k: (key(options[k]), k)):
-        if not any(all(a <= b for a, b in zip(key(options[j]), key(options[k]), strict=True)) for j in kept):
-            kept.append(k)
-    return kept
+        if not any(all(a <= b for a, b in zip(key(options[j]), key(options[k]), strict=True)) for j in result):
+            result.append(k)
+    return result

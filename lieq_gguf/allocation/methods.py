@@ -1,8 +1,8 @@
-"""The named ways to divide bits, each an objective of its own.
+"""The named ways to divide bits, each with its own objective.
 
 The full ladder is an exact problem (a multiple-choice knapsack): choose one type per group so that the sum of weight ×
-error is least and the sum of bits stays within the budget, and the time of a token within what the profile allows. The
-papers' rule, two widths in the order of a layer score, is kept beside it.
+error is least, the sum of bits stays within the budget, and the time per token within the profile's limit. The papers'
+rule, two widths in the order of a layer score, is also available.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _WIDTH_PAIRS = ((1, 2), (2, 4), (4, 8), (8, 16))
 def two_levels(problem: Problem, scores: LayerScores) -> tuple[QuantType, ...]:
     """The paper's rule: the ``m`` highest-scored layers at the high width, the others at half of it.
 
-    ``m`` is as large as fits. Several llama.cpp types have the same width; of all pairs of the two widths that come
-    within 1 % of the budget, the one with the least weighted error is taken.
+    ``m`` is as large as possible. Several llama.cpp types have the same width; of all pairs that use at least 99 % of
+    the budget, the one with the least weighted error wins.
 
     Source: LieQ, arXiv 2508.03332v2, allocation; order and move as in arXiv 2406.17415.
     """
@@ -53,7 +53,10 @@ def two_levels(problem: Problem, scores: LayerScores) -> tuple[QuantType, ...]:
 
 
 def _level_pairs(problem: Problem) -> list[tuple[QuantType, QuantType]]:
-    """Types of a width and of its double that fit every group, the low one within the budget; or the user's own two."""
+    """Pairs of types, of a width and its double, that fit every group, the low one within the budget.
+
+    If only two types fit every group, they are the pair, whatever their widths.
+    """
     groups, budget = problem.groups, problem.budget
     if not groups:
         return []
@@ -76,11 +79,11 @@ def _level_pairs(problem: Problem) -> list[tuple[QuantType, QuantType]]:
 def full_ladder(
     problem: Problem, scores: LayerScores, *, error: Error = Group.weighted_error, has_weights: bool = True
 ) -> tuple[QuantType, ...]:
-    """The best choice of one type per group for ``Σ weight · error``, within size and time.
+    """The choice of one type per group with the least ``Σ weight · error``, within size and time.
 
-    The weight of a layer is one plus its score, scaled to [0, 1] over the model: the score tips the balance between
-    layers but cannot outvote the measured error. Without ``has_weights`` it is one. Embedding and output weigh as much
-    as a layer does in the mean.
+    The weight of a layer is one plus its score, scaled to [0, 1] over the model, so that the score decides between
+    similar layers but cannot override the measured error. Without ``has_weights`` it is one. Embedding and output get
+    the layers' mean weight.
     """
     weights = _layer_weights(scores.by_scorer[problem.scorer]) if has_weights else [1.0]
     mean = sum(weights) / len(weights)
@@ -102,13 +105,13 @@ class Method:
     """A named way to divide bits.
 
     Attributes:
-        summary: What it does, in a line.
-        solve: From problem and scores to one type a group.
-        granularity: Groups it is made for.
-        scorer: Layer score it is made for. For ``best`` the one that won on the table in docs/experiments.md.
+        summary: What it does, in one line.
+        solve: Function from problem and scores to one type per group.
+        granularity: Its default groups.
+        scorer: Its default layer score. For ``best`` the winner of the table in docs/experiments.md.
         check: Raises BudgetError if a problem has no solution.
-        weighs_outer: Whether it knows what embedding and output are worth; otherwise a rule gives them their types.
-        minds_speed: Whether it keeps to a time per token.
+        weighs_outer: Whether it can choose the types of embedding and output; otherwise a rule does.
+        considers_speed: Whether it obeys a limit on the time per token.
         needs_block_errors: Whether its objective is how far the output of a layer moves.
     """
 
@@ -118,7 +121,7 @@ class Method:
     scorer: str
     check: Callable[[Problem], object] = lambda _problem: None
     weighs_outer: bool = False
-    minds_speed: bool = True
+    considers_speed: bool = True
     needs_block_errors: bool = False
 
 
@@ -126,7 +129,7 @@ _BLOCK_ERROR = partial(full_ladder, error=Group.block_error)
 
 
 def weighted_error(problem: Problem, scores: LayerScores) -> tuple[QuantType, ...]:
-    """``full_ladder`` by the weighted error of the weights alone, unless the user names a score to weigh it with."""
+    """``full_ladder`` by the weighted error of the weights alone, unless the user names a score as weight."""
     return full_ladder(problem, scores, has_weights=problem.options.scorer is not None)
 
 
@@ -141,7 +144,7 @@ METHODS = {
     ),
     "weighted-error": Method("a type per tensor by the error of the weights alone", weighted_error, "tensor", "zd"),
     "lieq-ladder": Method("a type per layer by error and LieQ's score", full_ladder, "layer", "lieq"),
-    "lieq": Method("LieQ's two widths per layer", two_levels, "layer", "lieq", _level_pairs, minds_speed=False),
-    "lim": Method("two widths in the order of LIM", two_levels, "layer", "lim", _level_pairs, minds_speed=False),
-    "zd": Method("two widths in the order of ZD", two_levels, "layer", "zd", _level_pairs, minds_speed=False),
+    "lieq": Method("LieQ's two widths per layer", two_levels, "layer", "lieq", _level_pairs, considers_speed=False),
+    "lim": Method("two widths in the order of LIM", two_levels, "layer", "lim", _level_pairs, considers_speed=False),
+    "zd": Method("two widths in the order of ZD", two_levels, "layer", "zd", _level_pairs, considers_speed=False),
 }  # fmt: skip

@@ -1,6 +1,6 @@
-"""The problem of dividing bits: what is fixed, what can be chosen, and what each choice takes of the budget.
+"""The problem of dividing bits: what is fixed, what can be chosen, and how much of the budget each choice takes.
 
-Bits are integers throughout.
+All bits are integers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Pin:
     """Tensors whose type the user has fixed.
 
     Attributes:
-        pattern: Regular expression searched in tensor names, as llama-quantize searches its ``--tensor-type``.
+        pattern: Regular expression, searched in tensor names like llama-quantize's ``--tensor-type``.
         quant_type: Their type.
     """
 
@@ -33,7 +33,7 @@ class Pin:
     quant_type: QuantType
 
     def matches(self, name: str) -> bool:
-        """Whether a tensor is meant."""
+        """Whether the pin applies to a tensor."""
         return re.search(self.pattern, name) is not None
 
 
@@ -42,9 +42,9 @@ class Profile:
     """What a file is made for.
 
     Attributes:
-        summary: What it is for, in a line.
-        families: Families of types on offer.
-        limits_time: Whether a token may take no longer than with K types in a file of that size.
+        summary: What it is for, in one line.
+        families: Families of offered types.
+        limits_time: Whether a token may take no longer than with K types in a file of the same size.
     """
 
     summary: str
@@ -65,14 +65,14 @@ class AllocationOptions:
 
     Attributes:
         method: A key of ``METHODS``.
-        scorer: Layer score that ranks or weighs the layers, or None for the method's own.
-        granularity: ``layer``: one type in a layer; ``tensor``: one type a matrix; None: what the method is made for.
-        types: Types on offer; those that do not fit a row are never given to it.
-        embedding_type: Type of the token embedding, or None for the method or the rule.
-        output_type: Type of the output matrix, or None for the method or the rule.
-        pins: Types fixed by hand; the first that matches a tensor holds.
+        scorer: Layer score that ranks or weights the layers, or None for the method's own.
+        granularity: ``layer``: one type per layer; ``tensor``: one type per matrix; None: the method's own.
+        types: Offered types; a row never gets a type that does not fit it.
+        embedding_type: Type of the token embedding, or None to leave it to the method or the rule.
+        output_type: Type of the output matrix, or None to leave it to the method or the rule.
+        pins: Types fixed by hand; the first pin that matches a tensor applies.
         profile: A key of ``PROFILES``.
-        min_tokens_per_sec: Speed to keep to instead of that of K types.
+        min_tokens_per_sec: Required speed, instead of the speed of K types.
     """
 
     method: str = "best"
@@ -88,7 +88,7 @@ class AllocationOptions:
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that get one type together.
+    """Matrices that share one type.
 
     Attributes:
         layer: Their layer; None for embedding and output.
@@ -109,35 +109,35 @@ class Group:
         return sum(t.n_weights * scores.type_errors[t.name][quant_type.name] for t in self.tensors)
 
     def block_error(self, scores: LayerScores, quant_type: QuantType) -> float:
-        """How far the layer's output moves, ``mean ‖h' − h‖² / ‖h‖²``, by the relative error of a type.
+        """How far the relative error of a type moves the layer's output, ``mean ‖h' − h‖² / ‖h‖²``.
 
         Raises:
             FormatError: if the scores have no block errors.
         """
-        unknown = [t.name for t in self.tensors if t.name not in scores.sensitivities]
-        if unknown:
+        missing = [t.name for t in self.tensors if t.name not in scores.sensitivities]
+        if missing:
             raise FormatError(
-                f"the scores have no block error of {unknown[0]}; score again, or use --method lieq-ladder"
+                f"the scores have no block error of {missing[0]}; score again, or use --method lieq-ladder"
             )
         return sum(scores.sensitivities[t.name] * scores.type_errors[t.name][quant_type.name] for t in self.tensors)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What there is to choose, and within what limits.
+    """The choices and limits of an allocation.
 
     Attributes:
         spec: The model.
         budget: The target.
-        options: What the user has said of the choice.
-        offered_types: Types on offer.
-        costs: What decoding takes by type; None to leave speed out of it.
-        header_bytes: What comes before the first tensor of the file.
-        error_feedback: Whether the file is to be written with error feedback, which leaves less error.
-        fixed: Types that are no choice: by hand, by rule, or of vectors.
+        options: The user's options.
+        offered_types: Offered types.
+        costs: Decoding time of each type; None to ignore speed.
+        header_bytes: Bytes before the first tensor of the file.
+        error_feedback: Whether the file will be written with error feedback, which leaves less error.
+        fixed: Types that are not chosen: those fixed by hand or by rule, and those of vectors.
         groups: The choices.
-        scorer: Layer score that ranks or weighs the layers.
-        granularity: What gets one type together.
+        scorer: Layer score that ranks or weights the layers.
+        granularity: Whether a layer or a tensor gets one type.
     """
 
     spec: ModelSpec
@@ -164,25 +164,25 @@ class Problem:
 
     @property
     def limit(self) -> int:
-        """Bits that the groups may take together."""
+        """Bits that all groups together may take."""
         return self.budget.limit(self.spec, self.header_bytes) - self.fixed_cost
 
     @property
     def fixed_cost(self) -> int:
-        """Bits of the budget that are taken already."""
+        """Bits of the budget that the fixed tensors take."""
         return sum(self.budget.cost(self.fixed[t.name], t) for t in self.spec.tensors if t.name in self.fixed)
 
     def amount(self, bits: int) -> float:
-        """What so many bits in the groups make of the whole, in the budget's unit."""
+        """The total in the budget's unit, if the groups take ``bits``."""
         return self.budget.amount(bits + self.fixed_cost, self.spec, self.header_bytes)
 
     @property
     def least(self) -> int:
-        """Bits that the groups take at the least."""
+        """Smallest number of bits that the groups can take."""
         return sum(min(g.cost(self.budget, q) for q in g.choices) for g in self.groups)
 
     def range(self) -> tuple[float, float]:
-        """Least and largest amount that can be reached."""
+        """Smallest and largest amount that can be reached."""
         most = sum(max(g.cost(self.budget, q) for q in g.choices) for g in self.groups)
         return self.amount(self.least), self.amount(most)
 
@@ -193,7 +193,7 @@ class Problem:
         return {t.name: types[t.name] for t in self.spec.tensors}
 
     def seconds(self, group: Group, quant_type: QuantType) -> float:
-        """What a group adds to the time of a token."""
+        """Time that a group adds to a token."""
         if self.costs is None:
             return 0.0
         is_tied = self.spec.has_tied_embeddings
@@ -201,7 +201,7 @@ class Problem:
 
     @property
     def layer_bpw_range(self) -> tuple[float, float]:
-        """Least and largest stored bits per weight of the layers' matrices, whatever the budget counts."""
+        """Smallest and largest stored bits per weight of the layers' matrices, whatever the budget counts."""
         matrices = [t for layer in self.spec.layer_matrices for t in layer]
         fixed = sum(self.fixed[t.name].tensor_bytes(t.shape) for t in matrices if t.name in self.fixed)
         free = [

@@ -1,4 +1,4 @@
-"""How long a token may take: the second limit on the choice of types, since types differ in more than bytes."""
+"""The limit on the time per token, the second limit on the choice of types, which differ in more than bytes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 Damage: TypeAlias = Callable[[Group, QuantType], float]
 
 _ABOVE_K = ("Q8_0", "F16")
-_TIME_SLACK = 1.05  # where no file of K types is small enough, the fastest one that is may be slowed down by this much
+_TIME_SLACK = 1.05  # if no file of K types is small enough: factor on the time of the fastest file that is
 
 
 def least_damage(problem: Problem, damage: Damage, time_limit: float = math.inf) -> tuple[QuantType, ...]:
-    """One type for each group, with the least damage in sum, within the budget and within seconds of a token."""
-    from lieq_gguf.allocation.knapsack import solve  # numpy takes a while to load; names of methods are listed without
+    """One type for each group with the least total damage, within the budget and a limit on seconds per token."""
+    from lieq_gguf.allocation.knapsack import solve  # late, since numpy takes a while to load
 
     chosen = solve(options(problem, damage), problem.limit, time_limit)
     return tuple(g.choices[k] for g, k in zip(problem.groups, chosen, strict=True))
@@ -39,10 +39,10 @@ def options(problem: Problem, damage: Damage) -> list[list[Option]]:
 
 
 def seconds_allowed(problem: Problem, damage: Damage) -> float:
-    """Seconds of a token that the groups may take together; infinity if speed does not matter.
+    """Seconds per token that all groups together may take; infinity if speed does not matter.
 
-    For the profile ``cpu``, those of the best file of K types that is no larger. So that file is always one of the
-    possible ones, and what is chosen instead does less damage and is no slower.
+    For the profile ``cpu``, the time of the best file of K types within the budget. So that file is always a possible
+    choice, and any other choice has less damage and is no slower.
     """
     costs, min_tokens_per_sec = problem.costs, problem.options.min_tokens_per_sec
     if costs is None or not (PROFILES[problem.options.profile].limits_time or min_tokens_per_sec is not None):
@@ -51,13 +51,13 @@ def seconds_allowed(problem: Problem, damage: Damage) -> float:
         fixed = {name: q.name for name, q in problem.fixed.items()}
         return 1 / min_tokens_per_sec - costs.seconds(problem.spec.tensors, fixed)
     of_k_types = replace(problem, groups=tuple(replace(g, choices=_k_types(g)) for g in problem.groups))
-    if of_k_types.least > problem.limit:  # no such file is that small
+    if of_k_types.least > problem.limit:  # no file of K types is that small
         return _TIME_SLACK * _of_groups(problem, fastest(problem))
     return _of_groups(of_k_types, least_damage(of_k_types, damage))
 
 
 def _k_types(group: Group) -> tuple[QuantType, ...]:
-    """The K types that a group can have, Q8_0 and F16 above them; legacy types where no K type fits."""
+    """The K types that a group can have, and above them Q8_0 and F16; legacy types if no K type fits."""
     usual = [q for q in group.choices if q in DEFAULT_LADDER]
     k_types = tuple(q for q in usual if q.family == "K" or q.name in _ABOVE_K)
     legacy = tuple(q for q in usual if q.family == "legacy" and q not in k_types)
@@ -66,35 +66,35 @@ def _k_types(group: Group) -> tuple[QuantType, ...]:
 
 
 def _of_groups(problem: Problem, chosen: Sequence[QuantType]) -> float:
-    """Seconds that the groups take of a token."""
+    """Seconds per token of the groups alone."""
     return sum(problem.seconds(g, q) for g, q in zip(problem.groups, chosen, strict=True))
 
 
 def fastest(problem: Problem) -> tuple[QuantType, ...]:
-    """The types within the budget that decode fastest."""
+    """The fastest types within the budget."""
     return least_damage(problem, problem.seconds)
 
 
 def seconds(problem: Problem, chosen: Sequence[QuantType]) -> float:
-    """Seconds of a token."""
+    """Seconds per token of the whole model."""
     assert problem.costs is not None
     return problem.costs.seconds(problem.spec.tensors, problem.types(chosen))
 
 
 def check_speed(problem: Problem) -> None:
-    """Refuse a speed that no choice of types has.
+    """Refuse a speed that no choice of types reaches.
 
     Raises:
-        BudgetError: naming the speed that can be had.
+        BudgetError: naming the speed that can be reached.
     """
-    wanted, costs = problem.options.min_tokens_per_sec, problem.costs
-    if wanted is None:
+    required, costs = problem.options.min_tokens_per_sec, problem.costs
+    if required is None:
         return
     if costs is None:
-        raise BudgetError(f"--min-tokens-per-sec {wanted:g} needs decode costs; measure them with bench --types")
+        raise BudgetError(f"--min-tokens-per-sec {required:g} needs decode costs; measure them with bench --types")
     least = seconds(problem, fastest(problem))
-    if least > 1 / wanted:
+    if least > 1 / required:
         raise BudgetError(
-            f"--min-tokens-per-sec {wanted:g} is out of reach with {problem.budget}: {problem.spec.name} can have "
+            f"--min-tokens-per-sec {required:g} is out of reach with {problem.budget}: {problem.spec.name} can have "
             f"{1 / least:.1f} tokens/s ({costs.machine}); a smaller budget is faster"
         )

@@ -1,7 +1,7 @@
-"""The layer scores by name. Each is a function from what the pass has measured to one number a layer.
+"""The layer scores by name. Each is a function from the measurements of the pass to one number per layer.
 
-Higher always means: protect this layer. Another package adds scores by entry points in the group ``lieq_gguf.scorers``.
-Functions are imported when they are needed, so that the names are there at once.
+Higher always means: protect this layer. Other packages can add scores by entry points in the group
+``lieq_gguf.scorers``. Functions are imported when they are needed, so listing the names is fast.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Scorer:
     """A layer score.
 
     Attributes:
-        place: Where its function is, ``module:function``.
-        needs: Statistics it looks at, by field of ``LayerMeasurement``.
+        place: Its function, as ``module:function``.
+        needs: Statistics it uses, by field of ``LayerMeasurement``.
     """
 
     place: str
@@ -34,19 +34,19 @@ class Scorer:
 
     @property
     def is_costly(self) -> bool:
-        """Whether a pass measures what it needs only when it is asked for."""
+        """Whether a pass measures what it needs only on request."""
         return bool(self.needs & COSTLY_STATISTICS)
 
     def load(self) -> ScoreFunction:
-        """The function.
+        """Import the function.
 
         Raises:
-            ScoringError: if another package's cannot be loaded.
+            ScoringError: if another package's function cannot be loaded.
         """
         module, _, name = self.place.partition(":")
         try:
             function: ScoreFunction = getattr(import_module(module), name)
-        except Exception as error:  # whatever another package's import raises
+        except Exception as error:  # another package's import can raise anything
             raise ScoringError(f"the scorer {self.place} cannot be loaded: {error}") from None
         return function
 
@@ -65,7 +65,7 @@ OWN_SCORERS = {
 
 @lru_cache(maxsize=1)
 def scorers() -> Mapping[str, Scorer]:
-    """All scores by name, our own first; another package's may look at all that a usual pass measures."""
+    """All scores by name, our own first; another package's scores may use all that a usual pass measures."""
     from importlib.metadata import entry_points  # looks through all packages, which `--help` need not wait for
 
     others = {entry.name: Scorer(entry.value) for entry in entry_points(group=ENTRY_POINTS)}
@@ -73,7 +73,7 @@ def scorers() -> Mapping[str, Scorer]:
 
 
 def scorers_from(statistics: frozenset[str]) -> tuple[str, ...]:
-    """Names of the scores that some statistics are enough for."""
+    """Names of the scores that need only these statistics."""
     return tuple(name for name, scorer in scorers().items() if scorer.needs <= statistics)
 
 
@@ -81,7 +81,7 @@ def score_layers(measurements: Sequence[LayerMeasurement]) -> dict[str, tuple[fl
     """Every score that these measurements allow.
 
     Raises:
-        ScoringError: if another package's scorer cannot be loaded or gives no finite number a layer.
+        ScoringError: if another package's scorer cannot be loaded, or does not give one finite number per layer.
     """
     result = {}
     for name, scorer in scorers().items():
@@ -90,7 +90,7 @@ def score_layers(measurements: Sequence[LayerMeasurement]) -> dict[str, tuple[fl
         values = tuple(float(value) for value in scorer.load()(measurements))
         if len(values) != len(measurements) or not all(map(math.isfinite, values)):
             raise ScoringError(
-                f"the scorer '{name}' gives {values[:3]}…; expected {len(measurements)} finite numbers, one a layer"
+                f"the scorer '{name}' gives {values[:3]}…; expected {len(measurements)} finite numbers, one per layer"
             )
         result[name] = values
     return result

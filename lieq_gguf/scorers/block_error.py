@@ -8,7 +8,7 @@ from lieq_gguf.records.measurement import LayerMeasurement, measured
 
 
 def score(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
-    """Sum over the layer's matrices of ``mean ‖h' − h‖² / ‖h‖²``, each with that one matrix at the probe type.
+    """Sum over the layer's matrices of ``mean ‖h' − h‖² / ‖h‖²``, each with only that matrix in the probe type.
 
     Source: ours; docs/method.md.
     """

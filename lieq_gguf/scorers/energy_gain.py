@@ -1,4 +1,4 @@
-"""LieQ's top-k energy gain: how much more energy training has put into the strongest directions."""
+"""LieQ's top-k energy gain: how much energy training has moved into the strongest directions."""
 
 from __future__ import annotations
 

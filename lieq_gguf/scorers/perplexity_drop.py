@@ -1,4 +1,4 @@
-"""Perplexity drop: what leaving a layer out costs. LieQ's first version scored with it, the second dropped it."""
+"""Perplexity drop: how much leaving a layer out costs. LieQ's first version used this score, the second does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The energy spectrum of a projection, which LieQ's scores are functions of."""
+"""The energy spectrum of a projection, from which LieQ's scores are computed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lieq_gguf.records.measurement import Spectrum
 def energy_spectrum(projection: torch.Tensor) -> Spectrum:
     """Normalised energies of the singular values of a projected representation.
 
-    The eigenvalues of the smaller Gram matrix are the squared singular values; float64, since squaring halves the
-    digits and layers with a massive activation hold 99.9 % of the energy in one direction.
+    The eigenvalues of the smaller Gram matrix are the squared singular values. In float64, since squaring halves the
+    digits and layers with a massive activation have 99.9 % of the energy in one direction.
 
     Args:
         projection: ``[n_tokens, n_out]``, any float dtype.
@@ -26,7 +26,7 @@ def energy_spectrum(projection: torch.Tensor) -> Spectrum:
 
     Source: LieQ, arXiv 2508.03332v2, spectrum of a projection.
     """
-    z = projection.to("cpu", torch.float64)  # on the CPU, since not every device knows float64
+    z = projection.to("cpu", torch.float64)  # on the CPU, since not every device supports float64
     if z.ndim != 2 or z.numel() == 0 or not bool(torch.isfinite(z).all()):
         raise ScoringError(f"a projection of shape {tuple(z.shape)} is empty or not finite; expected [n_tokens, n_out]")
     gram = z @ z.T if z.shape[0] <= z.shape[1] else z.T @ z

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 def z_share(matrices: Sequence[torch.Tensor]) -> float:
     """Share of a layer's pooled weights with ``z = (w − mean) / std > 1``, in ``[0, 1]``.
 
-    Sums go by row, so that they are the same however many threads take the rows.
+    Sums are taken row by row, so that they do not depend on the number of threads.
 
     Raises:
         ScoringError: if all weights are equal.
 
     Source: Layer-wise quantization, arXiv 2406.17415, ZD.
     """
-    import torch  # not before it is needed: names of scorers are listed without
+    import torch  # late, since listing the scorers must not load it
 
     n_weights = sum(w.numel() for w in matrices)
     mean = sum(float(w.sum(dim=1, dtype=torch.float64).sum()) for w in matrices) / n_weights

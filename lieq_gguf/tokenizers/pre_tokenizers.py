@@ -2,8 +2,8 @@
 
 llama.cpp has the rules built in, each under a name. The name is found from the rules in tokenizer.json, not from the
 ids of a test text, so fine-tunes with added tokens and new vocabularies with a known rule are recognised too. If
-llama.cpp has several names for one rule, added tokens that only one family has decide between them, as in its
-converter. A new rule is one more row in the table.
+llama.cpp has several names for one rule, added tokens that only one family has decide, as in its converter.
+A new rule is one more row in the table.
 
 Source: the regular expressions are those in the models' own tokenizer.json; names and the defaults that come with
 them (adding BOS, ignoring merges) as in llama.cpp build 0.3.36 of llama-cpp-python.
