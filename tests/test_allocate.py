@@ -641,7 +641,7 @@ def test_pins_of_all_that_takes_time_leave_the_embedding_free() -> None:
 
 def test_pin_and_embedding_type_must_agree() -> None:
     pins = (Pin("token_embd", QUANT_TYPES["Q2_K"]),)
-    with pytest.raises(BudgetError, match="you pinned .* to Q2_K and also asked for Q8_0"):
+    with pytest.raises(BudgetError, match=r"you pinned .* to Q2_K and also asked for Q8_0"):
         require_reachable(make_spec(3), BITS, AllocationOptions(pins=pins, embedding_type=QUANT_TYPES["Q8_0"]))
 
 

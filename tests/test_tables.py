@@ -146,7 +146,7 @@ def test_outer_matrices_are_in_one_line() -> None:
     assert " ".join(lines(tables.outer_types(spec.tensors, types))[0].split()) == "token_embd Q4_K output Q6_K"
 
 
-# The meter and what is foretold
+# The meter and what is predicted
 
 
 def test_the_three_figures_and_the_size_are_together() -> None:
@@ -187,16 +187,16 @@ def inspection_lines(report: Inspection) -> list[str]:
 
 
 def test_a_forecast_says_what_is_known_and_for_which_machine() -> None:
-    elsewhere = tables.forecast_line(0.1234, 56.7, COSTS).plain
+    elsewhere = tables.prediction_line(0.1234, 56.7, COSTS).plain
     assert "0.12" in elsewhere
     assert "57 tokens/s" in elsewhere
     assert COSTS.machine in elsewhere
-    here = tables.forecast_line(None, 56.7, replace(COSTS, is_own=True)).plain
+    here = tables.prediction_line(None, 56.7, replace(COSTS, is_own=True)).plain
     assert "57 tokens/s" in here
     assert "KLD" not in here
     assert COSTS.machine not in here
-    assert "tokens/s" not in tables.forecast_line(0.1, None, COSTS).plain
-    assert tables.forecast_line(None, None, None).plain == ""
+    assert "tokens/s" not in tables.prediction_line(0.1, None, COSTS).plain
+    assert tables.prediction_line(None, None, None).plain == ""
 
 
 # Scores

@@ -1,6 +1,6 @@
 """The command line. Thin: every command reads its options, calls one function, and shows the result.
 
-Heavy imports are inside the commands, so that ``--help`` answers at once. stdout is the result, stderr is progress.
+Heavy imports are inside the commands, so that ``--help`` is fast. stdout is the result, stderr is progress.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: a LieqError is one line and exit code 1, wrong usage exit code 2, Ctrl-C 130."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, which removes temporary files
     try:
         app(args=with_new_spellings(sys.argv[1:]))
     except LieqError as error:
@@ -42,7 +42,7 @@ def main() -> None:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # the reader of stdout has gone
+    except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 

@@ -70,7 +70,7 @@ def evaluate(
     comparison: options.ComparisonArguments,
     out: options.OutputArguments,
 ) -> None:
-    """Measure how far files are from their model: perplexity, KL divergence, same first choice, loops.
+    """Measure how far files are from their model: perplexity, KL divergence, same top token, loops.
 
     Example: `lieq-gguf eval llama-2.7bpw.gguf --reference llama-f16.gguf --text wiki.test.raw --chunks 20`
     """
@@ -103,7 +103,8 @@ def bench(
         bool,
         typer.Option(
             "--types",
-            help="Measure what decoding costs by type on this machine, and keep it for plans. Takes minutes, no file.",
+            help="Measure the decoding time of each type on this machine, and save it for plans. Takes minutes and no "
+            "file.",
         ),
     ] = False,
     threads: options.ThreadCounts = None,
@@ -138,13 +139,13 @@ def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.", show_default=False)],
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="What to say; read from stdin if left out.", show_default=False),
+        typer.Argument(metavar="[PROMPT]", help="The prompt; read from stdin if left out.", show_default=False),
     ] = None,
     debug: options.Debug = False,
     *,
     answering: options.GenerationArguments,
 ) -> None:
-    """Let a file answer a prompt, to see it alive.
+    """Let a file answer a prompt, to see that it works.
 
     Example: `lieq-gguf run llama.gguf "What is a llama?"`
     """
@@ -162,8 +163,8 @@ def run(
 
 def _bench_types(files: Sequence[Path], counts: Sequence[int], out: options.OutputArguments, given: Given) -> None:
     if files or len(counts) > 1:
-        raise typer.BadParameter("takes no file and one number of threads", param_hint="--types")
-    refuse_given(given, ("n_prompt", "n_generate", "repetitions"), "--types has runs of its own; leave this out")
+        raise typer.BadParameter("expected no file and one number of threads", param_hint="--types")
+    refuse_given(given, ("n_prompt", "n_generate", "repetitions"), "has no effect with --types; leave this out")
     from lieq_gguf.cli.tables import costs_table
     from lieq_gguf.evaluation.bench_types import measure_decode_costs
     from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES
@@ -171,9 +172,9 @@ def _bench_types(files: Sequence[Path], counts: Sequence[int], out: options.Outp
     types = (*DEFAULT_LADDER, QUANT_TYPES["Q2_0"])
     with out.progress().stage("bench", "Running", len(types)) as advance:
         costs = measure_decode_costs(types, counts[0], advance)
-    kept = costs.save()
+    file = costs.save()
     if out.as_json:
         print_json(costs.to_json())
         return
     stdout().print(costs_table(costs))
-    print(f"kept in {kept}; plans for this machine use it from now on")
+    print(f"saved in {file}; plans on this machine will use it")

@@ -126,7 +126,9 @@ def plan(
         writing.options(), compute.options(),
     )  # fmt: skip
     if file.format_ != "json" and out.as_json and file.output is None:
-        raise typer.BadParameter("stdout is the recipe; write it to a file with -o beside --json", param_hint="--json")
+        raise typer.BadParameter(
+            "both would print to stdout; write the tensor types to a file with -o", param_hint="--json"
+        )
     from lieq_gguf import pipeline
     from lieq_gguf.records.files import check_output
 
@@ -146,7 +148,7 @@ _DECIDED_BY_PLAN = (
     "embedding_type", "output_type", "scores_file",
 )  # fmt: skip
 _ONLY_FOR_SCORES = ("seed", "no_cache")
-_ONLY_FOR_A_PASS = ("calibration", "n_tokens", "device", "float32")  # also of the one that feedback makes
+_ONLY_FOR_A_PASS = ("calibration", "n_tokens", "device", "float32")  # also for the pass of error feedback
 
 
 def _refuse_ignored(
@@ -155,14 +157,14 @@ def _refuse_ignored(
     writing: options.FileArguments,
     measuring: options.MeasuringArguments,
 ) -> None:
-    """Refuse options that a plan, or scores and importance from files, leave without effect."""
+    """Refuse options that have no effect with a plan, or with scores and importance from files."""
     if target.plan is not None:
         why = "the plan decides the types; leave this out, or make another plan"
         refuse_given(given, _DECIDED_BY_PLAN, why)
     if measuring.imatrix is not None and (measuring.scores_file is not None or target.plan is not None):
         has_pass = _has_feedback_pass(writing.error_feedback, target.plan)
         ignored = _ONLY_FOR_SCORES + (() if has_pass else _ONLY_FOR_A_PASS)
-        refuse_given(given, ignored, "with these files nothing is measured; leave this out")
+        refuse_given(given, ignored, "nothing is measured with these files; leave this out")
 
 
 def _has_feedback_pass(error_feedback: bool | None, plan_file: Path | None) -> bool:
@@ -187,11 +189,11 @@ def _show_plan(prepared: PreparedFile, as_json: bool) -> None:
     if as_json:
         print_json(prepared.to_json())
         return
-    from lieq_gguf.cli.tables import forecast_line, layer_map, meter_lines, outer_types
+    from lieq_gguf.cli.tables import layer_map, meter_lines, outer_types, prediction_line
 
-    out, made, tensors = stdout(), prepared.plan, prepared.job.source.spec.tensors
-    out.print(layer_map(tensors, made.types, made.layer_scores))
-    out.print(outer_types(tensors, made.types))
-    target = "" if made.budget.covers_file else f" (target {made.budget.value:g})"
+    out, chosen, tensors = stdout(), prepared.plan, prepared.job.source.spec.tensors
+    out.print(layer_map(tensors, chosen.types, chosen.layer_scores))
+    out.print(outer_types(tensors, chosen.types))
+    target = "" if chosen.budget.covers_file else f" (target {chosen.budget.value:g})"
     out.print(meter_lines(prepared.header.meter, target))
-    out.print(forecast_line(made.expected_kld, prepared.tokens_per_sec, prepared.job.costs))
+    out.print(prediction_line(chosen.expected_kld, prepared.tokens_per_sec, prepared.job.costs))

@@ -1,4 +1,4 @@
-"""Options under the names they had before, taken for one release and shown nowhere."""
+"""Old names of options, accepted for one release but not shown in the help."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FEEDBACK = {"feedback": "--error-feedback", "none": "--no-error-feedback"}
 
 
 def with_new_spellings(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command line, old options by their present names; what stands behind ``--`` is no option."""
+    """The arguments of a command line, with new names for old options; arguments after ``--`` are not options."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     result: list[str] = []
     rest = list(arguments[:end])

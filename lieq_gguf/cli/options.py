@@ -1,6 +1,6 @@
-"""The options of all commands, declared once. A group is a typed record; its methods turn it into a part of a request.
+"""The options of all commands, declared once. A group is a typed record; its methods make a part of a request from it.
 
-Defaults are those of the request's records, and choices those of the registries.
+Defaults come from the request's records, choices from the registries.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def _methods_of(granularity: Granularity) -> str:
 
 @dataclass(frozen=True)
 class SourceArguments:
-    """The model, and how to take it."""
+    """The model, and how to read it."""
 
     source: Annotated[
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Model directory with config.json and safetensors, a model of the Hugging Face hub (owner/name), or a "
+            help="Model directory with config.json and safetensors, a model on the Hugging Face hub (owner/name), or a "
             "GGUF file in F16, BF16 or F32.",
             show_default=False,
         ),
     ]
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model of the hub.")
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.")
     ] = SourceOptions.revision
     adapter: Annotated[
         Path | None,
@@ -70,11 +70,11 @@ class SourceArguments:
     ] = SourceOptions.adapter
     allow_requantize: Annotated[
         bool,
-        typer.Option("--allow-requantize", help="Accept a GGUF file that is quantised already. The errors add up."),
+        typer.Option("--allow-requantize", help="Accept a GGUF file that is already quantised. The errors add up."),
     ] = SourceOptions.allow_requantize
 
     def options(self) -> SourceOptions:
-        """How to take the model."""
+        """How to read the model."""
         return SourceOptions(self.revision, self.adapter, self.allow_requantize)
 
 
@@ -94,13 +94,13 @@ class ScoredSourceArguments(SourceArguments):
     ] = SourceOptions.initializer_range
 
     def options(self) -> SourceOptions:
-        """How to take the model."""
+        """How to read the model."""
         return SourceOptions(self.revision, self.adapter, self.allow_requantize, self.initializer_range)
 
 
 @dataclass(frozen=True)
 class TargetArguments:
-    """What the file may take."""
+    """The bits that the file may use."""
 
     bits: Annotated[
         float | None,
@@ -141,10 +141,10 @@ class TargetArguments:
 
 @dataclass(frozen=True)
 class TargetOrPlanArguments(TargetArguments):
-    """What the file may take, or a plan that says so."""
+    """The bits that the file may use, or a plan."""
 
     plan: Annotated[
-        Path | None, typer.Option("--plan", metavar="FILE", help="Carry out a plan that 'plan -o' has written.")
+        Path | None, typer.Option("--plan", metavar="FILE", help="Use the types of a plan written by 'plan -o'.")
     ] = None
 
     def target(self) -> BitBudget | Path:
@@ -159,7 +159,7 @@ Types = Annotated[
     typer.Option(
         "--types",
         metavar="A,B,…",
-        help="Types on offer, for example Q2_K,Q3_K,Q4_K. A plus adds to the usual ones: +Q2_0.",
+        help="Types to choose from, for example Q2_K,Q3_K,Q4_K. A leading plus adds to the default types: +Q2_0.",
     ),
 ]
 
@@ -178,8 +178,8 @@ class AllocationArguments:
             "--layer-score",
             metavar="NAME",
             callback=scorer_name,
-            help=f"Layer score that ranks or weighs the layers: {', '.join(OWN_SCORERS)}, or one of another package. A "
-            "score that costs more than the one pass is measured only when it is named (perplexity-drop: a run without "
+            help=f"Layer score that ranks or weights the layers: {', '.join(OWN_SCORERS)}, or one of another package. A "
+            "score that costs more than one pass is measured only if you name it (perplexity-drop: one run without "
             "each layer).",
             show_default="the method's own; energy-gain for best",
         ),
@@ -238,7 +238,7 @@ class AllocationArguments:
 
 @dataclass(frozen=True)
 class CalibrationArguments:
-    """What the model is measured on."""
+    """The text on which the model is measured."""
 
     calibration: Annotated[
         Path | None,
@@ -250,7 +250,7 @@ class CalibrationArguments:
     ] = not MeasuringOptions.use_cache
 
     def options(self) -> MeasuringOptions:
-        """How to find out about the model."""
+        """How to measure the model."""
         return MeasuringOptions(self.calibration, self.n_tokens, use_cache=not self.no_cache)
 
 
@@ -260,14 +260,14 @@ class ScoringArguments(CalibrationArguments):
 
     imatrix: Annotated[
         Path | None,
-        typer.Option("--imatrix", metavar="FILE", help="Importance matrix (GGUF) to use instead of a measured one."),
+        typer.Option("--imatrix", metavar="FILE", help="Importance matrix (GGUF) to use instead of measuring one."),
     ] = MeasuringOptions.imatrix_file
     seed: Annotated[int, typer.Option("--seed", help="Seed of the untrained twin that scores compare with.")] = (
         MeasuringOptions.seed
     )
 
     def options(self) -> MeasuringOptions:
-        """How to find out about the model."""
+        """How to measure the model."""
         return MeasuringOptions(
             self.calibration, self.n_tokens, self.imatrix, seed=self.seed, use_cache=not self.no_cache
         )
@@ -275,7 +275,7 @@ class ScoringArguments(CalibrationArguments):
 
 @dataclass(frozen=True)
 class MeasuringArguments(ScoringArguments):
-    """What is measured, and what comes from files."""
+    """What to measure, and what to read from files."""
 
     no_imatrix: Annotated[
         bool,
@@ -286,11 +286,13 @@ class MeasuringArguments(ScoringArguments):
     ] = not MeasuringOptions.use_imatrix
     scores_file: Annotated[
         Path | None,
-        typer.Option("--scores-file", metavar="FILE", help="Scores that 'score -o' has written, instead of measuring."),
+        typer.Option(
+            "--scores-file", metavar="FILE", help="Scores written by 'score -o', to use instead of measuring."
+        ),
     ] = MeasuringOptions.scores_file
 
     def options(self) -> MeasuringOptions:
-        """How to find out about the model."""
+        """How to measure the model."""
         if self.no_imatrix and self.imatrix is not None:
             raise typer.BadParameter("give --imatrix or --no-imatrix, not both", param_hint="--imatrix")
         return MeasuringOptions(
@@ -301,7 +303,7 @@ class MeasuringArguments(ScoringArguments):
 
 @dataclass(frozen=True)
 class FeedbackArguments:
-    """How the file is made."""
+    """How to write the file."""
 
     error_feedback: Annotated[
         bool | None,
@@ -320,7 +322,7 @@ class FeedbackArguments:
     ] = WritingOptions.pre_tokenizer
 
     def options(self) -> WritingOptions:
-        """How the file is made."""
+        """How to write the file."""
         return WritingOptions(
             error_feedback=self.error_feedback, pre_tokenizer=self.pre_tokenizer, command_line=command_line()
         )
@@ -331,22 +333,22 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing 
 
 @dataclass(frozen=True)
 class FileArguments(FeedbackArguments):
-    """The file, and how it is made."""
+    """The file, and how to write it."""
 
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="File to write.", show_default="MODEL-BITSbpw.gguf"),
     ] = WritingOptions.output
     force: Force = WritingOptions.force
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, but write nothing.")] = False
 
     def options(self) -> WritingOptions:
-        """How the file is made."""
+        """How to write the file."""
         return WritingOptions(self.output, self.force, self.error_feedback, self.pre_tokenizer, command_line())
 
 
 def command_line() -> str:
-    """The command as it was given."""
+    """The command as the user typed it."""
     return shlex.join(["lieq-gguf", *sys.argv[1:]])
 
 
@@ -358,7 +360,7 @@ Threads = Annotated[
 
 @dataclass(frozen=True)
 class ComputeArguments:
-    """What may be used of the machine."""
+    """Device, threads and precision."""
 
     threads: Threads = 0
     device: Annotated[str, typer.Option("--device", help="Torch device that layers are run on: cpu, cuda, mps.")] = (
@@ -366,11 +368,13 @@ class ComputeArguments:
     )
     float32: Annotated[
         bool,
-        typer.Option("--float32", help="Multiply in float32 even where bfloat16 is fast: the same on every machine."),
+        typer.Option(
+            "--float32", help="Multiply in float32 even if bfloat16 is fast: the same result on every machine."
+        ),
     ] = ComputeOptions.in_float32
 
     def options(self) -> ComputeOptions:
-        """What may be used of the machine."""
+        """Device, threads and precision."""
         return ComputeOptions(self.device, self.threads, self.float32)
 
 
@@ -428,7 +432,7 @@ class BenchArguments:
 class GenerationArguments:
     """How a file answers."""
 
-    n_generate: Annotated[int, typer.Option("--n-generate", "-n", min=1, help="Tokens at most.")] = (
+    n_generate: Annotated[int, typer.Option("--n-generate", "-n", min=1, help="Largest number of tokens.")] = (
         GenerationOptions.n_generate
     )
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 = always the likeliest token.")] = (
@@ -453,18 +457,18 @@ ThreadCounts = Annotated[
 
 @dataclass(frozen=True)
 class ComparisonArguments:
-    """What files are compared with, and on what."""
+    """Reference and text of a comparison."""
 
     reference: Annotated[
         str,
         typer.Option(
             "--reference",
             metavar="REF",
-            help="What to compare with: an F16 GGUF file, a model directory, or a model of the hub.",
+            help="What to compare with: an F16 GGUF file, a model directory, or a model on the hub.",
         ),
     ]
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model of the hub.")
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.")
     ] = None
     text: Annotated[
         Path | None,
@@ -484,7 +488,7 @@ class ComparisonArguments:
         typer.Option(
             "--tasks",
             metavar="FILE",
-            help="Multiple-choice questions to answer by likelihood (JSONL); `demo` for the set that comes along.",
+            help="Multiple-choice questions to answer by likelihood (JSONL); `demo` for the built-in set.",
         ),
     ] = None
     threads: Threads = 0
@@ -497,19 +501,19 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors
 
 @dataclass(frozen=True)
 class QuietArguments:
-    """What is said on the way."""
+    """Progress and errors."""
 
     quiet: Quiet = False
     debug: Debug = False
 
     def progress(self) -> Progress:
-        """Where stages are shown and timed."""
+        """Shows and times the stages."""
         return Progress(silent=self.quiet)
 
 
 @dataclass(frozen=True)
 class JsonArguments:
-    """How the result is printed."""
+    """How to print the result."""
 
     as_json: Json = False
     debug: Debug = False
@@ -517,12 +521,12 @@ class JsonArguments:
 
 @dataclass(frozen=True)
 class OutputArguments:
-    """What is said on the way, and how the result is printed."""
+    """Progress and errors, and how to print the result."""
 
     quiet: Quiet = False
     as_json: Json = False
     debug: Debug = False
 
     def progress(self) -> Progress:
-        """Where stages are shown and timed."""
+        """Shows and times the stages."""
         return Progress(silent=self.quiet)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDTH_WITHOUT_TERMINAL = 160  # a pipe or a file has no width; tables in it should not be folded
+_WIDTH_WITHOUT_TERMINAL = 160  # a pipe or file has no width; wide enough that tables are not folded
 
 
 def stdout() -> Console:

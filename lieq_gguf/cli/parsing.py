@@ -30,19 +30,19 @@ def scorer_name(value: str | None) -> str | None:
 
 
 def n_threads_or_all(value: int) -> int:
-    """0 stands for the cores this process may use."""
+    """0 stands for all cores that this process may use."""
     return value or usable_cores()
 
 
 def refuse_given(given: Given, names: tuple[str, ...], why: str) -> None:
-    """An option that would be ignored is an error, not a surprise."""
+    """Refuse options that would be ignored."""
     for name in names:
         if name in given:
             raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
 
 
 def thread_counts(text: str | None) -> tuple[int, ...]:
-    """Numbers of threads, separated by commas; all cores if none is given."""
+    """Numbers of threads from a text separated by commas; without a text, all cores."""
     if text is None:
         return (n_threads_or_all(0),)
     counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
@@ -54,7 +54,7 @@ def thread_counts(text: str | None) -> tuple[int, ...]:
 
 
 def types_named(option: str, names: str | None) -> tuple[QuantType, ...]:
-    """Types by name, separated by commas, behind a plus beside the usual ones; another name is wrong usage."""
+    """Types from a text separated by commas; after a plus they are added to the default types."""
     if names is None:
         return DEFAULT_LADDER
     usual = DEFAULT_LADDER if names.startswith("+") else ()
@@ -65,7 +65,7 @@ def types_named(option: str, names: str | None) -> tuple[QuantType, ...]:
 
 
 def one_type(option: str, name: str | None) -> QuantType | None:
-    """A type by name; several are wrong usage."""
+    """A single type by name."""
     if name is None:
         return None
     types = types_named(option, name)

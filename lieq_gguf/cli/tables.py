@@ -1,4 +1,4 @@
-"""What people see: the layer map, the bit meter, score tables."""
+"""Tables for people: the layer map, the bit meter, scores, benchmarks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lieq_gguf.evaluation.tasks import Answers
     from lieq_gguf.records.scores import LayerScores
 
-# From warm (few bits) to cold (many): the upper end of each band in stored bits per weight.
+# Upper end of each band, in stored bits per weight; from warm colours (few bits) to cold (many).
 _COLOURS = (
     (2.1, "red"),
     (2.7, "dark_orange"),
@@ -34,11 +34,11 @@ _COLOURS = (
 )
 _ROLE_NAMES = {"attn_output": "o", "attn_q": "q", "attn_k": "k", "attn_v": "v"}
 _BAR_WIDTH = 8
-_REFERENCE_BYTES_PER_SEC = 10e9  # what a Raspberry Pi 5 reads from memory; published K-type speeds follow it
+_REFERENCE_BYTES_PER_SEC = 10e9  # a Raspberry Pi 5 reads this from memory; published speeds of K types agree
 
 
 def layer_map(tensors: Sequence[TensorSpec], types: Mapping[str, str], scores: Sequence[float] = ()) -> Table:
-    """One row a layer, one coloured cell a matrix."""
+    """One row per layer, one coloured cell per matrix."""
     layers: dict[int, dict[str, str]] = {}
     for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:
@@ -61,7 +61,7 @@ def layer_map(tensors: Sequence[TensorSpec], types: Mapping[str, str], scores: S
 
 
 def outer_types(tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> Text:
-    """Types of the matrices outside of the layers, in one line."""
+    """Types of the outer matrices, in one line."""
     line = Text()
     for tensor in tensors:
         if tensor.layer is None and tensor.is_matrix:
@@ -70,7 +70,7 @@ def outer_types(tensors: Sequence[TensorSpec], types: Mapping[str, str]) -> Text
 
 
 def meter_lines(meter: BitMeter, target: str = "") -> Text:
-    """The three figures, always together, and the size they come from."""
+    """The three figures and the file size."""
     text = Text()
     for value, unit in (
         (f"{meter.layer_bpw:.4f}", f"bits per decoder weight{target}"),
@@ -100,19 +100,19 @@ def show_inspection(report: Inspection, out: Console) -> None:
         out.print(f"made by {report.provenance['command_line']}", style="dim", highlight=False)
 
 
-def forecast_line(expected_kld: float | None, tokens_per_sec: float | None, costs: DecodeCosts | None) -> Text:
-    """What the scores and the decode costs foretell."""
-    parts = []
+def prediction_line(expected_kld: float | None, tokens_per_sec: float | None, costs: DecodeCosts | None) -> Text:
+    """What scores and decode costs predict."""
+    predictions = []
     if expected_kld is not None:
-        parts.append(f"expected KLD about {expected_kld:.2g}")
+        predictions.append(f"expected KLD about {expected_kld:.2g}")
     if tokens_per_sec is not None and costs is not None:
         where = "here" if costs.is_own else f"on {costs.machine}; bench --types measures this machine"
-        parts.append(f"about {tokens_per_sec:.0f} tokens/s {where}")
-    return Text("; ".join(parts), style="dim")
+        predictions.append(f"about {tokens_per_sec:.0f} tokens/s {where}")
+    return Text("; ".join(predictions), style="dim")
 
 
 def score_table(scores: LayerScores, scorer: str) -> Table:
-    """One row a layer, one column a scorer, the chosen one first and drawn."""
+    """One row per layer, one column per scorer; the chosen one comes first, with a bar."""
     names = [scorer, *(name for name in scores.by_scorer if name != scorer)]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("layer", justify="right")
@@ -142,17 +142,17 @@ def agreement_table(scores: LayerScores) -> Table:
 
 
 def bench_table(results: Sequence[Benchmark]) -> Table:
-    """One row a file and number of threads."""
+    """One row per file and number of threads."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="dim")
     table.caption_justify, table.caption_style = "left", "dim"
-    table.caption = f"foretold for {results[0].predicted_for}"
+    table.caption = f"predicted for {results[0].predicted_for}"
     table.add_column("file")
     for name in (
         "MB",
         "threads",
         "prompt tok/s",
         "generate tok/s",
-        "foretold",
+        "predicted",
         "MB/token",
         "GB/s",
         "load s",
@@ -176,7 +176,7 @@ def bench_table(results: Sequence[Benchmark]) -> Table:
 
 
 def costs_table(costs: DecodeCosts) -> Table:
-    """One row a type, the cheapest to decode first."""
+    """One row per type, the fastest to decode first."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="dim")
     table.title = f"{costs.machine}: {costs.source}"
     table.add_column("type")
@@ -189,12 +189,12 @@ def costs_table(costs: DecodeCosts) -> Table:
 
 
 def estimate_lines(results: Sequence[Benchmark]) -> tuple[Text, Table]:
-    """What other devices may do: one row a device, one column a file, by its run with the most threads."""
+    """Estimates for other devices: one row per device, one column per file, from its run with the most threads."""
     by_file = {r.file: r for r in sorted(results, key=lambda r: r.n_threads)}
     chosen = [by_file[file] for file in dict.fromkeys(r.file for r in results)]
     heading = Text(
-        "estimated tokens/s of generation elsewhere: published bandwidth times the share of it that was reached here; "
-        "slower cores give less",
+        "estimated tokens/s of generation on other devices: their published bandwidth times the share of bandwidth "
+        "reached here; slower cores give less",
         style="dim",
     )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -210,7 +210,7 @@ def estimate_lines(results: Sequence[Benchmark]) -> tuple[Text, Table]:
 
 
 def evaluation_table(results: Sequence[Evaluation]) -> Table:
-    """One row a file, the reference's perplexity above."""
+    """One row per file, with the reference's perplexity above."""
     first = results[0]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="dim")
     table.caption_justify, table.caption_style = "left", "dim"
