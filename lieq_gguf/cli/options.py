@@ -178,7 +178,7 @@ class AllocationArguments:
             "--layer-score",
             metavar="NAME",
             callback=scorer_name,
-            help=f"Layer score that ranks or weights the layers: {', '.join(OWN_SCORERS)}, or one of another package. A "
+            help=f"Layer score that ranks or weights the layers: {', '.join(OWN_SCORERS)}, or another package's. A "
             "score that costs more than one pass is measured only if you name it (perplexity-drop: one run without "
             "each layer).",
             show_default="the method's own; energy-gain for best",
