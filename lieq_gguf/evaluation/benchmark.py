@@ -163,23 +163,12 @@ def bench(
         FormatError: if the file is not a complete GGUF file.
         VerificationError: if llama.cpp does not load or run it.
     """
-    facts = inspect(file)
-    costs = decode_costs()
-    process = psutil.Process()
-    before = process.memory_info().rss
-    start = time.perf_counter()
-    measured = []
+    facts, costs, process = inspect(file), decode_costs(), psutil.Process()
+    before, start = process.memory_info().rss, time.perf_counter()
     n_ctx = max(n_prompt, n_generate)
     with open_model(file, n_ctx=n_ctx, n_threads=thread_counts[0]) as model:
         load_seconds = time.perf_counter() - start
-        numbers = random.Random(0)
-        prompt = [numbers.randrange(model.n_vocab) for _ in range(n_prompt)]
-        generated = [numbers.randrange(model.n_vocab) for _ in range(n_generate)]
-        for n_threads in thread_counts:
-            model.use_threads(n_threads)
-            prompt_rate = _rate(model, lambda: model.decode(prompt), n_prompt, repetitions, advance)
-            generation_rate = _rate(model, lambda: _decode_singly(model, generated), n_generate, repetitions, advance)
-            measured.append((n_threads, prompt_rate, generation_rate))
+        rates = [_rates(model, n, n_prompt, n_generate, repetitions, advance) for n in thread_counts]
         resident = process.memory_info().rss - before
     cache_here = facts.kv_cache_bytes * n_ctx // facts.n_ctx
     buffers = max(0, resident - facts.meter.file_bytes - cache_here)
@@ -201,8 +190,27 @@ def bench(
             predicted=1 / costs.seconds(facts.tensors, facts.types),
             predicted_for=costs.machine,
         )
-        for n_threads, prompt_rate, generation_rate in measured
+        for n_threads, (prompt_rate, generation_rate) in zip(thread_counts, rates, strict=True)
     ]
+
+
+def _rates(
+    model: LoadedModel,
+    n_threads: int,
+    n_prompt: int,
+    n_generate: int,
+    repetitions: int,
+    advance: Callable[[float], None],
+) -> tuple[Rate, Rate]:
+    """Tokens per second of a prompt and of generation; the tokens are random, the same for every number of threads."""
+    numbers = random.Random(0)
+    prompt = [numbers.randrange(model.n_vocab) for _ in range(n_prompt)]
+    generated = [numbers.randrange(model.n_vocab) for _ in range(n_generate)]
+    model.use_threads(n_threads)
+    return (
+        _rate(model, lambda: model.decode(prompt), n_prompt, repetitions, advance),
+        _rate(model, lambda: _decode_singly(model, generated), n_generate, repetitions, advance),
+    )
 
 
 @lru_cache

@@ -59,26 +59,7 @@ def run_pass(
             model.run([int(i) for i in ids])
             watcher.end_sequence()
             advance(1)
-    unseen = [t.name for layer in spec.layer_matrices for t in layer if t.name not in watcher.in_sum2]
-    if unseen:
-        progress.warn(
-            f"llama.cpp multiplies {len(unseen)} matrices in a way that hides their inputs "
-            f"({unseen[0]}); all their columns get the same importance"
-        )
-    sums, counts = watcher.in_sum2, watcher.counts
-    for tensor in (t for layer in spec.layer_matrices for t in layer if t.name not in watcher.in_sum2):
-        sums[tensor.name] = np.full(tensor.importance_shape, tokens.ids.size, dtype=np.float64)
-        if tensor.of_experts:
-            counts[tensor.name] = np.full(tensor.shape[0], tokens.ids.size, dtype=np.float64)
-    if not all(np.isfinite(values).all() for values in sums.values()):
-        raise CalibrationError("the inputs of a matrix are not finite; the model's weights are damaged")
-    measured = ImportanceMatrix(
-        {name: values.astype(np.float32) for name, values in sums.items()},
-        tokens.ids.size,
-        chunk_size,
-        tokens.dataset,
-        {name: numbers.astype(np.float32) for name, numbers in counts.items()},
-    )
+    measured = _importance(watcher, spec, tokens, progress)
     importance = (options.importance or measured) if options.weigh_errors else None
     measurements: list[LayerMeasurement] = []
     type_errors: dict[str, dict[str, float]] = {}
@@ -94,6 +75,30 @@ def run_pass(
                 measurements.append(LayerMeasurement(layer=layer, cosine=watcher.cosine(layer), z_share=share))
             advance(1)
     return PassResult(measured, tuple(measurements), type_errors, {})
+
+
+def _importance(watcher: _Watcher, spec: ModelSpec, tokens: CalibrationTokens, progress: Progress) -> ImportanceMatrix:
+    """The importance matrix, with equal columns for matrices whose inputs were not seen."""
+    unseen = [t.name for layer in spec.layer_matrices for t in layer if t.name not in watcher.in_sum2]
+    if unseen:
+        progress.warn(
+            f"llama.cpp multiplies {len(unseen)} matrices in a way that hides their inputs "
+            f"({unseen[0]}); all their columns get the same importance"
+        )
+    sums, counts = watcher.in_sum2, watcher.counts
+    for tensor in (t for layer in spec.layer_matrices for t in layer if t.name not in watcher.in_sum2):
+        sums[tensor.name] = np.full(tensor.importance_shape, tokens.ids.size, dtype=np.float64)
+        if tensor.of_experts:
+            counts[tensor.name] = np.full(tensor.shape[0], tokens.ids.size, dtype=np.float64)
+    if not all(np.isfinite(values).all() for values in sums.values()):
+        raise CalibrationError("the inputs of a matrix are not finite; the model's weights are damaged")
+    return ImportanceMatrix(
+        {name: values.astype(np.float32) for name, values in sums.items()},
+        tokens.ids.size,
+        tokens.ids.shape[1],
+        tokens.dataset,
+        {name: numbers.astype(np.float32) for name, numbers in counts.items()},
+    )
 
 
 class _Watcher:

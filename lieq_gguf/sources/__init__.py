@@ -7,7 +7,7 @@ from pathlib import Path
 from lieq_gguf.errors import SourceError
 from lieq_gguf.progress import Progress
 from lieq_gguf.records.options import SourceOptions
-from lieq_gguf.sources import gguf_source, model_directory
+from lieq_gguf.sources import gguf_parts, model_directory
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.hub import fetch, is_hub_name
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -62,4 +62,4 @@ def find_model(model: str, revision: str | None, progress: Progress) -> Path:
 
 def model_name(path: Path) -> str:
     """Name of a model for people, made from its path."""
-    return gguf_source.model_name(path) if is_gguf(path) else model_directory.model_name(path)
+    return gguf_parts.model_name(path) if is_gguf(path) else model_directory.model_name(path)

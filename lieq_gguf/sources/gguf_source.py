@@ -7,7 +7,6 @@ measured in a model directory can be measured in the file. llama.cpp runs any ot
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +27,7 @@ from lieq_gguf.quant_types import F32, QuantType
 from lieq_gguf.records.options import SourceOptions
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.directory_metadata import INITIALIZER_RANGE
+from lieq_gguf.sources.gguf_parts import model_name, open_parts, require_language_model
 from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, ByteArray, FloatArray, in_model_order
 from lieq_gguf.tokenizers import SourceTokenizer
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _SAMPLE_BYTES = 1024
 _BUILDER_KEYS = ("split.", "quantize.imatrix.", "lieq.")
 _MODEL_KEYS = ("lieq.adapter", INITIALIZER_RANGE)  # under a prefix of _BUILDER_KEYS, but about the model
@@ -89,9 +88,9 @@ class GgufSource:
     def __init__(self, path: Path, options: SourceOptions = SourceOptions()) -> None:
         """Open a file; weights that are already quantised are accepted only with ``allow_requantize``."""
         self.path = path
-        files = _open_parts(path)
+        files = open_parts(path)
         first = files[0]
-        _require_language_model(files)
+        require_language_model(files)
         self.metadata = GgufMetadata({key: first.value_bytes(key) for key in first.keys if _tells_of_model(key)})
         self._places = {
             t.spec.name: _Place(file.path, t.offset, t.quant_type, (t.data.shape[0], t.data.shape[1]))
@@ -380,63 +379,3 @@ def _tells_of_model(key: str) -> bool:
     if key in _MODEL_KEYS:
         return True
     return key not in _FILE_KEYS and not key.startswith(_BUILDER_KEYS)
-
-
-def model_name(path: Path) -> str:
-    """Name of a file for people: without suffix and part number."""
-    part = _PART.fullmatch(path.name)
-    return part["stem"] if part else path.stem
-
-
-def _open_parts(path: Path) -> list[GgufFile]:
-    """The file, and the other parts if it is the first of several."""
-    first = GgufFile(path)
-    count = int(first.value("split.count", 1))
-    if count <= 1:
-        return [first]
-    named = _PART.fullmatch(path.name)
-    if named is None or int(named["count"]) != count:
-        raise SourceError(
-            f"{path} is one of {count} parts, but its name is not; expected NAME-00001-of-{count:05d}.gguf"
-        )
-    paths = [path.with_name(f"{named['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
-    if path != paths[0]:
-        raise SourceError(f"{path} is part {named['number']} of {count}; give the first, {paths[0].name}")
-    missing = [p.name for p in paths if not p.is_file()]
-    if missing:
-        raise SourceError(
-            f"{missing[0]} is missing, one of the {count} parts of {path.name}; put it in the same folder"
-        )
-    files = [first, *(GgufFile(p) for p in paths[1:])]
-    for i, file in enumerate(files):
-        if (file.value("split.no"), file.value("split.count")) != (i, count):
-            raise SourceError(
-                f"{file.path} says it is part {file.value('split.no')} of {file.value('split.count')}; "
-                f"expected {i} of {count}: download it again"
-            )
-    n_found = sum(len(file.tensors) for file in files)
-    if n_found != first.value("split.tensors.count", n_found):
-        raise SourceError(
-            f"the {count} parts of {path.name} hold {n_found} tensors, but the first one says "
-            f"{first.value('split.tensors.count')}: download them again"
-        )
-    return files
-
-
-def _require_language_model(files: Sequence[GgufFile]) -> None:
-    first = files[0]
-    kind = first.value("general.type", "model")
-    tensors = [t.spec for file in files for t in file.tensors]
-    if kind != "model":
-        found = f"of type '{kind}'"
-    elif first.architecture == "clip":
-        found = "the vision or audio part of a model"
-    elif not tensors:
-        found = "a vocabulary without weights"
-    elif not any(t.layer is not None and len(t.shape) > 1 for t in tensors):
-        found = "without decoder layers"
-    elif not any(t.name == "token_embd.weight" for t in tensors):
-        found = "without a token embedding"
-    else:
-        return
-    raise SourceError(f"{first.path} is a GGUF file {found} ({first.architecture}); expected a language model")

@@ -74,16 +74,7 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
             if not error.is_intended:
                 progress.note(f"{error.reason}; using the copy in its cache")
             return folder
-        if _CONFIG not in files or not {INDEX_FILE, WEIGHTS_FILE} & set(files):
-            raise SourceError(
-                f"{name} has no {_CONFIG} with {WEIGHTS_FILE} or {INDEX_FILE}; it has {_some(files)}: "
-                "name the repository of the original model"
-            )
-        if not set(_TOKENIZERS) & set(files):
-            raise SourceError(
-                f"{name} has no {' or '.join(_TOKENIZERS)}; it has {_some(files)}: name the repository of the original "
-                "model, or download both and add the tokenizer"
-            )
+        _require_model(name, files)
         with _bars(shown=False):
             # by branch or tag first, so that the cache knows its commit when the hub cannot be reached
             model.get(_CONFIG, revision)
@@ -106,6 +97,24 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
             for shard in weights:
                 model.get(shard, commit)
         return folder
+
+
+def _require_model(name: str, files: Sequence[str]) -> None:
+    """Refuse a repository without what every model has.
+
+    Raises:
+        SourceError: naming what is missing.
+    """
+    if _CONFIG not in files or not {INDEX_FILE, WEIGHTS_FILE} & set(files):
+        raise SourceError(
+            f"{name} has no {_CONFIG} with {WEIGHTS_FILE} or {INDEX_FILE}; it has {_some(files)}: "
+            "name the repository of the original model"
+        )
+    if not set(_TOKENIZERS) & set(files):
+        raise SourceError(
+            f"{name} has no {' or '.join(_TOKENIZERS)}; it has {_some(files)}: name the repository of the original "
+            "model, or download both and add the tokenizer"
+        )
 
 
 class _UnreachableError(SourceError):
