@@ -15,20 +15,18 @@ import pytest
 import torch
 from support import converter
 from support.families import TINY_MODELS, edit_config
-from support.requests import request_of
+from support.requests import convert_plainly, on_text, request_of
+from support.shared import made_once
 from support.tolerances import F16_LOGITS, FLOAT32_LOGITS, MIXTURE_LOGITS, MIXTURE_SHARE, assert_logits_close
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf import pipeline
-from lieq_gguf.allocation.problem import AllocationOptions
 from lieq_gguf.architectures import FAMILIES
 from lieq_gguf.errors import ArchitectureError, LieqError, SourceError
 from lieq_gguf.evaluation.inspection import inspect
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.native.llama_cpp import open_model
-from lieq_gguf.quant_types import QUANT_TYPES
-from lieq_gguf.records.options import MeasuringOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_TOKENS = 128  # more than the windows of the tiny models
@@ -37,24 +35,29 @@ EVERY_MODEL = pytest.mark.parametrize("name", TINY_MODELS)
 
 @dataclass(frozen=True)
 class Written:
-    """A tiny model, and what transformers makes of some tokens."""
+    """A tiny model, our F16 file of it, and what transformers makes of some tokens."""
 
     path: Path
+    f16_file: Path
     ids: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
+def written(shared: Path) -> Callable[[str], Written]:
     @cache
     def write(name: str) -> Written:
-        path = TINY_MODELS[name].write(tmp_path_factory.mktemp("families") / name)
+        def make(folder: Path) -> None:
+            convert_plainly(TINY_MODELS[name].write(folder / name), folder / "f16.gguf")
+
+        folder = made_once(shared / "families" / name, make)
+        path = folder / name
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         n_vocab = model.config.vocab_size
         ids = np.random.default_rng(0).integers(8, n_vocab - 8, (2, N_TOKENS))
         with torch.inference_mode():
             logits = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
-        return Written(path, ids, logits)
+        return Written(path, folder / "f16.gguf", ids, logits)
 
     return write
 
@@ -80,10 +83,9 @@ def test_streamed_layers_are_the_whole_model(name: str, written: Callable[[str],
 
 
 @EVERY_MODEL
-def test_f16_file_computes_what_transformers_does(name: str, written: Callable[[str], Written], tmp_path: Path) -> None:
+def test_f16_file_computes_what_transformers_does(name: str, written: Callable[[str], Written]) -> None:
     model = written(name)
-    file = convert(model.path, tmp_path / "f16.gguf", 16.0, types=("F16",))
-    with open_model(file, n_ctx=N_TOKENS, n_threads=2) as loaded:
+    with open_model(model.f16_file, n_ctx=N_TOKENS, n_threads=2) as loaded:
         found = loaded.logits(model.ids[0].tolist())
     bound = (MIXTURE_LOGITS, MIXTURE_SHARE) if name == "qwen3moe" else (F16_LOGITS,)
     assert_logits_close(found, model.logits[0], *bound)
@@ -100,13 +102,10 @@ def test_conversion_to_few_bits_runs(name: str, written: Callable[[str], Written
 
 
 @EVERY_MODEL
-def test_cache_and_bytes_of_a_token_are_those_of_the_model(
-    name: str, written: Callable[[str], Written], tmp_path: Path
-) -> None:
-    path = written(name).path
-    config = ModelDirectory(path).transformers_config()
+def test_cache_and_bytes_of_a_token_are_those_of_the_model(name: str, written: Callable[[str], Written]) -> None:
+    config = ModelDirectory(written(name).path).transformers_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found = inspect(convert(path, tmp_path / "f16.gguf", 16.0, types=("F16",)))
+    found = inspect(written(name).f16_file)
     width = 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers
     assert (found.n_ctx, found.kv_cache_bytes) == (1024, 2 * width * 1024)
     n_experts = getattr(config, "num_experts", 1)
@@ -119,26 +118,26 @@ def test_cache_and_bytes_of_a_token_are_those_of_the_model(
 
 @pytest.mark.slow
 @EVERY_MODEL
-def test_same_file_as_llama_cpps_converter(
-    name: str, written: Callable[[str], Written], tmp_path: Path, llama_cpp: Path
-) -> None:
-    result = converter.compare(written(name).path, llama_cpp, tmp_path)
+def test_same_file_as_llama_cpps_converter(name: str, written: Callable[[str], Written], converted: Path) -> None:
+    result = converter.compare_files(written(name).f16_file, converted / f"{name}.gguf")
     assert (result.tensors, result.keys) == ({}, {})
     assert result.n_tensors == len(ModelDirectory(written(name).path).spec.tensors)
     assert result.n_keys > 20
 
 
-def convert(source: Path, target: Path, bits: float, types: tuple[str, ...] | None = None) -> Path:
-    """Convert all matrices; with ``types`` also the embedding and without any measurement."""
-    if types is None:
-        quick = tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "IQ2_XXS"))
-        request = request_of(source, bits, target, ",".join(q.name for q in quick))
-    else:
-        offered = tuple(QUANT_TYPES[name] for name in types)
-        allocation = AllocationOptions("block-error", types=offered, embedding_type=offered[0], output_type=offered[0])
-        without = MeasuringOptions(use_imatrix=False)
-        request = request_of(source, bits, target, measuring=without, allocation=allocation)
-    return pipeline.convert(request).output
+@pytest.fixture(scope="module")
+def converted(written: Callable[[str], Written], llama_cpp: Path, shared: Path) -> Path:
+    """Folder with what llama.cpp's converter makes of every tiny model."""
+
+    def make(folder: Path) -> None:
+        jobs = [converter.Job(written(n).path, written(n).f16_file, folder / f"{n}.gguf") for n in TINY_MODELS]
+        converter.run_converter(jobs, llama_cpp)
+
+    return made_once(shared / "converted", make)
+
+
+def convert(source: Path, target: Path, bits: float) -> Path:
+    return pipeline.convert(request_of(source, bits, target, "Q2_K,Q3_K", on_text(None, 256))).output
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
@@ -243,9 +242,9 @@ def test_older_configuration_of_gemma_3_is_the_same_model(tmp_path: Path) -> Non
     new = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
     path = TINY_MODELS["gemma3"].write(tmp_path / "gemma3", rope_parameters=new)
-    expected = keys(convert(path, tmp_path / "new.gguf", 16.0, types=("F16",)))
+    expected = keys(convert_plainly(path, tmp_path / "new.gguf"))
     edit_config(path, rope_parameters=None, layer_types=None, sliding_window_pattern=6, **GEMMA_3_BEFORE)
-    assert keys(convert(path, tmp_path / "old.gguf", 16.0, types=("F16",))) == expected
+    assert keys(convert_plainly(path, tmp_path / "old.gguf")) == expected
     assert expected["gemma3.rope.scaling.factor"] == 8.0
 
 

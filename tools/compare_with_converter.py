@@ -19,9 +19,10 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from support.converter import CACHE, compare
+from support.converter import CACHE, Job, compare_files, compare_logits, run_converter
 from support.families import TINY_MODELS
 from support.llama_cpp_source import llama_cpp_source
+from support.requests import convert_plainly
 
 
 def main() -> None:
@@ -35,9 +36,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in parser.parse_args().models:
             model = TINY_MODELS[name].write(Path(scratch) / name) if name in TINY_MODELS else Path(name)
-            result = compare(model, source, Path(scratch))
+            ours = convert_plainly(model, Path(scratch) / f"{model.name}-ours.gguf")
+            job = Job(model, ours, Path(scratch) / f"{model.name}-theirs.gguf")
+            run_converter([job], source)
+            result = compare_files(ours, job.theirs)
+            top_1, logit_difference = compare_logits(model, ours)
             cells = result.n_tensors, len(result.tensors), result.n_keys, len(result.keys)
-            figures = f"{result.top_1:.1%} | {result.logit_difference:.4f} deviations"
+            figures = f"{top_1:.1%} | {logit_difference:.4f} deviations"
             print(f"| {model.name} | {' | '.join(str(n) for n in cells)} | {figures} |", flush=True)
             for key, difference in (result.tensors | result.keys).items():
                 print(f"{model.name}: {key}: {difference}", file=sys.stderr)

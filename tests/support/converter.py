@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,22 @@ import numpy as np
 
 from lieq_gguf.evaluation.reference import open_reference
 from lieq_gguf.native.llama_cpp import open_model
-from support.requests import convert_plainly
 
 CACHE = Path(__file__).parent.parent.parent / "build" / "llama.cpp"
 _N_TOKENS = 128  # more than the windows of the tiny models
 OURS_ALONE = ("lieq.",)
+# All in one process: importing torch and transformers takes longer than the conversions.
 _TOLD = """
-import sys
-sys.path[:0] = [{source!r}, {source!r} + "/gguf-py"]
+import json, sys
+source, jobs = sys.argv[1], json.loads(sys.argv[2])
+sys.path[:0] = [source, source + "/gguf-py"]
 import convert_hf_to_gguf
 from conversion.base import TextModel
-if {name!r}:
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: {name!r}
-sys.argv = ["convert_hf_to_gguf.py", {model!r}, "--outtype", "f16", "--outfile", {target!r}]
-convert_hf_to_gguf.main()
+recognise = TextModel.get_vocab_base_pre
+for model, target, name in jobs:
+    TextModel.get_vocab_base_pre = (lambda self, tokenizer: name) if name else recognise
+    sys.argv = ["convert_hf_to_gguf.py", model, "--outtype", "f16", "--outfile", target]
+    convert_hf_to_gguf.main()
 """
 
 
@@ -40,16 +44,12 @@ class Comparison:
         n_keys: Metadata keys that are equal.
         tensors: What differs, by name.
         keys: The same of the metadata.
-        top_1: Share of positions at which our file and transformers prefer the same token.
-        logit_difference: Largest difference of a logit, by the standard deviation of all logits.
     """
 
     n_tensors: int
     n_keys: int
     tensors: dict[str, str]
     keys: dict[str, str]
-    top_1: float
-    logit_difference: float
 
     @property
     def is_equal(self) -> bool:
@@ -57,37 +57,46 @@ class Comparison:
         return not self.tensors and not self.keys
 
 
-def compare(model: Path, source: Path, scratch: Path) -> Comparison:
-    """Convert a model directory in both ways and compare.
+@dataclass(frozen=True)
+class Job:
+    """A model directory that the converter is to make a file of.
+
+    Attributes:
+        model: The directory.
+        ours: Our file of it, which tells the pre-tokenizer that we have recognised.
+        theirs: The file to write.
+    """
+
+    model: Path
+    ours: Path
+    theirs: Path
+
+
+def run_converter(jobs: Sequence[Job], source: Path) -> None:
+    """Run llama.cpp's converter, told the pre-tokenizers.
 
     Args:
-        model: Model directory.
-        source: Folder with llama.cpp's converter.
-        scratch: Folder for the files.
+        jobs: Files to write.
+        source: Folder with the converter.
 
     Raises:
         RuntimeError: if the converter fails, in its own words.
     """
-    ours, theirs = scratch / f"{model.name}-ours.gguf", scratch / f"{model.name}-theirs.gguf"
-    ours.unlink(missing_ok=True)
-    convert_plainly(model, ours)
-    our_file = gguf.GGUFReader(ours)
-    pre = our_file.get_field("tokenizer.ggml.pre")
-    name = pre.contents() if pre is not None and pre.contents() != "default" else ""
-    run_converter(model, theirs, source, str(name))
-    their_file = gguf.GGUFReader(theirs)
-    tensors, n_tensors = differences(*({t.name: _tensor(t) for t in f.tensors} for f in (our_file, their_file)))
-    keys, n_keys = differences(_values(our_file), _values(their_file))
-    return Comparison(n_tensors, n_keys, tensors, keys, *compare_logits(model, ours))
-
-
-def run_converter(model: Path, target: Path, source: Path, pre_tokenizer: str) -> None:
-    """Run llama.cpp's converter, told the pre-tokenizer unless that is empty."""
-    code = _TOLD.format(source=str(source), name=pre_tokenizer, model=str(model), target=str(target))
+    arguments = [(str(job.model), str(job.theirs), _pre_tokenizer(job.ours)) for job in jobs]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    if done.returncode != 0 or not target.is_file():
-        raise RuntimeError(f"llama.cpp's converter fails on {model}: {done.stderr.strip()[-600:]}")
+    command = [sys.executable, "-c", _TOLD, str(source), json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    missing = [str(job.model) for job in jobs if not job.theirs.is_file()]
+    if done.returncode != 0 or missing:
+        raise RuntimeError(f"llama.cpp's converter fails, first on {missing[:1]}: {done.stderr.strip()[-600:]}")
+
+
+def compare_files(ours: Path, theirs: Path) -> Comparison:
+    """Every tensor and every metadata key of both."""
+    files = [gguf.GGUFReader(file) for file in (ours, theirs)]
+    tensors, n_tensors = differences(*({t.name: _tensor(t) for t in file.tensors} for file in files))
+    keys, n_keys = differences(*(_values(file) for file in files))
+    return Comparison(n_tensors, n_keys, tensors, keys)
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[dict[str, str], int]:
@@ -107,6 +116,12 @@ def compare_logits(model: Path, file: Path) -> tuple[float, float]:
         expected, found = reference.logits(ids), written.logits(ids)
     agreement = (expected.argmax(-1) == found.argmax(-1)).mean()
     return float(agreement), float(np.abs(found - expected).max() / expected.std())
+
+
+def _pre_tokenizer(file: Path) -> str:
+    """The name a file has for it, or nothing where the converter needs none."""
+    field = gguf.GGUFReader(file).get_field("tokenizer.ggml.pre")
+    return "" if field is None or field.contents() == "default" else str(field.contents())
 
 
 def _tensor(tensor: gguf.ReaderTensor) -> tuple[str, tuple[int, ...], bytes]:
