@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from support.plain_solvers import greedy, lagrangian, totals
 from support.requests import TWO_THREADS, convert_plainly, measured, on_text, request_of
+from support.shared import made_once
 from support.tolerances import F16_LOGITS, assert_logits_close
 from support.whole_model import lieq_scores
 from transformers import AutoModelForCausalLM
@@ -50,34 +54,48 @@ N_THREADS = 2
 def model() -> Path:
     """Kept under build/, so that it is made once."""
     path = ROOT / "build" / "models" / "smollm2-135m-768"
-    subprocess.run([sys.executable, ROOT / "tools" / "make_demo_model.py", path, "--pad"], check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        subprocess.run([sys.executable, ROOT / "tools" / "make_demo_model.py", path, "--pad"], check=True)
     return path
 
 
 @pytest.fixture(scope="module")
-def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> MeasuringOptions:
+def files(model: Path, shared: Path) -> MeasuringOptions:
     """Scores and importance matrix from one pass, as files."""
-    folder = tmp_path_factory.mktemp("files")
-    found = measured(ModelDirectory(model), DEFAULT_LADDER, on_text(None, 2048))
-    assert found.scores is not None
-    assert found.importance is not None
-    found.scores.save(folder / "scores.json", "lieq")
-    save_importance(found.importance, folder / "imatrix.gguf")
+
+    def measure(folder: Path) -> None:
+        found = measured(ModelDirectory(model), DEFAULT_LADDER, on_text(None, 2048))
+        assert found.scores is not None
+        assert found.importance is not None
+        found.scores.save(folder / "scores.json", "lieq")
+        save_importance(found.importance, folder / "imatrix.gguf")
+
+    folder = made_once(shared / "measured", measure)
     return on_text(None, 4096, scores_file=folder / "scores.json", imatrix_file=folder / "imatrix.gguf")
 
 
-def plain_request(model: Path, files: MeasuringOptions, output: Path, bits: float, **options: Any) -> Request:
+def plain_request(model: Path, files: MeasuringOptions, output: Path | None, bits: float, **options: Any) -> Request:
     """Without error feedback: half the time, and the same to the tests that look at sizes and types."""
     allocation = AllocationOptions(**options)
     return request_of(model, bits, output, measuring=files, error_feedback=False, allocation=allocation)
 
 
 @pytest.fixture(scope="module")
-def f16_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert_plainly(model, tmp_path_factory.mktemp("f16") / "f16.gguf")
+def f16_file(model: Path, shared: Path) -> Path:
+    return made_once(shared / "f16", lambda folder: convert_plainly(model, folder / "f16.gguf")) / "f16.gguf"
 
 
-@pytest.mark.parametrize("bits", [2.1, 2.7, 3.5, 4.5])
+@pytest.fixture
+def first_layers(model: Path, tmp_path: Path) -> Path:
+    """The model without its later layers: what works layer by layer needs no more of them."""
+    path = Path(shutil.copytree(model, tmp_path / "first-layers"))
+    config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": 6}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("bits", [2.1, 4.5])
 def test_every_budget_is_met_within_one_percent_and_speaks(
     model: Path, files: MeasuringOptions, tmp_path: Path, bits: float
 ) -> None:
@@ -91,29 +109,25 @@ def test_every_budget_is_met_within_one_percent_and_speaks(
     ).strip()
 
 
-def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, files: MeasuringOptions, tmp_path: Path) -> None:
-    output = tmp_path / "out.gguf"
-    convert(plain_request(model, files, output, 2.7, method="lieq"))
-    layers: dict[int, set[str]] = {}
-    for tensor in GgufFile(output).tensors:
-        if tensor.spec.layer is not None and tensor.spec.is_matrix:
-            layers.setdefault(tensor.spec.layer, set()).add(tensor.quant_type.name)
-    assert all(len(types) == 1 for types in layers.values())
-    assert len(set.union(*layers.values())) == 2
-    assert 0.99 * 2.7 <= GgufFile(output).bit_meter().layer_bpw <= 2.7
+def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, files: MeasuringOptions) -> None:
+    planned = plan(plain_request(model, files, None, 2.7, method="lieq"))
+    layers = [{planned.plan.types[t.name] for t in layer} for layer in planned.job.source.spec.layer_matrices]
+    assert all(len(types) == 1 for types in layers)
+    assert len(set.union(*layers)) == 2
+    assert 0.99 * 2.7 <= planned.header.meter.layer_bpw <= 2.7
 
 
 @pytest.mark.parametrize("quant_type", ["Q2_K", "IQ2_XXS"])
 def test_error_feedback_brings_a_file_closer_to_the_model(
-    model: Path, files: MeasuringOptions, f16_file: Path, tmp_path: Path, quant_type: str
+    first_layers: Path, files: MeasuringOptions, tmp_path: Path, quant_type: str
 ) -> None:
     [chosen] = parse_types([quant_type])
+    exact = convert_plainly(first_layers, tmp_path / "exact.gguf")
     made = {fed: tmp_path / f"{fed}.gguf" for fed in (False, True)}
+    measuring = replace(files, scores_file=None)
     for fed, file in made.items():
-        convert(request_of(model, chosen.bits_per_weight, file, quant_type, files, error_feedback=fed))
-    without, with_feedback = evaluate(
-        list(made.values()), f16_file, read_text(None), ComparisonOptions(512, 3, N_THREADS)
-    )
+        convert(request_of(first_layers, chosen.bits_per_weight, file, quant_type, measuring, error_feedback=fed))
+    without, with_feedback = evaluate(list(made.values()), exact, read_text(None), ComparisonOptions(512, 3, N_THREADS))
     assert with_feedback.kld.value < 0.85 * without.kld.value
 
 
@@ -132,25 +146,29 @@ def test_no_plain_solver_finds_better_types(model: Path, files: MeasuringOptions
 
 
 @pytest.mark.parametrize("profile", ["cpu", "quality", "edge"])
-def test_file_of_a_given_size_is_no_larger_and_speaks(
-    model: Path, files: MeasuringOptions, tmp_path: Path, profile: str
-) -> None:
-    output, size = tmp_path / "out.gguf", 85_000_000
-    request = plain_request(model, files, output, 1, profile=profile)
-    result = convert(replace(request, target=BitBudget("size", size)))
-    assert 0.999 * size < output.stat().st_size <= size
-    types = {name for name in result.prepared.plan.types.values() if name.startswith("IQ")}
+def test_plan_for_a_given_size_fills_it(model: Path, files: MeasuringOptions, profile: str) -> None:
+    size = 85_000_000
+    request = plain_request(model, files, None, 1, profile=profile)
+    planned = plan(replace(request, target=BitBudget("size", size)))
+    assert 0.999 * size < planned.header.meter.file_bytes <= size
+    types = {name for name in planned.plan.types.values() if name.startswith("IQ")}
     assert bool(types) == (profile != "edge")
-    assert "".join(
-        stream(output, "The capital of France is", GenerationOptions(8, raw=True, n_threads=N_THREADS))
-    ).strip()
 
 
-def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(model: Path) -> None:
-    source = ModelDirectory(model)
-    tokens = tokenize(read_calibration_text(None), load_source_tokenizer(model), 5 * CHUNK_SIZE)
+def test_file_of_a_given_size_is_no_larger_and_speaks(model: Path, files: MeasuringOptions, tmp_path: Path) -> None:
+    output, size = tmp_path / "out.gguf", 85_000_000
+    request = plain_request(model, files, output, 1, profile="edge")
+    convert(replace(request, target=BitBudget("size", size)))
+    assert 0.999 * size < output.stat().st_size <= size
+    answer = stream(output, "The capital of France is", GenerationOptions(8, raw=True, n_threads=N_THREADS))
+    assert "".join(answer).strip()
+
+
+def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(first_layers: Path) -> None:
+    source = ModelDirectory(first_layers)
+    tokens = tokenize(read_calibration_text(None), load_source_tokenizer(first_layers), 5 * CHUNK_SIZE)
     exact = run_pass(source, tokens, PassOptions(compute=ComputeOptions(n_threads=N_THREADS, in_float32=True)))
-    assert lieq.score(exact.measurements) == pytest.approx(lieq_scores(model, tokens.ids, seed=0), abs=1e-4)
+    assert lieq.score(exact.measurements) == pytest.approx(lieq_scores(first_layers, tokens.ids, seed=0), abs=1e-4)
     if not has_fast_bfloat16(torch.device("cpu")):
         pytest.skip("the processor has no bfloat16; emulation takes minutes")
     rounded = run_pass(source, tokens, PassOptions(compute=TWO_THREADS))
@@ -173,29 +191,21 @@ def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None
             assert_logits_close(found, expected, 2 * F16_LOGITS)
 
 
-@pytest.mark.parametrize("type_name", ["F16", "BF16"])
-def test_a_gguf_file_is_scored_and_planned_as_its_directory(model: Path, tmp_path: Path, type_name: str) -> None:
-    """The directory's weights are F16; BF16 rounds them, and then choices that nearly tie can fall otherwise."""
-    file = convert_plainly(model, tmp_path / "model.gguf", type_name)
-    from_directory, from_file = (
-        measured(open_source(path), DEFAULT_LADDER, on_text(None, 2048)) for path in (model, file)
+def test_a_gguf_file_is_scored_and_planned_as_its_directory(
+    model: Path, files: MeasuringOptions, f16_file: Path, tmp_path: Path
+) -> None:
+    from_file = measured(open_source(f16_file), DEFAULT_LADDER, on_text(None, 2048))
+    assert from_file.scores is not None and from_file.importance is not None and files.scores_file is not None
+    for name, expected in LayerScores.load(files.scores_file).by_scorer.items():
+        assert from_file.scores.by_scorer[name] == pytest.approx(expected, rel=0.01), name
+    from_file.scores.save(tmp_path / "scores.json", "lieq")
+    save_importance(from_file.importance, tmp_path / "imatrix.gguf")
+    own = replace(files, scores_file=tmp_path / "scores.json", imatrix_file=tmp_path / "imatrix.gguf")
+    of_file, of_directory = (
+        plan(request_of(path, 2.7, measuring=measuring)) for path, measuring in ((f16_file, own), (model, files))
     )
-    assert from_directory.scores is not None and from_file.scores is not None
-    for name, expected in from_directory.scores.by_scorer.items():
-        spread = max(expected) - min(expected)
-        found = from_file.scores.by_scorer[name]
-        assert found == pytest.approx(expected, rel=0.01, abs=0.03 * spread if type_name == "BF16" else 0), name
-    plans = []
-    for path, known in ((model, from_directory), (file, from_file)):
-        assert known.scores is not None and known.importance is not None
-        known.scores.save(tmp_path / "scores.json", "lieq")
-        save_importance(known.importance, tmp_path / "imatrix.gguf")
-        files = MeasuringOptions(scores_file=tmp_path / "scores.json", imatrix_file=tmp_path / "imatrix.gguf")
-        plans.append(plan(request_of(path, 2.7, measuring=files)))
-    expected_plan, found_plan = plans
-    assert found_plan.header.meter.file_bytes == expected_plan.header.meter.file_bytes
-    if type_name == "F16":
-        assert found_plan.plan.types == expected_plan.plan.types
+    assert of_file.header.meter.file_bytes == of_directory.header.meter.file_bytes
+    assert of_file.plan.types == of_directory.plan.types
 
 
 def test_both_tokenizers_give_the_same_ids(model: Path, f16_file: Path) -> None:
