@@ -4,8 +4,8 @@
 Usage: bench_conversion.py MODEL_DIR TEXT LLAMA_CPP [--bits 2.7] [--repetitions 1]
 
 LLAMA_CPP is a folder with bin/llama-imatrix, bin/llama-quantize and src/convert_hf_to_gguf.py, built from the source of
-the installed llama-cpp-python. Both sides take 16,384 tokens of TEXT and two threads; runs alternate. Error feedback,
-which none of the others has, is timed beside.
+the installed llama-cpp-python. Both sides use 16,384 tokens of TEXT and two threads; runs alternate. Error feedback,
+which the other tools do not have, is timed separately.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ N_TOKENS, CHUNK_SIZE, N_THREADS = 16384, 512, 2
 def timed(
     name: str, command: list[object], environment: dict[str, str] | None = None, printed: Path = Path(os.devnull)
 ) -> float:
-    """Seconds of a command, which is printed with its largest memory."""
+    """Run a command and print its time and largest memory; returns the seconds."""
     start = time.perf_counter()
     with printed.open("w") as out:
         process = subprocess.Popen(
-            [str(part) for part in command], stdout=out, stderr=subprocess.DEVNULL, env=os.environ | (environment or {})
+            [str(word) for word in command], stdout=out, stderr=subprocess.DEVNULL, env=os.environ | (environment or {})
         )
         _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status != 0:
-        raise SystemExit(f"{name} failed: {' '.join(str(part) for part in command)}")
+        raise SystemExit(f"{name} failed: {' '.join(str(word) for word in command)}")
     print(f"  {name:<20} {seconds:7.1f} s {usage.ru_maxrss * 1024 / 1e6:7.0f} MB", flush=True)
     return seconds
 
@@ -98,20 +98,20 @@ def main() -> None:
 
 
 def compare_importance(model: Path, text: Path, theirs_file: Path, ours_file: Path, lieq: list[str]) -> None:
-    """Relative difference of the entries on the same tokens: llama-imatrix takes a text's first sequences."""
+    """Relative difference of the entries on the same tokens: the first of the text, which llama-imatrix uses."""
     characters = text.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         from lieq_gguf.tokenizers import load_source_tokenizer
 
         tokenizer = load_source_tokenizer(ModelDirectory(model).path)
         low, high = 0, len(characters)
-        while low < high:  # the shortest head that has all the tokens
+        while low < high:  # the shortest prefix with all the tokens
             middle = (low + high) // 2
             enough = len(tokenizer.encode(characters[:middle], add_special_tokens=False)) > N_TOKENS
             low, high = (low, middle) if enough else (middle + 1, high)
-        head = Path(scratch) / "head.txt"
-        head.write_text(characters[:low], encoding="utf-8")
-        command = [*lieq, "imatrix", model, "--calibration", head, "--n-tokens", N_TOKENS, "--no-cache", "-q"]
+        prefix = Path(scratch) / "prefix.txt"
+        prefix.write_text(characters[:low], encoding="utf-8")
+        command = [*lieq, "imatrix", model, "--calibration", prefix, "--n-tokens", N_TOKENS, "--no-cache", "-q"]
         subprocess.run([*map(str, command), "-o", str(ours_file)], check=True, stdout=subprocess.DEVNULL)
     ours, theirs = load_importance(ours_file), load_importance(theirs_file)
     differences = []

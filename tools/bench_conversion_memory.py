@@ -19,7 +19,7 @@ N_VOCAB = 128_256
 
 
 def main() -> None:
-    """Make and convert each, one after the other."""
+    """Make and convert each model, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("n_layers", type=int, nargs="*")
     parser.add_argument("--no-error-feedback", dest="feedback", action="store_false")
@@ -27,7 +27,7 @@ def main() -> None:
     for n_layers in arguments.n_layers or (16, 4):
         with tempfile.TemporaryDirectory() as scratch:
             model, log = Path(scratch) / "model", Path(scratch) / "log.json"
-            # a process of its own, so that its memory is not counted here
+            # in a separate process, so that its memory is not counted here
             subprocess.run(
                 [sys.executable, Path(__file__).with_name("random_models.py"), model, str(N_VOCAB),
                  json.dumps(WIDTH | {"num_hidden_layers": n_layers})],

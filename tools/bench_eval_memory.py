@@ -17,7 +17,7 @@ from random_models import write_random_model
 
 
 def lieq(*arguments: object) -> str:
-    """What a command of lieq-gguf prints."""
+    """Run a command of lieq-gguf; returns what it prints."""
     command = [sys.executable, "-m", "lieq_gguf", *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -31,12 +31,12 @@ def main() -> None:
         write_random_model(model, n_vocab)
         for file, quant_type, bits in ((f16, "F16", 16), (quantised, "Q4_K", 4.5)):
             lieq("convert", model, "--types", quant_type, "--bits", bits, "--no-imatrix", "-o", file, "--quiet")
-        # getrusage tells the largest child so far, so this one must be the largest: conversion of a small model is not
+        # getrusage has the largest child so far; the conversion of a small model is smaller than eval
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        found = json.loads(lieq("eval", quantised, "--reference", f16, "--chunks", 3, "--json", "--quiet"))
+        document = json.loads(lieq("eval", quantised, "--reference", f16, "--chunks", 3, "--json", "--quiet"))
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         sizes = f16.stat().st_size + quantised.stat().st_size
-    print(f"vocabulary {n_vocab:,}, {found['n_tokens']} tokens scored; children before eval: {before / 1e6:.0f} MB")
+    print(f"vocabulary {n_vocab:,}, {document['n_tokens']} tokens scored; children before eval: {before / 1e6:.0f} MB")
     print(f"peak {peak / 1e6:.0f} MB, files {sizes / 1e6:.0f} MB, beyond them {(peak - sizes) / 1e6:.0f} MB")
 
 

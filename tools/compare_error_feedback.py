@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What error feedback is worth: the same types with and without it, KL divergence on several texts, as Markdown.
+"""Measures the gain of error feedback: KL divergence with and without it, same types, several texts, as Markdown.
 
 Usage: compare_error_feedback.py MODEL_DIR CALIBRATION FOLDER TEXT… [--rows Q2_K,IQ2_XXS,2.7] [--chunks N]
 
-A row is a type, which all matrices of the layers then have, or a number of bits for --method best --profile quality.
-Both files of a row have the same importance matrix, measured on CALIBRATION; TEXTs should be others. Files stay in
-FOLDER and are not made again: take a new one after a change.
+A row is a type for all matrices of the layers, or a number of bits for --method best --profile quality. Both files of a
+row have the same importance matrix, measured on CALIBRATION; TEXTs should be other texts. Files stay in FOLDER and are
+not made again: use a new folder after a change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from compare_presets import geometric_mean, knowledge, known_files, lieq
+from compare_presets import geometric_mean, lieq, measured_files, measured_options
 
 from lieq_gguf.quant_types import QUANT_TYPES
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
-    f16, scores, imatrix = known_files(arguments)
+    f16, scores, imatrix = measured_files(arguments)
     rows = arguments.rows.split(",")
     files = {(row, fed): folder / f"{row}-{'feedback' if fed else 'none'}.gguf" for row in rows for fed in FEEDBACK}
     seconds: dict[bool, list[float]] = {fed: [] for fed in FEEDBACK}
@@ -42,13 +42,13 @@ def main() -> None:
         is_type = row in QUANT_TYPES
         bits = QUANT_TYPES[row].bits_per_weight if is_type else float(row)
         types = ["--types", row] if is_type else ["--profile", "quality"]
-        options = [*types, *knowledge(arguments, scores, imatrix, fed), "-o", file, *threads]
-        made = lieq("convert", arguments.model, "--bits", bits, *options)
-        seconds[fed].append(made["seconds"]["write"])
+        options = [*types, *measured_options(arguments, scores, imatrix, fed), "-o", file, *threads]
+        conversion = lieq("convert", arguments.model, "--bits", bits, *options)
+        seconds[fed].append(conversion["seconds"]["write"])
     for text in arguments.texts:
         options = ["--reference", f16, "--text", text, "--chunks", arguments.chunks, *threads]
-        found = lieq("eval", *files.values(), *options)
-        kld = {key: e["kld"]["mean"] for key, e in zip(files, found, strict=True)}
+        evaluations = lieq("eval", *files.values(), *options)
+        kld = {key: e["kld"]["mean"] for key, e in zip(files, evaluations, strict=True)}
         print(f"\n{text.name}\n\n| | KLD without | with feedback | ratio |\n|---|---|---|---|")
         for row in rows:
             without, with_feedback = (kld[row, fed] for fed in FEEDBACK)

@@ -15,20 +15,20 @@ from typing import Any
 
 
 def lieq(*arguments: object) -> Any:
-    """The JSON document that a command of lieq-gguf prints."""
+    """Run a command of lieq-gguf; returns the JSON document it prints."""
     command = [sys.executable, "-m", "lieq_gguf", *map(str, arguments), "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def rows(arguments: argparse.Namespace) -> list[dict[str, str]]:
-    """One row a file, smallest file first."""
+    """One row per file, the smallest file first."""
     text = ["--text", arguments.text] if arguments.text else []
     chunks = ["--chunks", arguments.chunks] if arguments.chunks else []
     tasks = ["--tasks", arguments.tasks] if arguments.tasks else []
     files = arguments.files
     threads = ["--threads", arguments.threads] if arguments.threads else []
-    found = lieq("eval", *files, "--reference", arguments.reference, *text, *chunks, *tasks, *threads)
-    evaluations = found if isinstance(found, list) else [found]
+    document = lieq("eval", *files, "--reference", arguments.reference, *text, *chunks, *tasks, *threads)
+    evaluations = document if isinstance(document, list) else [document]
     speeds = [] if arguments.no_bench else lieq("bench", *files, *threads, "-r", 3)
     print(
         f"{evaluations[0]['n_tokens']} tokens, reference perplexity {estimate(evaluations[0], 'reference_perplexity')}"

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Our files against llama.cpp's presets at the size of each: KL divergence and speed, as a Markdown table.
+"""Compares our files with llama.cpp's presets at the same sizes: KL divergence and speed, as Markdown tables.
 
 Usage: compare_presets.py MODEL_DIR CALIBRATION TEXT FOLDER [--presets A,B] [--profiles quality,cpu,edge]
        [--no-error-feedback]
 
-Both sides quantise with the same importance matrix, measured on CALIBRATION; TEXT is what they are compared on. The
-presets are made by the installed library. A file of ours is asked for by --size with the bytes of the preset; the
-column "embedding as preset" fixes the embedding's type as well, so that the two effects are seen apart. Speeds are of
-runs in turn, all files of a row and the K preset nearest in size. Files and evaluations stay in FOLDER and are not
-made again: take a new one for another text or after a change.
+Both sides quantise with the same importance matrix, measured on CALIBRATION, and are compared on TEXT. The installed
+library makes the presets. Our files get --size with the bytes of the preset; the column "embedding as preset" fixes the
+embedding's type too, which separates the two effects. Speeds come from alternating runs of all files of a row and the
+K preset nearest in size. Files and evaluations stay in FOLDER and are not made again: use a new folder for another text
+or after a change.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ N_ROUNDS, N_TOKENS = 9, 24
 
 
 def lieq(*arguments: object) -> Any:
-    """The JSON document that a command of lieq-gguf prints."""
+    """Run a command of lieq-gguf; returns the JSON document it prints."""
     command = [sys.executable, "-m", "lieq_gguf", *map(str, arguments), "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def known_files(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
-    """The model in F16, its scores and its importance matrix; those that are in the folder are taken from there."""
+def measured_files(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
+    """The model in F16, its scores and its importance matrix, made unless the folder has them."""
     folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
     folder.mkdir(parents=True, exist_ok=True)
     f16, scores, imatrix = folder / "F16.gguf", folder / "scores.json", folder / "imatrix.gguf"
@@ -58,8 +58,8 @@ def known_files(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
     return f16, scores, imatrix
 
 
-def knowledge(arguments: argparse.Namespace, scores: Path, imatrix: Path, feedback: bool) -> list[object]:
-    """Options of a conversion that measures nothing, but for what error feedback needs."""
+def measured_options(arguments: argparse.Namespace, scores: Path, imatrix: Path, feedback: bool) -> list[object]:
+    """Options for a conversion that measures nothing except what error feedback needs."""
     fed_with = ["--error-feedback", "--calibration", arguments.calibration] if feedback else ["--no-error-feedback"]
     return ["--scores-file", scores, "--imatrix", imatrix, *fed_with]
 
@@ -67,14 +67,14 @@ def knowledge(arguments: argparse.Namespace, scores: Path, imatrix: Path, feedba
 def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
     """Preset to column to file."""
     folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
-    f16, scores, imatrix = known_files(arguments)
+    f16, scores, imatrix = measured_files(arguments)
     importance = load_importance(imatrix)
     files: dict[str, dict[str, Path]] = {}
-    wanted = arguments.presets.split(",")
-    for preset in dict.fromkeys([*wanted, *K_PRESETS]):
+    presets = arguments.presets.split(",")
+    for preset in dict.fromkeys([*presets, *K_PRESETS]):
         if not (folder / f"{preset}.gguf").exists():
             quantize(f16, folder / f"{preset}.gguf", preset, importance)
-    for preset in wanted:
+    for preset in presets:
         theirs = folder / f"{preset}.gguf"
         files[preset] = {"preset": theirs}
         size = theirs.stat().st_size
@@ -85,8 +85,8 @@ def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
         for name, options in columns.items():
             ours = folder / f"{preset}-{name.replace(' ', '-')}.gguf"
             if not ours.exists():
-                known = knowledge(arguments, scores, imatrix, arguments.feedback)
-                lieq("convert", arguments.model, "--size", size, *options, *known, "-o", ours, *threads)
+                measured = measured_options(arguments, scores, imatrix, arguments.feedback)
+                lieq("convert", arguments.model, "--size", size, *options, *measured, "-o", ours, *threads)
             assert ours.stat().st_size <= size
             files[preset][name] = ours
     return files
@@ -95,19 +95,19 @@ def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
 def divergences(arguments: argparse.Namespace, files: list[Path]) -> dict[Path, float]:
     """Mean KLD of each file."""
     store = arguments.folder / f"kld-{arguments.text.stem}-{arguments.chunks}.json"
-    known = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    missing = [f for f in files if known.get(f.name, {}).get("written") != f.stat().st_mtime_ns]
+    stored = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
+    missing = [f for f in files if stored.get(f.name, {}).get("written") != f.stat().st_mtime_ns]
     if missing:
         options = ["--reference", arguments.folder / "F16.gguf", "--text", arguments.text, "--chunks", arguments.chunks]
-        found = lieq("eval", *missing, *options, "-t", arguments.threads, "-q")
-        for file, result in zip(missing, found if isinstance(found, list) else [found], strict=True):
-            known[file.name] = {"written": file.stat().st_mtime_ns, "kld": result["kld"]["mean"]}
-        store.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    return {f: known[f.name]["kld"] for f in files}
+        document = lieq("eval", *missing, *options, "-t", arguments.threads, "-q")
+        for file, result in zip(missing, document if isinstance(document, list) else [document], strict=True):
+            stored[file.name] = {"written": file.stat().st_mtime_ns, "kld": result["kld"]["mean"]}
+        store.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+    return {f: stored[f.name]["kld"] for f in files}
 
 
 def speeds(files: list[Path], n_threads: int) -> dict[Path, float]:
-    """Tokens per second of generation, files taking turns."""
+    """Tokens per second of generation; the files take turns."""
     seconds: dict[Path, list[float]] = {file: [] for file in files}
     with ExitStack() as stack:
         models = {file: stack.enter_context(open_model(file, n_ctx=64, n_threads=n_threads)) for file in files}
@@ -117,7 +117,7 @@ def speeds(files: list[Path], n_threads: int) -> dict[Path, float]:
                 start = time.perf_counter()
                 for token in range(N_TOKENS):
                     model.decode([token + 10])
-                if round_:  # the first warms up
+                if round_:  # the first round only warms up
                     seconds[file].append((time.perf_counter() - start) / N_TOKENS)
     return {file: 1 / statistics.median(times) for file, times in seconds.items()}
 
@@ -135,7 +135,10 @@ def main() -> None:
     parser.add_argument("--presets", default=",".join(PRESETS))
     parser.add_argument("--profiles", default="quality,cpu,edge")
     parser.add_argument(
-        "--no-error-feedback", dest="feedback", action="store_false", help="every block by itself, as the presets"
+        "--no-error-feedback",
+        dest="feedback",
+        action="store_false",
+        help="encode every block independently, like the presets",
     )
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
@@ -155,14 +158,14 @@ def main() -> None:
     if not arguments.bench:
         return
     k_files = [arguments.folder / f"{p}.gguf" for p in K_PRESETS]
-    print("\n| size of | K preset nearest | tok/s of it | tok/s " + " | tok/s ".join(columns) + " |")
+    print("\n| size of | nearest K preset | its tok/s | tok/s " + " | tok/s ".join(columns) + " |")
     print("|---" * (len(columns) + 3) + "|")
     for preset, row in files.items():
         size = row["preset"].stat().st_size
         k_file = min(k_files, key=lambda f: abs(f.stat().st_size - size))
-        found = speeds(list(dict.fromkeys([k_file, *row.values()])), arguments.threads)
-        cells = [f"{found[row[c]]:.1f} ({found[row[c]] / found[k_file]:.2f})" for c in columns]
-        print(f"| {preset} | {k_file.stem} | {found[k_file]:.1f} | " + " | ".join(cells) + " |", flush=True)
+        rates = speeds(list(dict.fromkeys([k_file, *row.values()])), arguments.threads)
+        cells = [f"{rates[row[c]]:.1f} ({rates[row[c]] / rates[k_file]:.2f})" for c in columns]
+        print(f"| {preset} | {k_file.stem} | {rates[k_file]:.1f} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

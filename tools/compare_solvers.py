@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The exact solver against three plain ones on a real model, and against one integer program on large ones.
+"""Compares the exact solver with plain ones on a real model, and with one integer program on large problems.
 
 Usage: compare_solvers.py MODEL_DIR SCORES.json      SCORES of 'lieq-gguf score -o'
 """
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def compared_with_one_program(groups: list[list[Option]], limit: int, time_limit: float) -> str:
-    """The same problem twice by each, in turn: least seconds of the processor, and how the choices differ."""
+    """Each solves the same problem twice, taking turns: least processor time, and how the choices differ."""
     seconds: list[list[float]] = [[], []]
     choices: list[tuple[int, ...]] = [(), ()]
     for _ in range(2):
@@ -78,7 +78,7 @@ def large_problems() -> dict[str, tuple[list[list[Option]], int, float]]:
 
 
 def large_problem(seed: int) -> list[list[Option]]:
-    """Errors that fall by about four per bit, as real ones do, times within a factor of two."""
+    """A problem whose errors shrink by about a factor of four per bit, like real ones; times within a factor of two."""
     numbers = np.random.default_rng(seed)
     bits = np.sort(np.append(2.0625, numbers.uniform(2.1, 8.5, N_TYPES - 1)))
     costs = numbers.uniform(0.7, 1.4, N_TYPES) * bits**0.5

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Our F16 file against the one that llama.cpp's convert_hf_to_gguf.py makes, and against the model in transformers.
+"""Compares our F16 file with the file of llama.cpp's convert_hf_to_gguf.py, and with the model in transformers.
 
-Compared are every tensor and every metadata key, and the logits of some random tokens.
+Compares every tensor, every metadata key, and the logits of some random tokens.
 
 Usage: compare_with_converter.py FAMILY|MODEL_DIR …
 
-FAMILY is a name in tests/support/families.py, for which a tiny model is made; without any, all of them. The converter
-comes from the source distribution of the installed llama-cpp-python, or from the folder in LLAMA_CPP_SOURCE. It knows
-the pre-tokenizer of published vocabularies only, by a hash, so it is told the name that we have recognised. Exits
-with 1 if anything differs but for our own keys.
+FAMILY is a name in tests/support/families.py, for which a tiny model is made; the default is all families. The
+converter comes from the source distribution of the installed llama-cpp-python, or from the folder in LLAMA_CPP_SOURCE.
+It recognises only the pre-tokenizers of published vocabularies, by a hash, so it gets the name that we recognised.
+Exits with 1 if anything other than our own keys differs.
 """
 
 from __future__ import annotations

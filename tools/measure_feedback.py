@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What error feedback leaves of each type's error, on the text it was fed with and on another, as Markdown.
+"""Measures the share of each type's error that error feedback leaves, on the calibration text and on another one.
 
 Usage: measure_feedback.py MODEL_DIR CALIBRATION TEXT [LAYER…]      (3, 12 and 20 if left out)
 
 The error is that of the matrix's output, ``tr(ΔW H ΔWᵀ)`` with the second moments ``H`` of either text; 16,384 tokens
-of CALIBRATION and 8,192 of TEXT pass the unquantised layers. Some rows of four matrices a layer.
+of CALIBRATION and 8,192 of TEXT pass the unquantised layers. Uses some rows of four matrices per layer. Prints
+Markdown.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ N_TOKENS, N_ROWS, N_THREADS = (16384, 8192), 384, 2
 
 
 def moments_of(layer: LayerModel, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Second moments by the last module of each input."""
+    """Second moments of each input, by the last module that has it."""
     moments = SecondMoments(tuple(layer.tensors), layer.in_bfloat16)
     with layer.watching_inputs(moments.see_input):
         layer.forward(hidden)
@@ -45,7 +46,7 @@ def output_error(change: np.ndarray[Any, Any], moments: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def main() -> None:
-    """Walk through the layers, and print the geometric means."""
+    """Go through the layers and print the geometric means."""
     source = ModelDirectory(Path(sys.argv[1]))
     layers = [int(arg) for arg in sys.argv[4:]] or [3, 12, 20]
     tokenizer = load_source_tokenizer(source.path)

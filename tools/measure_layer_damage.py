@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How well each layer score foretells the damage: KL divergence when only that layer is quantised to IQ2_XXS.
+"""Measures how well each layer score predicts the damage: KL divergence with only that layer quantised to IQ2_XXS.
 
 Usage: measure_layer_damage.py MODEL_DIR SCORES.json IMATRIX.gguf TEXT [N_CHUNKS]
 
-SCORES are kept by 'score --compare -o', TEXT is one that calibration has not seen. Runs the model in transformers once
-for every layer, on N_CHUNKS sequences (6 if left out) of 512 tokens whose second half counts.
+SCORES is a file of 'score --compare -o', TEXT a text other than the calibration text. Runs the model in transformers
+once for every layer, on N_CHUNKS sequences (6 if left out) of 512 tokens whose second half counts.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ def main() -> None:
 
     @torch.inference_mode()
     def logits() -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        parts = [model(chunk[None], use_cache=False).logits[0, N_CTX // 2 : -1] for chunk in chunks]
-        return np.concatenate([part.numpy() for part in parts])
+        by_chunk = [model(chunk[None], use_cache=False).logits[0, N_CTX // 2 : -1] for chunk in chunks]
+        return np.concatenate([some.numpy() for some in by_chunk])
 
-    wanted, damage = logits(), []
+    intact, damage = logits(), []
     for layer, matrices in enumerate(source.spec.layer_matrices):
-        kept = {}
+        original = {}
         for tensor in matrices:
             assert tensor.source_name is not None
             parameter = model.get_parameter(tensor.source_name)
-            kept[tensor.source_name] = parameter.detach().clone()
+            original[tensor.source_name] = parameter.detach().clone()
             encoded = ggml.quantize(parameter.detach().numpy(), QUANT_TYPES["IQ2_XXS"], importance.mean(tensor.name), 2)
             with torch.no_grad():
                 parameter.copy_(torch.from_numpy(ggml.dequantize(encoded, QUANT_TYPES["IQ2_XXS"], 2)))
-        damage.append(float(compare_logits(wanted, logits(), targets).kld.mean()))
+        damage.append(float(compare_logits(intact, logits(), targets).kld.mean()))
         with torch.no_grad():
-            for name, weights in kept.items():
+            for name, weights in original.items():
                 model.get_parameter(name).copy_(weights)
         print(f"layer {layer}: KLD {damage[-1]:.4f}", flush=True)
     print("\n| score | Spearman | Pearson of logarithms |\n|---|---|---|")

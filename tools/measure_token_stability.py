@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How few tokens, and which seed of the twin, leave the order of layers and matrices as it is.
+"""Measures how the order of layers and matrices depends on the number of tokens and on the seed of the twin.
 
 Usage: measure_token_stability.py MODEL_DIR TEXT
 
-Spearman's rank correlations: of layer scores with those from the most tokens and between seeds of the untrained twin,
-and of matrices' block errors with those from the most tokens. Eight sequences of 512 tokens of TEXT go through the
+Prints Spearman's rank correlations: of layer scores with those from the most tokens, between seeds of the untrained
+twin, and of the matrices' block errors with those from the most tokens. Eight sequences of 512 tokens of TEXT pass the
 model.
 """
 
@@ -49,27 +49,27 @@ def main() -> None:
     for (a, first), (b, second) in combinations(zip(SEEDS, by_seed, strict=True), 2):
         print(f"| {a} and {b} | {agreement(first, second)} |")
     print("\n| tokens of the block errors | all matrices | matrices of a role, mean |\n|---|---|---|")
-    wanted = block_errors(by_count[-1])
+    reference = block_errors(by_count[-1])
     for count, result in zip(DAMAGE_TOKENS, by_count, strict=True):
-        found = block_errors(result)
-        of_roles = [spearmanr(found[:, role], wanted[:, role]).statistic for role in range(wanted.shape[1])]
-        whole = spearmanr(found.ravel(), wanted.ravel()).statistic
+        errors = block_errors(result)
+        of_roles = [spearmanr(errors[:, role], reference[:, role]).statistic for role in range(reference.shape[1])]
+        whole = spearmanr(errors.ravel(), reference.ravel()).statistic
         print(f"| {count} | {whole:.3f} | {np.mean(of_roles):.3f} |")
 
 
 def run(
     source: ModelDirectory, tokens: CalibrationTokens, n_score_tokens: int, n_damage_tokens: int, seed: int = 0
 ) -> PassResult:
-    """One pass, announced on stderr."""
+    """Run one pass, and name it on stderr."""
     print(f"{n_score_tokens} and {n_damage_tokens} tokens, seed {seed}", file=sys.stderr, flush=True)
     options = PassOptions(n_score_tokens=n_score_tokens, n_damage_tokens=n_damage_tokens, seed=seed)
     return run_pass(source, tokens, options)
 
 
-def agreement(found: PassResult, wanted: PassResult) -> str:
-    """Cells of a table row, one for each score."""
-    ours, theirs = score_layers(found.measurements), score_layers(wanted.measurements)
-    return " | ".join(f"{spearmanr(ours[name], theirs[name]).statistic:.3f}" for name in SCORES)
+def agreement(result: PassResult, other: PassResult) -> str:
+    """Cells of a table row: the correlation of each score."""
+    scores, other_scores = score_layers(result.measurements), score_layers(other.measurements)
+    return " | ".join(f"{spearmanr(scores[name], other_scores[name]).statistic:.3f}" for name in SCORES)
 
 
 def block_errors(result: PassResult) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

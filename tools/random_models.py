@@ -1,4 +1,4 @@
-"""Llama models of random weights and any size, for measuring memory; their texts mean nothing.
+"""Llama models of any size with random weights, for measuring memory; the text they generate means nothing.
 
 Usage: random_models.py FOLDER N_VOCAB [CONFIG]      CONFIG as JSON, for example '{"hidden_size": 2048}'
 """
@@ -16,12 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def write_random_model(path: Path, n_vocab: int, **config: Any) -> None:
-    """A Llama in BF16 whose byte-level vocabulary is filled up with words that never occur.
+    """Write a Llama in BF16, with a byte-level vocabulary filled up with words that never occur.
 
     Args:
         path: Folder to write, with shards of at most 500 MB.
         n_vocab: Size of the vocabulary.
-        config: Overrides of a model of two layers and width 256.
+        config: Values that differ from those of a model with two layers and width 256.
     """
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: i for i, character in enumerate(["<|endoftext|>", *characters])}

@@ -22,7 +22,7 @@ from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 
 
 class GgufModel(TemplateLM):  # type: ignore[misc]
-    """A model in llama.cpp as the harness wants it."""
+    """A model in llama.cpp with the harness's interface."""
 
     def __init__(self, model: LoadedModel, n_ctx: int) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class GgufModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """Stands before a text that has no context."""
+        """The token before a text without context."""
         return self._model.bos_token if self._model.bos_token is not None else self._model.eos_token
 
     def tok_encode(self, string: str, **_options: Any) -> list[int]:
-        """Token ids; special tokens that a model puts before every text are left to the harness."""
+        """Token ids without automatic special tokens, which the harness adds."""
         return self._model.tokenize(string, add_special_tokens=False)
 
     def _loglikelihood_tokens(self, requests: Any, **_options: Any) -> list[tuple[float, bool]]:
