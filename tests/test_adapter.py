@@ -595,15 +595,15 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "another rank": (with_config(r=8), ("lora_A.weight", "(4, 256)", "a rank of 8")),
     "A of another width": (
         with_tensors(pair(Q_PROJ) | {f"{A}.weight": torch.ones(RANK, 128)}),
-        ("lora_A.weight", "(4, 128)", "makes it (4, 256)", "another model"),
+        ("lora_A.weight", "(4, 128)", "needs (4, 256)", "another model"),
     ),
     "B of another width": (
         with_tensors(pair(Q_PROJ) | {f"{B}.weight": torch.ones(128, RANK)}),
-        ("lora_B.weight", "(128, 4)", "makes it (256, 4)", "another model"),
+        ("lora_B.weight", "(128, 4)", "needs (256, 4)", "another model"),
     ),
-    "A is a vector": (with_tensors(pair(Q_PROJ) | {f"{A}.weight": torch.ones(RANK)}), ("(4,)", "makes it (4, 256)")),
+    "A is a vector": (with_tensors(pair(Q_PROJ) | {f"{A}.weight": torch.ones(RANK)}), ("(4,)", "needs (4, 256)")),
     "A is a number": (with_tensors(pair(Q_PROJ) | {f"{A}.weight": torch.ones(())}), ("()", "a rank of 4")),
-    "A alone": (with_tensors({f"{A}.weight": torch.ones(RANK, 256)}), ("has lora_A for", "makes it lora_A, lora_B")),
+    "A alone": (with_tensors({f"{A}.weight": torch.ones(RANK, 256)}), ("has lora_A for", "expected lora_A, lora_B")),
     "integers": (
         with_tensors(pair(Q_PROJ) | {f"{A}.weight": torch.ones(RANK, 256, dtype=torch.int8)}),
         ("lora_A.weight", "is I8; expected BF16, F16, F32"),
@@ -635,14 +635,14 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
         with_tensors({key.replace(".weight", f".{n}.weight"): t for n in "ab" for key, t in pair(Q_PROJ).items()}),
         ("several adapters (a, b)", "expected one"),
     ),
-    "DoRA without magnitude": (with_config(use_dora=True), ("makes it lora_A, lora_B, lora_magnitude_vector",)),
+    "DoRA without magnitude": (with_config(use_dora=True), ("expected lora_A, lora_B, lora_magnitude_vector",)),
     "magnitude without DoRA": (
         with_tensors(pair(Q_PROJ) | {f"{PREFIX}{Q_PROJ}.lora_magnitude_vector": torch.ones(256)}),
-        ("has lora_A, lora_B, lora_magnitude_vector", "makes it lora_A, lora_B:"),
+        ("has lora_A, lora_B, lora_magnitude_vector", "expected lora_A, lora_B:"),
     ),
     "magnitude of another width": (
         with_tensors(pair(Q_PROJ) | {f"{PREFIX}{Q_PROJ}.lora_magnitude_vector": torch.ones(128)}, use_dora=True),
-        ("lora_magnitude_vector", "(128,)", "makes it (256,)"),
+        ("lora_magnitude_vector", "(128,)", "needs (256,)"),
     ),
     "resized vocabulary": (
         with_tensors({f"{PREFIX}lm_head.weight": torch.ones(999, 256)}),

@@ -600,7 +600,7 @@ BAD_IMATRICES: dict[str, tuple[Change, str]] = {
     "cut": (cut, "is not an importance matrix in GGUF form"),
     "no counts": (only("blk.1.attn_q.weight.counts", None), "expected in_sum2 and counts"),
     "no sums": (only("blk.1.attn_q.weight.in_sum2", None), "expected in_sum2 and counts"),
-    "narrow": (edit_imatrix(lambda _, a: a[..., :128]), "columns for blk.0.attn_q.weight, the model 256"),
+    "narrow": (edit_imatrix(lambda _, a: a[..., :128]), "columns for blk.0.attn_q.weight, the model has 256"),
     "a matrix missing": (
         edit_imatrix(lambda n, a: None if n.startswith("blk.2.ffn_up") else a),
         "lacks 1 of the model's 21 matrices, for example blk.2.ffn_up.weight",
@@ -626,7 +626,7 @@ def test_imatrix_is_a_model(run_cli: RunCli, tiny_model: Path, conversion: pipel
 def test_imatrix_of_another_model(run_cli: RunCli, small_model: Path, documents: Path, folder: Path) -> None:
     done = run_cli("convert", small_model, "--types", "Q4_K", "--bits", 4.5, "-q",
                    "--imatrix", documents / "imatrix.gguf", "-o", folder / "out.gguf")  # fmt: skip
-    assert_refused(done, "columns for blk.0.ffn_down.weight, the model 256", folder)
+    assert_refused(done, "columns for blk.0.ffn_down.weight, the model has 256", folder)
 
 
 # Files to read
@@ -655,7 +655,7 @@ def test_reading_an_importance_matrix_as_a_model(run_cli: RunCli, documents: Pat
 
 def test_prompt_too_long(run_cli: RunCli, conversion: pipeline.Conversion) -> None:
     done = run_cli("run", conversion.output, "word " * 3000, "-n", 2)
-    assert_refused(done, "llama.cpp does not answer with")
+    assert_refused(done, "llama.cpp cannot answer with")
 
 
 # Wrong usage

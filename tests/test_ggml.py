@@ -141,7 +141,7 @@ def test_refuses_missing_importance(name: str, weights: FloatArray) -> None:
     ids=["too short", "too long", "two axes", "negative", "NaN", "infinite"],
 )
 def test_refuses_wrong_importance(importance: FloatArray, weights: FloatArray) -> None:
-    with pytest.raises(QuantizationError, match=f"importance of {N_PER_ROW} columns"):
+    with pytest.raises(QuantizationError, match=f"importance as {N_PER_ROW} finite"):
         ggml.quantize(weights, QUANT_TYPES["Q4_K"], importance)
 
 

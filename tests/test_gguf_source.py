@@ -270,7 +270,7 @@ def test_what_counts_nothing_is_refused(f16_file: Path, tmp_path: Path, key: str
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("llama.block_count", 2**30, "block_count is 1073741824, found are 3 layers"),
+        ("llama.block_count", 2**30, "block_count is 1073741824, but found 3 layers"),
         ("llama.attention.head_count", 0, "attention.head_count is 0"),
         ("llama.rope.freq_base", "x", "rope.freq_base is 'x'"),
         ("llama.attention.layer_norm_rms_epsilon", float("nan"), "layer_norm_rms_epsilon is nan"),

@@ -316,7 +316,10 @@ def test_spec_needs_neither_torch_nor_transformers(convert: Callable[[str], Conv
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, "rope type 'su'"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported are LlamaForCausalLM, MistralForCausalLM"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "GPT2LMHeadModel; supported architectures: LlamaForCausalLM, MistralForCausalLM",
+        ),
         ({"architectures": None, "model_type": "qwen3"}, "model_type qwen3"),
     ],
 )

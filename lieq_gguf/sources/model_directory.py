@@ -304,7 +304,7 @@ def _find_shards(path: Path) -> dict[str, Path]:
         shards = {name: path / file for name, file in read_index(index).items()}
         for shard in sorted(set(shards.values())):
             if not shard.is_file():
-                raise SourceError(f"{shard.name}, named in {index}, is missing; download it into {path}")
+                raise SourceError(f"{shard.name} is missing, but {index} names it; download it into {path}")
         return shards
     single = path / WEIGHTS_FILE
     if single.is_file():
