@@ -58,7 +58,7 @@ def test_second_budget_starts_at_allocation(
     assert "using what an earlier pass measured" in second.stderr
 
 
-def test_knowledge_from_the_cache_makes_the_same_file(
+def test_scores_from_the_cache_make_the_same_file(
     run_cli: RunCli, model: Path, options: list[object], tmp_path: Path
 ) -> None:
     for name in ("a", "b"):

@@ -48,7 +48,7 @@ def converted(conversion: pipeline.Conversion) -> Path:
 
 
 @pytest.fixture
-def knowledge(run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path) -> list[object]:
+def measured_files(run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path) -> list[object]:
     """Scores and importance matrix in files, as options."""
     succeed(run_cli("score", tiny_model, "-o", tmp_path / "scores.json", *cheap))
     without_types = [*cheap[:4], *cheap[6:]]
@@ -106,8 +106,8 @@ def test_quick_commands_do_not_load_torch(converted: Path, arguments: list[str])
     assert heavy_modules([str(converted) if a == "FILE" else a for a in arguments]) == []
 
 
-def test_plan_from_files_does_not_load_torch(tiny_model: Path, knowledge: list[object]) -> None:
-    options = ["--bits", "3.4", "--types", "Q2_K,Q3_K,Q4_K", "--threads", "1", *map(str, knowledge)]
+def test_plan_from_files_does_not_load_torch(tiny_model: Path, measured_files: list[object]) -> None:
+    options = ["--bits", "3.4", "--types", "Q2_K,Q3_K,Q4_K", "--threads", "1", *map(str, measured_files)]
     assert heavy_modules(["plan", str(tiny_model), *options]) == []
 
 
@@ -227,33 +227,35 @@ def test_unweighted_conversion_measures_unweighted_errors(
     assert asked == [True, False]
 
 
-def test_knowledge_from_files_makes_the_same_tensors(
-    run_cli: RunCli, tiny_model: Path, cheap: list[object], knowledge: list[object], tmp_path: Path
+def test_measured_files_make_the_same_tensors(
+    run_cli: RunCli, tiny_model: Path, cheap: list[object], measured_files: list[object], tmp_path: Path
 ) -> None:
     plain = ("--no-error-feedback",)
     succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "measured.gguf", *cheap, *plain))
-    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "known.gguf", *KNOWN, *knowledge, *plain))
-    assert tensors(tmp_path / "known.gguf") == tensors(tmp_path / "measured.gguf")
+    succeed(
+        run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "again.gguf", *KNOWN, *measured_files, *plain)
+    )
+    assert tensors(tmp_path / "again.gguf") == tensors(tmp_path / "measured.gguf")
 
 
-def test_knowledge_from_files_needs_no_forward_pass(
+def test_measured_files_need_no_forward_pass(
     run_cli: RunCli,
     tiny_model: Path,
-    knowledge: list[object],
+    measured_files: list[object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(forward_pass, "run_pass", no_pass)
-    known = (*KNOWN, *knowledge, "--no-error-feedback")
+    known = (*KNOWN, *measured_files, "--no-error-feedback")
     succeed(run_cli("convert", tiny_model, "--bits", 3.4, "-o", tmp_path / "out.gguf", *known))
 
 
 def test_plan_from_scores_alone_needs_no_forward_pass(
-    run_cli: RunCli, tiny_model: Path, knowledge: list[object], monkeypatch: pytest.MonkeyPatch
+    run_cli: RunCli, tiny_model: Path, measured_files: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forward_pass, "run_pass", no_pass)
-    succeed(run_cli("plan", tiny_model, "--bits", 3.4, *KNOWN, *knowledge[:2]))
-    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "--dry-run", *KNOWN, *knowledge[:2]))
+    succeed(run_cli("plan", tiny_model, "--bits", 3.4, *KNOWN, *measured_files[:2]))
+    succeed(run_cli("convert", tiny_model, "--bits", 3.4, "--dry-run", *KNOWN, *measured_files[:2]))
 
 
 def no_pass(*_arguments: object, **_options: object) -> None:

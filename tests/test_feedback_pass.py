@@ -33,19 +33,19 @@ def converted(source: Path, output: Path, text: Path, types: str = "Q2_K,IQ3_XXS
 
 
 @pytest.fixture(scope="module")
-def refined(tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Conversion:
-    return converted(tiny_model, tmp_path_factory.mktemp("refined") / "refined.gguf", calibration_text)
+def fed(tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    return converted(tiny_model, tmp_path_factory.mktemp("fed") / "fed.gguf", calibration_text)
 
 
 def decoded(file: Path) -> dict[str, np.ndarray[Any, Any]]:
     return {t.spec.name: ggml.dequantize(t.data, t.quant_type) for t in GgufFile(file).tensors}
 
 
-def test_only_the_values_differ(refined: Conversion, run_cli: RunCli, tiny_model: Path, tmp_path: Path) -> None:
+def test_only_the_values_differ(fed: Conversion, run_cli: RunCli, tiny_model: Path, tmp_path: Path) -> None:
     plan, plain = tmp_path / "plan.json", tmp_path / "plain.gguf"
-    refined.prepared.plan.save(plan, {})
-    assert refined.prepared.measured.importance is not None
-    save_importance(refined.prepared.measured.importance, tmp_path / "imatrix.gguf")
+    fed.prepared.plan.save(plan, {})
+    assert fed.prepared.measured.importance is not None
+    save_importance(fed.prepared.measured.importance, tmp_path / "imatrix.gguf")
     done = run_cli(
         "convert",
         tiny_model,
@@ -59,7 +59,7 @@ def test_only_the_values_differ(refined: Conversion, run_cli: RunCli, tiny_model
         plain,
     )
     assert done.exit_code == 0, done.stderr
-    with_feedback, without = gguf.GGUFReader(refined.output), gguf.GGUFReader(plain)
+    with_feedback, without = gguf.GGUFReader(fed.output), gguf.GGUFReader(plain)
     names = [(t.name, t.tensor_type, list(t.shape), t.n_bytes) for t in without.tensors]
     assert [(t.name, t.tensor_type, list(t.shape), t.n_bytes) for t in with_feedback.tensors] == names
     # the command line is part of the file, so its length is part of the size
@@ -73,13 +73,13 @@ def test_only_the_values_differ(refined: Conversion, run_cli: RunCli, tiny_model
         if not np.array_equal(a.data, b.data)
     }
     # a row of 256 weights is one block of IQ3_XXS: there is no later one
-    matrices = [t for layer in refined.prepared.job.source.spec.layer_matrices for t in layer]
-    types = refined.prepared.plan.types
+    matrices = [t for layer in fed.prepared.job.source.spec.layer_matrices for t in layer]
+    types = fed.prepared.plan.types
     assert differ == {t.name for t in matrices if types[t.name] == "Q2_K" or t.shape[1] > 256}
 
 
 def test_file_holds_what_the_layers_were_run_with(
-    tiny_model: Path, refined: Conversion, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, fed: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assigned: dict[str, torch.Tensor] = {}
     original = LayerModel.assign
@@ -90,7 +90,7 @@ def test_file_holds_what_the_layers_were_run_with(
 
     monkeypatch.setattr(LayerModel, "assign", assign)
     source = ModelDirectory(tiny_model)
-    prepared = refined.prepared
+    prepared = fed.prepared
     tokens = tokenize(CalibrationText("some words to run on " * 400, "test"), load_source_tokenizer(tiny_model), 512)
     written = {}
     for rows in FeedbackPass(source, prepared.plan, tokens, prepared.measured.importance, ComputeOptions()).encoded():
@@ -106,7 +106,7 @@ def test_file_holds_what_the_layers_were_run_with(
 
 
 def test_layers_see_what_the_quantised_layers_before_them_make(
-    tiny_model: Path, refined: Conversion, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, fed: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each layer's moments are those of a whole model of the file's own weights up to that layer."""
     seen: list[torch.Tensor] = []
@@ -117,7 +117,7 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
         return original(moments)
 
     monkeypatch.setattr(error_feedback, "coupling", coupling)
-    source, prepared = ModelDirectory(tiny_model), refined.prepared
+    source, prepared = ModelDirectory(tiny_model), fed.prepared
     tokens = tokenize(CalibrationText("some words to run on " * 400, "test"), load_source_tokenizer(tiny_model), 512)
     exact = ComputeOptions(in_float32=True)
     feedback = FeedbackPass(source, prepared.plan, tokens, prepared.measured.importance, exact)
@@ -145,17 +145,17 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
     torch.testing.assert_close(seen[per_layer], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
 
 
-def test_block_errors_are_told_for_each_layer(refined: Conversion) -> None:
-    errors = refined.to_json()["block_errors"]
+def test_block_errors_are_told_for_each_layer(fed: Conversion) -> None:
+    errors = fed.to_json()["block_errors"]
     assert len(errors) == 3
     assert all(0 < e < 1 for e in errors)
 
 
 def test_same_input_gives_the_same_bytes(
-    refined: Conversion, tiny_model: Path, calibration_text: Path, tmp_path: Path
+    fed: Conversion, tiny_model: Path, calibration_text: Path, tmp_path: Path
 ) -> None:
     again = converted(tiny_model, tmp_path / "again.gguf", calibration_text)
-    assert again.output.read_bytes() == refined.output.read_bytes()
+    assert again.output.read_bytes() == fed.output.read_bytes()
 
 
 def test_untied_output_and_biases(calibration_text: Path, tmp_path: Path) -> None:
