@@ -273,7 +273,7 @@ def fail(*_arguments: object) -> None:
 
 
 def test_failed_save_leaves_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ImportanceMatrix, "save", fail)
+    monkeypatch.setattr(cache, "save_importance", fail)
     entry = CacheEntry.of(n=0)
     entry.save(SCORES, IMPORTANCE)
     assert not entry.folder.exists()
@@ -288,7 +288,7 @@ def test_failed_save_removes_nothing_but_an_entry(
     SCORES.save(entry.folder / "scores.json", "lim")
     change(entry.folder)
     before = content(entry.folder)
-    monkeypatch.setattr(ImportanceMatrix, "save", fail)
+    monkeypatch.setattr(cache, "save_importance", fail)
     entry.save(None, IMPORTANCE)
     assert content(entry.folder) == before
 

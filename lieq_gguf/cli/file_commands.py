@@ -12,7 +12,7 @@ import typer
 from lieq_gguf.cli import options
 from lieq_gguf.cli.grouping import Given
 from lieq_gguf.cli.output import print_json, stdout
-from lieq_gguf.cli.parsing import refuse_given, thread_counts
+from lieq_gguf.cli.parsing import refuse_given, revision_of, thread_counts
 
 
 def inspect(
@@ -80,11 +80,12 @@ def evaluate(
     from lieq_gguf.sources import find_model
 
     n_ctx, chunks, tasks = comparison.n_ctx, comparison.chunks, comparison.tasks
+    revision = revision_of(comparison.reference, comparison.revision)
     content = divergence.read_text(comparison.text)
     questions = () if tasks is None else load_questions(None if tasks == "demo" else Path(tasks))
     total = divergence.count_chunks(files[0], content, n_ctx, chunks) + len(questions)
     progress = out.progress()
-    reference = find_model(comparison.reference, comparison.revision, progress)
+    reference = find_model(comparison.reference, revision, progress)
     comparing = divergence.ComparisonOptions(n_ctx, chunks, comparison.threads, questions)
     with progress.stage("eval", "Comparing", total) as advance:
         results = divergence.evaluate(files, reference, content, comparing, advance)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
 
@@ -15,7 +15,7 @@ import typer
 
 from lieq_gguf.allocation.methods import METHODS
 from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Granularity
-from lieq_gguf.cli.parsing import n_threads_or_all, one_type, pin_of, positive, scorer_name, types_named
+from lieq_gguf.cli.parsing import n_threads_or_all, one_type, pin_of, positive, revision_of, scorer_name, types_named
 from lieq_gguf.errors import LieqError
 from lieq_gguf.progress import Progress
 from lieq_gguf.records.bits import BitBudget, parse_size
@@ -75,7 +75,8 @@ class SourceArguments:
 
     def options(self) -> SourceOptions:
         """How to read the model."""
-        return SourceOptions(self.revision, self.adapter, self.allow_requantize)
+        revision = revision_of(self.source, self.revision)
+        return SourceOptions(revision, self.adapter, self.allow_requantize)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ScoredSourceArguments(SourceArguments):
 
     def options(self) -> SourceOptions:
         """How to read the model."""
-        return SourceOptions(self.revision, self.adapter, self.allow_requantize, self.initializer_range)
+        return replace(super().options(), initializer_range=self.initializer_range)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,16 @@ def n_threads_or_all(value: int) -> int:
     return value or usable_cores()
 
 
+def revision_of(model: str, revision: str | None) -> str | None:
+    """The revision of a model on the hub; anything else has none."""
+    if revision is not None:
+        from lieq_gguf.sources.hub import is_hub_name  # numpy and safetensors come with it
+
+        if not is_hub_name(model):
+            raise typer.BadParameter(f"'{model}' is not a model on the hub; leave this out", param_hint="--revision")
+    return revision
+
+
 def refuse_given(given: Given, names: tuple[str, ...], why: str) -> None:
     """Refuse options that would be ignored."""
     for name in names:
