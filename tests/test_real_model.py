@@ -34,7 +34,7 @@ from lieq_gguf.measure.text import CHUNK_SIZE, read_calibration_text, tokenize
 from lieq_gguf.measure.torch_setup import has_fast_bfloat16
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.pipeline import convert, plan
-from lieq_gguf.quant_types import DEFAULT_LADDER, parse_types
+from lieq_gguf.quant_types import DEFAULT_LADDER
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.options import ComputeOptions, GenerationOptions, MeasuringOptions
 from lieq_gguf.records.scores import LayerScores
@@ -117,16 +117,15 @@ def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, files: Meas
     assert 0.99 * 2.7 <= planned.header.meter.layer_bpw <= 2.7
 
 
-@pytest.mark.parametrize("quant_type", ["Q2_K", "IQ2_XXS"])
 def test_error_feedback_brings_a_file_closer_to_the_model(
-    first_layers: Path, files: MeasuringOptions, tmp_path: Path, quant_type: str
+    first_layers: Path, files: MeasuringOptions, tmp_path: Path
 ) -> None:
-    [chosen] = parse_types([quant_type])
+    """What each type gains in a matrix is in test_error_feedback."""
     exact = convert_plainly(first_layers, tmp_path / "exact.gguf")
     made = {fed: tmp_path / f"{fed}.gguf" for fed in (False, True)}
     measuring = replace(files, scores_file=None)
     for fed, file in made.items():
-        convert(request_of(first_layers, chosen.bits_per_weight, file, quant_type, measuring, error_feedback=fed))
+        convert(request_of(first_layers, 2.625, file, "Q2_K", measuring, error_feedback=fed))
     without, with_feedback = evaluate(list(made.values()), exact, read_text(None), ComparisonOptions(512, 3, N_THREADS))
     assert with_feedback.kld.value < 0.85 * without.kld.value
 
@@ -180,10 +179,10 @@ def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(first_layers:
 
 def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None:
     text = read_calibration_text(None)
-    ids = load_source_tokenizer(model).encode(text.content, add_special_tokens=False)[:2000]
+    ids = load_source_tokenizer(model).encode(text.content, add_special_tokens=False)[:1000]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with open_model(f16_file, n_ctx=500, n_threads=N_THREADS) as ours, torch.inference_mode():
-        for start in range(0, 2000, 500):
+        for start in range(0, 1000, 500):
             chunk = ids[start : start + 500]
             expected = reference(torch.tensor([chunk])).logits[0].numpy()
             found = ours.logits(chunk)
