@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lieq_gguf.allocation.problem import AllocationOptions
 from lieq_gguf.quant_types import DEFAULT_LADDER, QuantType
-from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.options import ComputeOptions, MeasuringOptions, SourceOptions, WritingOptions
+
+if TYPE_CHECKING:
+    from lieq_gguf.records.bits import BitBudget
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import TYPE_CHECKING, TypeAlias
 
 from lieq_gguf.allocation.problem import Granularity, Group, Problem
 from lieq_gguf.allocation.time_limit import least_damage, seconds_allowed
 from lieq_gguf.errors import BudgetError
 from lieq_gguf.quant_types import QuantType
-from lieq_gguf.records.scores import LayerScores
 
-Error = Callable[[Group, LayerScores, QuantType], float]
+if TYPE_CHECKING:
+    from lieq_gguf.records.scores import LayerScores
+
+Error: TypeAlias = "Callable[[Group, LayerScores, QuantType], float]"
 
 _WIDTH_PAIRS = ((1, 2), (2, 4), (4, 8), (8, 16))
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from lieq_gguf.allocation.decode_costs import DecodeCosts
 from lieq_gguf.errors import FormatError
 from lieq_gguf.quant_types import DEFAULT_LADDER, Family, QuantType
-from lieq_gguf.records.bits import BitBudget
-from lieq_gguf.records.scores import LayerScores
-from lieq_gguf.records.spec import ModelSpec, TensorSpec
+
+if TYPE_CHECKING:  # `--help` lists profiles and defaults, and need not wait for more
+    from lieq_gguf.allocation.decode_costs import DecodeCosts
+    from lieq_gguf.records.bits import BitBudget
+    from lieq_gguf.records.scores import LayerScores
+    from lieq_gguf.records.spec import ModelSpec, TensorSpec
 
 Granularity = Literal["layer", "tensor"]
 

@@ -26,9 +26,9 @@ app = typer.Typer(
     Example: `lieq-gguf convert ./Llama-3.2-1B --bits 2.7 -o llama.gguf`
     """,
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # rich takes longer to load than all of the help
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 

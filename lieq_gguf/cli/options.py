@@ -18,12 +18,13 @@ from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Granularit
 from lieq_gguf.cli.parsing import n_threads_or_all, one_type, pin_of, positive, revision_of, scorer_name, types_named
 from lieq_gguf.errors import LieqError
 from lieq_gguf.progress import Progress
-from lieq_gguf.records.bits import BitBudget, parse_size
 from lieq_gguf.records.options import ComputeOptions, GenerationOptions, MeasuringOptions, SourceOptions, WritingOptions
 from lieq_gguf.request import ScoreRequest
 from lieq_gguf.scorers import OWN_SCORERS
 
 if TYPE_CHECKING:
+    from lieq_gguf.records.bits import BitBudget
+
     MethodName: TypeAlias = str
     ProfileName: TypeAlias = str
 else:
@@ -130,6 +131,8 @@ class TargetArguments:
             raise typer.BadParameter("give exactly one of --bits, --file-bits and --size", param_hint="--bits")
         if self.nominal and self.bits is None:
             raise typer.BadParameter("goes with --bits: a file has no nominal size", param_hint="--nominal")
+        from lieq_gguf.records.bits import BitBudget, parse_size
+
         if self.bits is not None:
             return BitBudget("nominal" if self.nominal else "bits", self.bits)
         if self.file_bits is not None:
