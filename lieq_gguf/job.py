@@ -84,7 +84,7 @@ def resolve(request: Request, progress: Progress, *, for_writing: bool = True) -
 
 def _job_with_budget(request: Request, budget: BitBudget, source: Source, progress: Progress, for_writing: bool) -> Job:
     options, costs = _limited_to_engine(source, request), decode_costs()
-    # A file-size target includes the vocabulary; otherwise reading it can wait until the target is known to be met.
+    # A target of the whole file includes the vocabulary; otherwise reading it, which takes longest, comes last.
     metadata = _read_metadata(source, request, progress) if budget.covers_file else None
     problem = build_problem(
         source.spec,
@@ -96,8 +96,8 @@ def _job_with_budget(request: Request, budget: BitBudget, source: Source, progre
         header_bytes=0 if metadata is None else _expected_header_bytes(request, budget, options, source, metadata),
     )
     check_reachable(problem)
-    metadata = metadata or _read_metadata(source, request, progress)
     measuring = _measuring_for_problem(source, request, problem, for_writing)
+    metadata = metadata or _read_metadata(source, request, progress)
     return Job(request, output_of(request), source, metadata, measuring, costs, problem, None)
 
 
@@ -112,9 +112,9 @@ def _expected_header_bytes(
 
 def _job_with_plan(request: Request, file: Path, source: Source, progress: Progress, for_writing: bool) -> Job:
     _limited_to_engine(source, request)
-    metadata = _read_metadata(source, request, progress)
     plan = _given_plan(file, source, request)
     measuring = _measuring_for_plan(source, request, plan, for_writing)
+    metadata = _read_metadata(source, request, progress)
     return Job(request, output_of(request), source, metadata, measuring, decode_costs(), None, plan)
 
 

@@ -63,7 +63,7 @@ def rewrite(
     writer = HeaderWriter("")
     for key, value in values.items():
         if isinstance(value, bytes):
-            writer.add_bytes(key, value)
+            writer.values[key] = value
         elif value is not None:
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     tensors = []
@@ -657,7 +657,7 @@ def mixture(path: Path) -> Path:
     writer = HeaderWriter("llama")
     for key in dense.keys:
         if key != "general.architecture":
-            writer.add_bytes(key, dense.value_bytes(key))
+            writer.values[key] = dense.value_bytes(key)
     writer.add_expert_count(4)
     writer.add_expert_used_count(2)
     tensors = []

@@ -113,10 +113,6 @@ class HeaderWriter(gguf.GGUFWriter):
         del sub_type  # the elements determine it
         self.values[key] = struct.pack("<I", vtype) + _packed(val, vtype)
 
-    def add_bytes(self, key: str, content: bytes) -> None:
-        """Add a value as stored, its type first, for example the bytes of a span of :attr:`GgufHeader.spans`."""
-        self.values[key] = content
-
 
 def pack_header(values: Mapping[str, bytes], tensors: Iterable[TensorLayout]) -> bytes:
     """Everything before the first tensor, padded to where that tensor begins.

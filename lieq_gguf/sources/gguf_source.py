@@ -20,7 +20,6 @@ import numpy.typing as npt
 from lieq_gguf.architectures import Decoder, StoredParameters, family_named
 from lieq_gguf.errors import ArchitectureError, FormatError, OutputError, SourceError, TokenizerError
 from lieq_gguf.formats.gguf_file import COMPUTED_TENSORS, GgufFile, is_never_quantised
-from lieq_gguf.formats.gguf_header import HeaderWriter
 from lieq_gguf.native import ggml
 from lieq_gguf.native.llama_cpp import load_vocabulary
 from lieq_gguf.quant_types import F32, QuantType
@@ -29,6 +28,7 @@ from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.directory_metadata import INITIALIZER_RANGE
 from lieq_gguf.sources.gguf_parts import model_name, open_parts, require_language_model
 from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, ByteArray, FloatArray, in_model_order
+from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.tokenizers import SourceTokenizer
 
 if TYPE_CHECKING:
@@ -52,26 +52,6 @@ class _Place:
     shape: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class GgufMetadata:
-    """All metadata about the model, as stored and in the same order.
-
-    Metadata about the file itself is left out: its types, its parts, how it was quantised.
-
-    Attributes:
-        values: Key to stored bytes.
-        vocabulary: None, since it is among the values.
-    """
-
-    values: Mapping[str, bytes]
-    vocabulary: None = None
-
-    def add_to(self, writer: HeaderWriter) -> None:
-        """Write all metadata."""
-        for key, content in self.values.items():
-            writer.add_bytes(key, content)
-
-
 class GgufSource:
     """A model in a GGUF file: its spec from the header alone, its tensors on demand.
 
@@ -91,7 +71,7 @@ class GgufSource:
         files = open_parts(path)
         first = files[0]
         require_language_model(files)
-        self.metadata = GgufMetadata({key: first.value_bytes(key) for key in first.keys if _tells_of_model(key)})
+        self.metadata = SourceMetadata({key: first.value_bytes(key) for key in first.keys if _tells_of_model(key)})
         self._places = {
             t.spec.name: _Place(file.path, t.offset, t.quant_type, (t.data.shape[0], t.data.shape[1]))
             for file in files
@@ -251,8 +231,8 @@ class GgufSource:
         loaded = load_vocabulary(self.path)
         return SourceTokenizer(len(tokens), in_text, loaded.tokenize, lambda token_id: tokens[token_id])
 
-    def read_metadata(self, pre_tokenizer: str | None = None) -> GgufMetadata:
-        """The file's metadata about the model.
+    def read_metadata(self, pre_tokenizer: str | None = None) -> SourceMetadata:
+        """The file's metadata about the model; what it says of the file itself (types, parts) is left out.
 
         Raises:
             TokenizerError: if a pre-tokenizer is given, since the file names its own.

@@ -18,8 +18,9 @@ from lieq_gguf.errors import SourceError
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
-from lieq_gguf.sources.directory_metadata import DirectoryMetadata
+from lieq_gguf.sources.directory_metadata import directory_metadata
 from lieq_gguf.sources.row_order import FloatArray, file_rows
+from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer, read_vocabulary
 
 if TYPE_CHECKING:
@@ -139,16 +140,17 @@ class ModelDirectory:
         """The tokenizer of the directory's files."""
         return load_source_tokenizer(self.path)
 
-    def read_metadata(self, pre_tokenizer: str | None = None) -> DirectoryMetadata:
+    def read_metadata(self, pre_tokenizer: str | None = None) -> SourceMetadata:
         """Metadata for the file; ``pre_tokenizer`` names a pre-tokenizer that cannot be recognised.
 
         Raises:
             TokenizerError: if llama.cpp does not support the model's tokenizer.
+            FormatError: if config.json has a number that the format cannot store.
         """
         spec = self.spec
         vocabulary = read_vocabulary(self.path, spec.config["vocab_size"], pre_tokenizer, spec.architecture)
         adapter = None if self.adapter is None else self.adapter.name
-        return DirectoryMetadata(self.path, self.repository, spec, self.family, vocabulary, adapter)
+        return directory_metadata(self.path, self.repository, spec, self.family, vocabulary, adapter)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lieq_gguf.formats.gguf_header import HeaderWriter
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.row_order import ByteArray, FloatArray
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class SourceMetadata(Protocol):
-    """Metadata of the model for the file to write."""
+@dataclass(frozen=True)
+class SourceMetadata:
+    """Names, hyper-parameters and tokenizer of the model, as the file to write will store them.
 
-    @property
-    def vocabulary(self) -> Vocabulary | None:
-        """The tokenizer in llama.cpp's terms; None if it is copied unchanged."""
+    Attributes:
+        values: Key to stored bytes, its type first; in file order.
+        vocabulary: The tokenizer in llama.cpp's terms; None if it is copied unchanged.
+    """
 
-    def add_to(self, writer: HeaderWriter) -> None:
-        """Write names, hyper-parameters and tokenizer."""
+    values: Mapping[str, bytes]
+    vocabulary: Vocabulary | None = None
 
 
 class Source(Protocol):
@@ -103,4 +105,5 @@ class Source(Protocol):
 
         Raises:
             TokenizerError: if llama.cpp does not support the model's tokenizer.
+            FormatError: if the format cannot store a value.
         """

@@ -86,7 +86,7 @@ def make_header(spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, prov
     The metadata holds figures that depend on the size of the file, so the header is made twice, first to get the size.
     """
     labels = PlanLabels(plan.method, plan.scorer, plan.profile, plan.error_feedback, plan.budget, plan.layer_scores)
-    layout = _Layout(spec, _packed(spec, metadata), plan.types, labels, provenance)
+    layout = _Layout(spec, metadata, plan.types, labels, provenance)
     tensors_bytes = sum(padded(QUANT_TYPES[plan.types[t.name]].tensor_bytes(t.shape)) for t in spec.tensors)
     n_bytes = len(layout.content(measure_bits(spec.tensors, plan.types, 0)))
     meter = measure_bits(spec.tensors, plan.types, n_bytes + tensors_bytes)
@@ -96,15 +96,8 @@ def make_header(spec: ModelSpec, metadata: SourceMetadata, plan: QuantPlan, prov
 def header_bytes(spec: ModelSpec, metadata: SourceMetadata, labels: PlanLabels, provenance: Provenance) -> int:
     """Bytes before the first tensor. They depend neither on types nor on figures, so no plan is needed."""
     types = {t.name: F32.name for t in spec.tensors}
-    layout = _Layout(spec, _packed(spec, metadata), types, labels, provenance)
+    layout = _Layout(spec, metadata, types, labels, provenance)
     return len(layout.content(measure_bits(spec.tensors, types, 0)))
-
-
-def _packed(spec: ModelSpec, metadata: SourceMetadata) -> dict[str, bytes]:
-    """The metadata as bytes, packed once, since packing a vocabulary takes a while."""
-    writer = HeaderWriter(spec.architecture)
-    metadata.add_to(writer)
-    return writer.values
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ class _Layout:
     """A header without the figures of the file."""
 
     spec: ModelSpec
-    packed: Mapping[str, bytes]
+    metadata: SourceMetadata
     types: Mapping[str, str]
     labels: PlanLabels
     provenance: Provenance
@@ -121,7 +114,7 @@ class _Layout:
         """The bytes of the header with the figures."""
         spec = self.spec
         writer = HeaderWriter(spec.architecture)
-        writer.values.update(self.packed)
+        writer.values.update(self.metadata.values)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(spec.layer_matrices, self.types))
         self._add_provenance(writer, meter)
