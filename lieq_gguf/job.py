@@ -207,11 +207,12 @@ def shown_scorer(source: Source, requested: str | None) -> str:
     return requested or names[0]
 
 
-def _uses_error_feedback(source: Source, request: Request) -> bool:
+def _uses_error_feedback(source: Source, request: Request, usual: bool = True) -> bool:
+    """Whether there is error feedback: as requested, otherwise as ``usual`` if there is an importance matrix."""
     if not engine_of(source).runs_layers_again:
         return False
     requested = request.writing.error_feedback
-    return request.measuring.use_imatrix if requested is None else requested
+    return usual and request.measuring.use_imatrix if requested is None else requested
 
 
 def _measuring_for_problem(source: Source, request: Request, problem: Problem, for_writing: bool) -> MeasuringTask:
@@ -238,10 +239,10 @@ def _given_plan(file: Path, source: Source, request: Request) -> QuantPlan:
     plan.check(source.spec)
     if plan.needs_imatrix and not request.measuring.use_imatrix:
         raise CalibrationError(f"{file} has types that need an importance matrix; drop --no-imatrix")
-    requested, use_imatrix = request.writing.error_feedback, request.measuring.use_imatrix
-    is_chosen = requested if requested is not None else plan.error_feedback and use_imatrix
-    is_possible = engine_of(source).runs_layers_again and quantizes_layers(plan.types, source.spec)
-    return replace(plan, error_feedback=is_chosen and is_possible)
+    has_feedback = quantizes_layers(plan.types, source.spec) and _uses_error_feedback(
+        source, request, usual=plan.error_feedback
+    )
+    return replace(plan, error_feedback=has_feedback)
 
 
 def _measuring_for_plan(source: Source, request: Request, plan: QuantPlan, for_writing: bool) -> MeasuringTask:
