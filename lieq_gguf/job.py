@@ -181,11 +181,11 @@ def _limited_to_engine(source: Source, request: Request) -> AllocationOptions:
         shown_scorer(source, options.scorer)
     if options.method == "best":
         return replace(options, method="weighted-error")
-    if METHODS[options.method].needs_block_errors or scorer_of(options) not in _scorers_of(engine):
-        raise BudgetError(
-            f"{why}, which cannot give '{scorer_of(options)}'; expected --method weighted-error, lim or zd, "
-            "or another --layer-score"
-        )
+    expected = "expected --method weighted-error, lim or zd"
+    if METHODS[options.method].needs_block_errors:
+        raise BudgetError(f"{why}, which cannot give the block errors that {options.method} needs; {expected}")
+    if scorer_of(options) not in _scorers_of(engine):
+        raise BudgetError(f"{why}, which cannot give '{scorer_of(options)}'; {expected}, or another --layer-score")
     return options
 
 
