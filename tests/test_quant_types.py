@@ -32,8 +32,8 @@ NEED_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
 
 @ALL_TYPES
 def test_name_and_block_are_those_of_the_library(quant_type: QuantType) -> None:
-    name, block_size, block_bytes = ggml.type_traits(quant_type)
-    assert (name.upper(), block_size, block_bytes) == (
+    traits = ggml.ggml_library().ggml_get_type_traits(quant_type.ggml_id).contents
+    assert (traits.type_name.decode().upper(), traits.block_size, traits.type_size) == (
         quant_type.name,
         quant_type.block_size,
         quant_type.block_bytes,

@@ -98,12 +98,6 @@ def ggml_library() -> ctypes.CDLL:
     return library
 
 
-def type_traits(quant_type: QuantType) -> tuple[str, int, int]:
-    """The library's own name (lower case), block size and block bytes of a type, to compare with our table."""
-    traits = ggml_library().ggml_get_type_traits(quant_type.ggml_id).contents
-    return traits.type_name.decode(), int(traits.block_size), int(traits.type_size)
-
-
 def prepare(types: Sequence[QuantType]) -> None:
     """Compute the tables that some encoders need, in the background; it takes one core some seconds.
 

@@ -78,11 +78,6 @@ class QuantPlan:
         """Whether any tensor has a type that is useless without an importance matrix."""
         return any(QUANT_TYPES[name].needs_imatrix for name in self.types.values())
 
-    @property
-    def is_quantized(self) -> bool:
-        """Whether any tensor has a type with blocks."""
-        return any(QUANT_TYPES[name].is_quantized for name in self.types.values())
-
     def to_json(self) -> dict[str, Any]:
         """The document of a plan file."""
         return {
