@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lieq_gguf import __version__
@@ -81,7 +81,7 @@ class MeasuringTask:
     needs: MeasuringNeeds
     scores: LayerScores | None
     importance: ImportanceMatrix | None
-    text: CalibrationText | None
+    text: CalibrationText | None = None
 
     @property
     def measures_scores(self) -> bool:
@@ -119,13 +119,12 @@ def resolve_measuring(
     importance = load_importance(options.imatrix_file) if options.imatrix_file else None
     if importance is not None:
         importance.check(source.spec)
-    task = MeasuringTask(source, engine, options, compute, needs, scores, importance, text=None)
+    task = MeasuringTask(source, engine, options, compute, needs, scores, importance)
     if not (task.needs_pass or needs.tokens):
         return task
     for scorer in scorers().values() if task.measures_scores else ():
         scorer.load()  # fails now, not after a pass of minutes, if another package's scorer cannot be imported
-    text = read_calibration_text(options.text_file)
-    return MeasuringTask(source, engine, options, compute, needs, scores, importance, text)
+    return replace(task, text=read_calibration_text(options.text_file))
 
 
 def run_by(source: Source, engine: Engine) -> str:
