@@ -58,11 +58,14 @@ def solve(groups: Sequence[Sequence[Option]], size_limit: int, time_limit: float
     Raises:
         BudgetError: if no choice is within both limits, or none is found in a minute.
     """
+    if not groups:
+        return ()
     timed = bool(np.isfinite(time_limit))
     candidates = [(i, k) for i, options in enumerate(groups) for k in _undominated(options, timed)]
-    scale = max((groups[i][k].damage for i, k in candidates), default=0.0)
+    scale = max(groups[i][k].damage for i, k in candidates)
     while True:
-        chosen = _solve(groups, candidates, size_limit, time_limit, max(scale, 1e-300))
+        program = _program(groups, candidates, size_limit, time_limit, max(scale, 1e-300))
+        chosen = _solve(groups, program, size_limit)
         damage = sum(g[k].damage for g, k in zip(groups, chosen, strict=True))
         # HiGHS also stops at 10⁻⁶ of the scale. If that exceeds the gap, solve again with this damage as the scale;
         # an option with more damage than the whole solution cannot be part of a better one.
@@ -106,17 +109,8 @@ class _Program:
         )  # fmt: skip
 
 
-def _solve(
-    groups: Sequence[Sequence[Option]],
-    candidates: Sequence[tuple[int, int]],
-    size_limit: int,
-    time_limit: float,
-    scale: float,
-) -> tuple[int, ...]:
-    """The best of the options ``candidates`` (group, index in it), with damages as multiples of ``scale``."""
-    if not groups:
-        return ()
-    program = _program(groups, candidates, size_limit, time_limit, scale)
+def _solve(groups: Sequence[Sequence[Option]], program: _Program, size_limit: int) -> tuple[int, ...]:
+    """The best options of a program, as an index into each group."""
     bound, reduced_costs, shares = _relaxed(program)
     rounded = _rounded(program, shares)
     if rounded is not None:
@@ -135,6 +129,7 @@ def _program(
     time_limit: float,
     scale: float,
 ) -> _Program:
+    """The options ``candidates`` (group, index in it) as arrays, with damages as multiples of ``scale``."""
     from scipy.sparse import csr_array
 
     sizes = np.array([groups[i][k].size for i, k in candidates], dtype=np.int64)
