@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
 
 import typer
 
-from lieq_gguf.allocation.methods import METHODS
-from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Granularity
+from lieq_gguf.allocation.methods import METHODS, Method
+from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Granularity, Profile
 from lieq_gguf.cli.parsing import n_threads_or_all, one_type, pin_of, positive, revision_of, scorer_name, types_named
 from lieq_gguf.errors import LieqError
 from lieq_gguf.progress import Progress
@@ -40,8 +41,8 @@ def _set_debug(value: bool) -> None:
     debug_is_on = value
 
 
-def _summaries(registry: dict[str, str]) -> str:
-    return "; ".join(f"`{name}`: {summary}" for name, summary in registry.items()) + "."
+def _summaries(registry: Mapping[str, Method] | Mapping[str, Profile]) -> str:
+    return "; ".join(f"`{name}`: {entry.summary}" for name, entry in registry.items()) + "."
 
 
 def _methods_of(granularity: Granularity) -> str:
@@ -174,7 +175,7 @@ class AllocationArguments:
 
     method: Annotated[
         MethodName,
-        typer.Option("--method", help=_summaries({name: method.summary for name, method in METHODS.items()})),
+        typer.Option("--method", help=_summaries(METHODS)),
     ] = AllocationOptions.method
     layer_score: Annotated[
         str | None,
@@ -199,7 +200,7 @@ class AllocationArguments:
     types: Types = None
     profile: Annotated[
         ProfileName,
-        typer.Option("--profile", help=_summaries({name: profile.summary for name, profile in PROFILES.items()})),
+        typer.Option("--profile", help=_summaries(PROFILES)),
     ] = AllocationOptions.profile
     min_tokens_per_sec: Annotated[
         float | None,
@@ -272,9 +273,7 @@ class ScoringArguments(CalibrationArguments):
 
     def options(self) -> MeasuringOptions:
         """How to measure the model."""
-        return MeasuringOptions(
-            self.calibration, self.n_tokens, self.imatrix, seed=self.seed, use_cache=not self.no_cache
-        )
+        return replace(super().options(), imatrix_file=self.imatrix, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -299,10 +298,7 @@ class MeasuringArguments(ScoringArguments):
         """How to measure the model."""
         if self.no_imatrix and self.imatrix is not None:
             raise typer.BadParameter("give --imatrix or --no-imatrix, not both", param_hint="--imatrix")
-        return MeasuringOptions(
-            self.calibration, self.n_tokens, self.imatrix, not self.no_imatrix, self.scores_file, self.seed,
-            not self.no_cache,
-        )  # fmt: skip
+        return replace(super().options(), use_imatrix=not self.no_imatrix, scores_file=self.scores_file)
 
 
 @dataclass(frozen=True)
@@ -348,7 +344,7 @@ class FileArguments(FeedbackArguments):
 
     def options(self) -> WritingOptions:
         """How to write the file."""
-        return WritingOptions(self.output, self.force, self.error_feedback, self.pre_tokenizer, command_line())
+        return replace(super().options(), output=self.output, force=self.force)
 
 
 def command_line() -> str:
@@ -504,15 +500,21 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors
 
 
 @dataclass(frozen=True)
-class QuietArguments:
-    """Progress and errors."""
+class ProgressArguments:
+    """Progress."""
 
     quiet: Quiet = False
-    debug: Debug = False
 
     def progress(self) -> Progress:
         """Shows and times the stages."""
         return Progress(silent=self.quiet)
+
+
+@dataclass(frozen=True)
+class QuietArguments(ProgressArguments):
+    """Progress and errors."""
+
+    debug: Debug = False
 
 
 @dataclass(frozen=True)
@@ -524,13 +526,8 @@ class JsonArguments:
 
 
 @dataclass(frozen=True)
-class OutputArguments:
+class OutputArguments(ProgressArguments):
     """Progress and errors, and how to print the result."""
 
-    quiet: Quiet = False
     as_json: Json = False
     debug: Debug = False
-
-    def progress(self) -> Progress:
-        """Shows and times the stages."""
-        return Progress(silent=self.quiet)
