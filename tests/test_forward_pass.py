@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from lieq_gguf.errors import CalibrationError
-from lieq_gguf.measure import forward_pass, layer_model
+from lieq_gguf.measure import layer_model
 from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.output_head import OutputHead
 from lieq_gguf.measure.passes import PassOptions, PassResult
@@ -380,9 +380,9 @@ def test_bfloat16_stays_within_a_percent(tiny_model: Path, monkeypatch: pytest.M
     source = ModelDirectory(tiny_model)
     tokens = random_tokens(source.spec.config["vocab_size"])
     options = PassOptions(n_score_tokens=N_SCORE_TOKENS)
-    monkeypatch.setattr(forward_pass, "has_fast_bfloat16", lambda _device: False)
+    monkeypatch.setattr(layer_model, "has_fast_bfloat16", lambda _device: False)
     exact = run_pass(source, tokens, options)
-    monkeypatch.setattr(forward_pass, "has_fast_bfloat16", lambda _device: True)
+    monkeypatch.setattr(layer_model, "has_fast_bfloat16", lambda _device: True)
     rounded = run_pass(source, tokens, options)
     assert any((exact.importance.in_sum2[n] != s).any() for n, s in rounded.importance.in_sum2.items())
     for name, sums in exact.importance.in_sum2.items():

@@ -19,9 +19,9 @@ import torch
 
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.text import read_calibration_text, tokenize
-from lieq_gguf.measure.torch_setup import has_fast_bfloat16, torch_device
 from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
 from lieq_gguf.writing.error_feedback import MatrixToEncode, coupling, encode
@@ -54,8 +54,7 @@ def main() -> None:
     ids = []
     for file, n_tokens in zip(sys.argv[2:4], N_TOKENS, strict=True):
         ids.append(torch.from_numpy(tokenize(read_calibration_text(Path(file)), tokenizer, n_tokens).ids))
-    device = torch_device("cpu")
-    layer = LayerModel(source.transformers_config(), device, in_bfloat16=has_fast_bfloat16(device))
+    layer = LayerModel.of(source, ComputeOptions(n_threads=N_THREADS))
     hidden = [layer.embed(embedding[some]) for some in ids]
     left: dict[str, list[list[float]]] = {name: [] for name in TYPES}
     for index in range(max(layers) + 1):

@@ -22,7 +22,7 @@ from lieq_gguf.measure.observers.removal import Removal
 from lieq_gguf.measure.observers.weight_shape import WeightShape
 from lieq_gguf.measure.passes import PassOptions, PassResult
 from lieq_gguf.measure.text import CalibrationTokens
-from lieq_gguf.measure.torch_setup import has_fast_bfloat16, keep_freed_memory, torch_device
+from lieq_gguf.measure.torch_setup import keep_freed_memory
 from lieq_gguf.progress import Progress
 from lieq_gguf.records.measurement import LayerMeasurement
 from lieq_gguf.sources.source import Source
@@ -45,12 +45,9 @@ def run_pass(
     Raises:
         CalibrationError: if the device is not available or the activations are not finite.
     """
-    compute = options.compute
-    torch.set_num_threads(compute.n_threads)
-    config = source.transformers_config()
-    device = torch_device(compute.device)
-    observers = Observers(_observer_kinds(options), PassSetting(source, config, device, tokens, options))
-    layer = LayerModel(config, device, in_bfloat16=not compute.in_float32 and has_fast_bfloat16(device))
+    layer = LayerModel.of(source, options.compute)
+    setting = PassSetting(source, layer.config, layer.device, tokens, options)
+    observers = Observers(_observer_kinds(options), setting)
     _stream(source, tokens.ids, layer, observers, progress or Progress())
     n_measured = source.spec.n_layers if options.statistics else 0
     return PassResult(

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from lieq_gguf.errors import SourceError
 from lieq_gguf.measure.experts import separate_experts
 from lieq_gguf.measure.output_head import OutputHead
+from lieq_gguf.measure.torch_setup import has_fast_bfloat16, torch_device
+from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.source import Source
 
@@ -37,6 +39,7 @@ class LayerModel:
         layer: Its module.
         modules: Quantised tensor of the layer to the names of the linear modules whose weights it holds: one module, or
             one for every expert.
+        config: The configuration of the whole model.
         device: Where it runs.
         in_bfloat16: Whether its matrices are multiplied in bfloat16.
     """
@@ -50,7 +53,7 @@ class LayerModel:
         self._model = initialised(config, n_vocab=1, seed=0).to(device).requires_grad_(False)
         self._model.get_input_embeddings().weight.fill_(1)  # type: ignore[operator]  # so embed sees the scale
         self._init_weights = self._model._init_weights
-        self._config = config
+        self.config = config
         self._layers: Sequence[nn.Module] = list(self._model.get_submodule("layers").children())
         for module in self._layers[1:]:
             _share_weights(self._layers[0], module)
@@ -58,6 +61,19 @@ class LayerModel:
         self._around: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._rounded_weights: dict[str, nn.Parameter] = {}  # of the current weights
         self._forgotten: list[tuple[torch.Tensor, torch.Size]] = []
+
+    @classmethod
+    def of(cls, source: Source, compute: ComputeOptions) -> LayerModel:
+        """The layers of a model as ``compute`` says, which also sets torch's number of threads.
+
+        Raises:
+            CalibrationError: if the device is not available.
+            SourceError: if transformers cannot make the model.
+        """
+        torch.set_num_threads(compute.n_threads)
+        device = torch_device(compute.device)
+        in_bfloat16 = not compute.in_float32 and has_fast_bfloat16(device)
+        return cls(source.transformers_config(), device, in_bfloat16=in_bfloat16)
 
     def embed(self, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer from embedding rows ``[…, d_model]``, which some models scale."""
@@ -196,9 +212,9 @@ class LayerModel:
         """What follows the last layer, from the weights of the final norm ``[d_model]`` and the output matrix."""
         final_norm = self._model.get_submodule("norm")
         final_norm.load_state_dict({"weight": norm})
-        divisor = getattr(self._config, "logits_scaling", None) or 1.0
+        divisor = getattr(self.config, "logits_scaling", None) or 1.0
         return OutputHead(
-            final_norm, matrix, self.device, divisor, cap=getattr(self._config, "final_logit_softcapping", None)
+            final_norm, matrix, self.device, divisor, cap=getattr(self.config, "final_logit_softcapping", None)
         )
 
     def watching_inputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
@@ -293,11 +309,8 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     kinds = layer_kinds(config)
     examples = [kinds.index(kind) for kind in sorted(set(kinds))]
     lists = {key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))}
-    special_ids = {
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }  # they lie outside the small vocabulary
+    # the ids of special tokens lie outside the small vocabulary
+    special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
     small = type(config).from_dict(config.to_dict() | sizes | lists | special_ids)
     with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,7 @@ from lieq_gguf.errors import CalibrationError, QuantizationError
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.observers.quantization_damage import relative_change
 from lieq_gguf.measure.text import CalibrationTokens
-from lieq_gguf.measure.torch_setup import has_fast_bfloat16, keep_freed_memory, torch_device
+from lieq_gguf.measure.torch_setup import keep_freed_memory
 from lieq_gguf.native import encoders, ggml
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 from lieq_gguf.records.importance import ImportanceMatrix
@@ -76,10 +76,7 @@ class FeedbackPass:
         self._ids = tokens.ids
         self._importance = importance
         self._n_threads = compute.n_threads
-        torch.set_num_threads(compute.n_threads)
-        device = torch_device(compute.device)
-        in_bfloat16 = not compute.in_float32 and has_fast_bfloat16(device)
-        self._layer = LayerModel(source.transformers_config(), device, in_bfloat16=in_bfloat16)
+        self._layer = LayerModel.of(source, compute)
 
     def expected_bytes(self) -> int:
         """Memory of second moments and hidden states."""
