@@ -164,10 +164,14 @@ def _check_fit(tensor: TensorSpec, quant_type: QuantType) -> None:
         raise BudgetError(f"{tensor.name} of shape {tensor.shape} cannot be {quant_type.name}: it {why}")
 
 
+def _is_output(tensor: TensorSpec, spec: ModelSpec) -> bool:
+    """Whether an outer matrix gives the logits: the output matrix, or an embedding that is the output matrix too."""
+    return tensor.name == "output.weight" or spec.has_tied_embeddings
+
+
 def _requested_outer_type(tensor: TensorSpec, spec: ModelSpec, options: AllocationOptions) -> QuantType | None:
     """The type that the user requested for the embedding or the output matrix."""
-    is_output = tensor.name == "output.weight" or spec.has_tied_embeddings
-    requested = options.output_type if is_output else options.embedding_type
+    requested = options.output_type if _is_output(tensor, spec) else options.embedding_type
     if spec.has_tied_embeddings and options.embedding_type is not None:
         if requested not in (None, options.embedding_type):
             raise BudgetError(
@@ -186,8 +190,8 @@ def _outer_type_by_rule(
     """As good as llama-quantize's choice at this budget: output at least Q6_K, embedding at least the target."""
     if not any(q.is_quantized for q in types):
         return max(types, key=lambda q: q.bits_per_weight)
-    is_output = tensor.name == "output.weight" or spec.has_tied_embeddings
-    ladder = ("Q6_K", "Q8_0", "F16") if is_output else ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+    output_ladder = ("Q6_K", "Q8_0", "F16")
+    ladder = output_ladder if _is_output(tensor, spec) else ("Q2_K", "Q3_K", "Q4_K", "Q5_K", *output_ladder)
     fitting = [QUANT_TYPES[n] for n in ladder if QUANT_TYPES[n].fits(tensor.shape[-1])]
     least = 8 * budget.value / spec.n_weights if budget.kind == "size" else budget.value
     return next((q for q in fitting if q.bits_per_weight >= least), F16)
