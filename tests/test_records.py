@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -458,6 +459,13 @@ def test_output_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
 def test_output_over_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a folder"):
         check_output(tmp_path, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_output_over_a_device_is_refused(force: bool) -> None:
+    """A file would take its place."""
+    with pytest.raises(OutputError, match="is a device or pipe"):
+        check_output(Path(os.devnull), force)
 
 
 def test_output_over_a_file_needs_force(tmp_path: Path) -> None:

@@ -46,11 +46,13 @@ def check_output(target: Path, force: bool) -> None:
     """Refuse an output that cannot or must not be written, before any work starts.
 
     Raises:
-        OutputError: if ``target`` exists and ``force`` is off, is a folder, or its folder is not writable.
+        OutputError: if ``target`` exists and ``force`` is off, is a folder, device or pipe, or its folder is not
+            writable.
     """
     try:
-        if target.is_dir():
-            raise OutputError(f"{target} is a folder; expected the name of a file to write")
+        if target.exists() and not target.is_file():  # a device or pipe would be replaced, not written to
+            kind = "a folder" if target.is_dir() else "a device or pipe"
+            raise OutputError(f"{target} is {kind}; expected the name of a file to write")
         if target.exists() and not force:
             raise OutputError(f"{target} exists already; choose another name with -o, or replace it with --force")
         if not target.parent.is_dir():
