@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
-from support.command import CliResult, RunCli
+from support.command import CliResult, RunCli, run_apart
 from support.models import write_model
 from support.tokenizer_fixtures import write_smollm2
 from typer.main import get_command
@@ -113,26 +111,9 @@ def test_plan_from_files_does_not_load_torch(tiny_model: Path, measured_files: l
 
 def heavy_modules(arguments: list[str]) -> list[str]:
     """Which of the slow packages a command has loaded when it ends."""
-    program = (
-        "import sys\n"
-        "from lieq_gguf.cli.commands import main\n"
-        "code = 0\n"
-        "try:\n"
-        "    main()\n"
-        "except SystemExit as stop:\n"
-        "    code = stop.code\n"
-        "print('heavy', *sorted({'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys()), file=sys.stderr)\n"
-        "sys.exit(code)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=Path(lieq_gguf.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr.splitlines()[-1].split()[1:]
+    result, loaded = run_apart(arguments)
+    succeed(result)
+    return loaded
 
 
 def test_convert_json(run_cli: RunCli, tiny_model: Path, cheap: list[object], tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import RunCli
+from support.command import RunCli, run_apart
 from support.requests import on_text, request_of
 
 from lieq_gguf import pipeline
@@ -18,19 +16,6 @@ from lieq_gguf.progress import Progress
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.options import WritingOptions
 from lieq_gguf.request import ImatrixRequest, Request, ScoreRequest
-
-REFUSED = """
-import sys
-from pathlib import Path
-from lieq_gguf.cli.commands import main
-sys.argv = ["lieq-gguf", *{arguments!r}]
-try:
-    main()
-except SystemExit as stop:
-    assert stop.code == {code}, stop.code
-loaded = sorted(name for name in ("torch", "transformers") if name in sys.modules)
-assert not loaded, loaded
-"""
 
 
 @pytest.fixture
@@ -90,10 +75,9 @@ def test_help_and_refusals_load_no_torch(
     tiny_model: Path, tmp_path: Path, arguments: tuple[str, ...], code: int
 ) -> None:
     given = [str(tiny_model) if a == "MODEL" else a for a in arguments]
-    program = REFUSED.format(arguments=given, code=code)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert code == 0 or len(done.stderr.strip().splitlines()) == 1 or code == 2
+    result, loaded = run_apart(given, tmp_path)
+    assert (result.exit_code, loaded) == (code, []), result.stderr
+    assert code == 0 or len(result.stderr.strip().splitlines()) == 1 or code == 2
 
 
 def test_a_job_is_decided_without_a_weight(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

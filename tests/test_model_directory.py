@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.families import LLAMA_3_ROPE
 from support.models import write_model
 from support.requests import convert_plainly
 from support.tokenizer_fixtures import write_smollm2
@@ -32,14 +33,6 @@ SIZES = {
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
     "rope.dimension_count": 64,
-}
-LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}

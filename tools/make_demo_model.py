@@ -68,9 +68,8 @@ def main() -> None:
         if arguments.pad:
             config, weights = padded(config, weights)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        with replaced_when_complete(
-            out / "model.safetensors"
-        ) as temporary:  # written last: its presence means that everything is there
+        # written last: its presence means that everything is there
+        with replaced_when_complete(out / "model.safetensors") as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
     n_weights = sum(w.size for w in weights.values())
     print(f"{out}: {n_weights:,} weights, {config['num_hidden_layers']} layers of width {config['hidden_size']}")

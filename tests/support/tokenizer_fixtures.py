@@ -360,15 +360,10 @@ def write_granite(model_dir: Path) -> int:
     return int(tokenizer.get_vocab_size())
 
 
-def write_phi_4_mini(model_dir: Path, all_texts: bool = False) -> int:
-    """OpenAI's o200k as Phi-4-mini has it; most added tokens swallow the blanks behind them.
-
-    Args:
-        model_dir: where to write.
-        all_texts: whether to learn merges with accented capitals and combining marks, at which llama.cpp deviates.
-    """
-    texts = ALL_TEXTS if all_texts else _texts_without_marks()
-    tokenizer = _trained(BPE(), _split_then_bytes(GPT_4O_REGEX, "removed", invert=True), (), texts)
+def write_phi_4_mini(model_dir: Path) -> int:
+    """OpenAI's o200k as Phi-4-mini has it; most added tokens swallow the blanks behind them."""
+    split = _split_then_bytes(GPT_4O_REGEX, "removed", invert=True)
+    tokenizer = _trained(BPE(), split, (), _texts_without_marks())
     tokenizer.add_special_tokens(_added(PHI_4_ADDED, special=True, swallowing=PHI_4_ADDED[2:]))
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False)
     _save(
