@@ -22,6 +22,7 @@ from lieq_gguf.records.bits import padded
 
 Array: TypeAlias = npt.NDArray[Any]
 
+_LENGTH = struct.Struct("<Q")
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "B",
     gguf.GGUFValueType.INT8: "b",
@@ -153,16 +154,29 @@ def _packed(value: Any, kind: gguf.GGUFValueType) -> bytes:
     """A value as stored, without its type."""
     try:
         if kind == gguf.GGUFValueType.STRING:
-            text = value.encode("utf-8") if isinstance(value, str) else value
-            return struct.pack("<Q", len(text)) + text
+            return _packed_strings([value])
         if kind != gguf.GGUFValueType.ARRAY:
             return struct.pack("<" + _SCALARS[kind], value)
         if isinstance(value, bytes):
             return struct.pack("<IQ", gguf.GGUFValueType.UINT8, len(value)) + value
-        (element,) = {gguf.GGUFValueType.get_type(v) for v in value}
+        one_of_each = {type(v): v for v in value}.values()  # vocabularies are long
+        (element,) = {gguf.GGUFValueType.get_type(v) for v in one_of_each}
+        return struct.pack("<IQ", element, len(value)) + _packed_elements(value, element)
     except (struct.error, OverflowError, ValueError, TypeError) as error:  # a configuration can say anything
         raise FormatError(f"{value!r:.80} cannot be stored in a GGUF header ({error}); correct config.json") from None
-    return struct.pack("<IQ", element, len(value)) + b"".join(_packed(v, element) for v in value)
+
+
+def _packed_elements(values: Sequence[Any], kind: gguf.GGUFValueType) -> bytes:
+    if kind == gguf.GGUFValueType.STRING:
+        return _packed_strings(values)
+    if kind == gguf.GGUFValueType.ARRAY:
+        return b"".join(_packed(v, kind) for v in values)
+    return struct.pack(f"<{len(values)}{_SCALARS[kind]}", *values)
+
+
+def _packed_strings(values: Iterable[str | bytes]) -> bytes:
+    encoded = (v.encode() if isinstance(v, str) else v for v in values)
+    return b"".join(part for text in encoded for part in (_LENGTH.pack(len(text)), text))
 
 
 def type_name(ggml_id: int) -> str:
