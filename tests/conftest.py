@@ -26,6 +26,11 @@ from lieq_gguf import pipeline
 from lieq_gguf.cli.commands import main
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that the others fill up the time that one process would work alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def folders_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test sees what another has kept, nor the user's own cache and data."""

@@ -40,7 +40,6 @@ from lieq_gguf.records.options import ComputeOptions, GenerationOptions, Measuri
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.request import Request
 from lieq_gguf.scorers import lieq, score_layers
-from lieq_gguf.sources import open_source
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer, tokenizer_differences
 
@@ -95,18 +94,18 @@ def first_layers(model: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("bits", [2.1, 4.5])
-def test_every_budget_is_met_within_one_percent_and_speaks(
-    model: Path, files: MeasuringOptions, tmp_path: Path, bits: float
-) -> None:
+@pytest.mark.parametrize("bits", [2.1, 2.7, 3.5, 4.5, 6.0])
+def test_every_budget_is_met_within_one_percent(model: Path, files: MeasuringOptions, bits: float) -> None:
+    planned = plan(plain_request(model, files, None, bits))
+    assert 0.99 * bits <= planned.header.meter.layer_bpw <= bits
+
+
+def test_the_file_has_the_bits_of_its_plan_and_speaks(model: Path, files: MeasuringOptions, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
-    result = convert(plain_request(model, files, output, bits))
-    meter = GgufFile(output).bit_meter()
-    assert meter == result.prepared.header.meter
-    assert 0.99 * bits <= meter.layer_bpw <= bits
-    assert "".join(
-        stream(output, "The capital of France is", GenerationOptions(8, raw=True, n_threads=N_THREADS))
-    ).strip()
+    result = convert(plain_request(model, files, output, 2.1))
+    assert GgufFile(output).bit_meter() == result.prepared.header.meter
+    answer = stream(output, "The capital of France is", GenerationOptions(8, raw=True, n_threads=N_THREADS))
+    assert "".join(answer).strip()
 
 
 def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, files: MeasuringOptions) -> None:
@@ -190,19 +189,12 @@ def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None
             assert_logits_close(found, expected, 2 * F16_LOGITS)
 
 
-def test_a_gguf_file_is_scored_and_planned_as_its_directory(
-    model: Path, files: MeasuringOptions, f16_file: Path, tmp_path: Path
-) -> None:
-    from_file = measured(open_source(f16_file), DEFAULT_LADDER, on_text(None, 2048))
-    assert from_file.scores is not None and from_file.importance is not None and files.scores_file is not None
-    for name, expected in LayerScores.load(files.scores_file).by_scorer.items():
-        assert from_file.scores.by_scorer[name] == pytest.approx(expected, rel=0.01), name
-    from_file.scores.save(tmp_path / "scores.json", "lieq")
-    save_importance(from_file.importance, tmp_path / "imatrix.gguf")
-    own = replace(files, scores_file=tmp_path / "scores.json", imatrix_file=tmp_path / "imatrix.gguf")
-    of_file, of_directory = (
-        plan(request_of(path, 2.7, measuring=measuring)) for path, measuring in ((f16_file, own), (model, files))
-    )
+def test_a_gguf_file_is_scored_and_planned_as_its_directory(first_layers: Path, tmp_path: Path) -> None:
+    exact = convert_plainly(first_layers, tmp_path / "exact.gguf")
+    of_file, of_directory = (plan(request_of(path, 3.5, types="Q2_K,Q4_K,Q6_K")) for path in (exact, first_layers))
+    assert of_file.measured.scores is not None and of_directory.measured.scores is not None
+    for name, expected in of_directory.measured.scores.by_scorer.items():
+        assert of_file.measured.scores.by_scorer[name] == pytest.approx(expected, rel=0.01), name
     assert of_file.header.meter.file_bytes == of_directory.header.meter.file_bytes
     assert of_file.plan.types == of_directory.plan.types
 
