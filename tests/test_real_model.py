@@ -89,23 +89,15 @@ def f16_file(model: Path, shared: Path) -> Path:
 def first_layers(model: Path, tmp_path: Path) -> Path:
     """The model without its later layers: what works layer by layer needs no more of them."""
     path = Path(shutil.copytree(model, tmp_path / "first-layers"))
-    config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": 6}
+    config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": 4}
     (path / "config.json").write_text(json.dumps(config))
     return path
 
 
-@pytest.mark.parametrize("bits", [2.1, 2.7, 3.5, 4.5, 6.0])
+@pytest.mark.parametrize("bits", [2.1, 2.7, 3.5, 4.5])
 def test_every_budget_is_met_within_one_percent(model: Path, files: MeasuringOptions, bits: float) -> None:
     planned = plan(plain_request(model, files, None, bits))
     assert 0.99 * bits <= planned.header.meter.layer_bpw <= bits
-
-
-def test_the_file_has_the_bits_of_its_plan_and_speaks(model: Path, files: MeasuringOptions, tmp_path: Path) -> None:
-    output = tmp_path / "out.gguf"
-    result = convert(plain_request(model, files, output, 2.1))
-    assert GgufFile(output).bit_meter() == result.prepared.header.meter
-    answer = stream(output, "The capital of France is", GenerationOptions(8, raw=True, n_threads=N_THREADS))
-    assert "".join(answer).strip()
 
 
 def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, files: MeasuringOptions) -> None:
@@ -116,16 +108,14 @@ def test_the_papers_rule_leaves_two_types_one_per_layer(model: Path, files: Meas
     assert 0.99 * 2.7 <= planned.header.meter.layer_bpw <= 2.7
 
 
-def test_error_feedback_brings_a_file_closer_to_the_model(
-    first_layers: Path, files: MeasuringOptions, tmp_path: Path
-) -> None:
+def test_error_feedback_brings_a_file_closer_to_the_model(first_layers: Path, tmp_path: Path) -> None:
     """What each type gains in a matrix is in test_error_feedback."""
     exact = convert_plainly(first_layers, tmp_path / "exact.gguf")
     made = {fed: tmp_path / f"{fed}.gguf" for fed in (False, True)}
-    measuring = replace(files, scores_file=None)
+    measuring = on_text(None, 2048)
     for fed, file in made.items():
         convert(request_of(first_layers, 2.625, file, "Q2_K", measuring, error_feedback=fed))
-    without, with_feedback = evaluate(list(made.values()), exact, read_text(None), ComparisonOptions(512, 3, N_THREADS))
+    without, with_feedback = evaluate(list(made.values()), exact, read_text(None), ComparisonOptions(256, 4, N_THREADS))
     assert with_feedback.kld.value < 0.85 * without.kld.value
 
 
@@ -156,8 +146,9 @@ def test_plan_for_a_given_size_fills_it(model: Path, files: MeasuringOptions, pr
 def test_file_of_a_given_size_is_no_larger_and_speaks(model: Path, files: MeasuringOptions, tmp_path: Path) -> None:
     output, size = tmp_path / "out.gguf", 85_000_000
     request = plain_request(model, files, output, 1, profile="edge")
-    convert(replace(request, target=BitBudget("size", size)))
+    result = convert(replace(request, target=BitBudget("size", size)))
     assert 0.999 * size < output.stat().st_size <= size
+    assert GgufFile(output).bit_meter() == result.prepared.header.meter
     answer = stream(output, "The capital of France is", GenerationOptions(8, raw=True, n_threads=N_THREADS))
     assert "".join(answer).strip()
 
@@ -178,15 +169,12 @@ def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(first_layers:
 
 def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None:
     text = read_calibration_text(None)
-    ids = load_source_tokenizer(model).encode(text.content, add_special_tokens=False)[:1000]
+    ids = load_source_tokenizer(model).encode(text.content, add_special_tokens=False)[:500]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with open_model(f16_file, n_ctx=500, n_threads=N_THREADS) as ours, torch.inference_mode():
-        for start in range(0, 1000, 500):
-            chunk = ids[start : start + 500]
-            expected = reference(torch.tensor([chunk])).logits[0].numpy()
-            found = ours.logits(chunk)
-            # thirty layers are 120 products, so twice what thirty make; 0.009 with AVX2, and neighbours are 0.8 away
-            assert_logits_close(found, expected, 2 * F16_LOGITS)
+        expected = reference(torch.tensor([ids])).logits[0].numpy()
+        # thirty layers are 120 products, so twice what thirty make; 0.009 with AVX2, and neighbours are 0.8 away
+        assert_logits_close(ours.logits(ids), expected, 2 * F16_LOGITS)
 
 
 def test_a_gguf_file_is_scored_and_planned_as_its_directory(first_layers: Path, tmp_path: Path) -> None:
