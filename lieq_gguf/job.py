@@ -159,7 +159,12 @@ def imatrix_note(spec: ModelSpec, options: MeasuringOptions, importance: Importa
 
 def _read_metadata(source: Source, request: Request, progress: Progress) -> SourceMetadata:
     with progress.stage("read", "Reading the tokenizer"):
-        return source.read_metadata(request.writing.pre_tokenizer)
+        metadata = source.read_metadata(request.writing.pre_tokenizer)
+    for warning in metadata.warnings:
+        progress.warn(warning)
+    for note in metadata.notes:
+        progress.note(note)
+    return metadata
 
 
 def _limited_to_engine(source: Source, request: Request) -> AllocationOptions:

@@ -145,7 +145,11 @@ def config_text(content: bytes) -> Change:
 
 
 def index_text(content: str) -> Change:
-    return lambda model: (model / "model.safetensors.index.json").write_text(content)
+    def change(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        (model / "model.safetensors.index.json").write_text(content)
+
+    return change
 
 
 BAD_MODELS: dict[str, tuple[Change, str]] = {

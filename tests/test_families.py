@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +15,11 @@ import numpy.typing as npt
 import pytest
 import torch
 from support import converter
-from support.families import TINY_MODELS, edit_config
+from support.families import SIZES, TINY_MODELS, edit_config
 from support.requests import convert_plainly, on_text, request_of
 from support.shared import made_once
 from support.tolerances import F16_LOGITS, FLOAT32_LOGITS, MIXTURE_LOGITS, MIXTURE_SHARE, assert_logits_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lieq_gguf import pipeline
 from lieq_gguf.architectures import FAMILIES
@@ -205,7 +206,7 @@ def test_damaged_configuration_is_refused_in_one_line(case: str, tmp_path: Path)
 
 
 def test_a_bias_that_is_missing_is_refused_from_the_headers(tmp_path: Path) -> None:
-    path = TINY_MODELS["qwen3"].write(tmp_path / "qwen3")
+    path = TINY_MODELS["smollm2"].write(tmp_path / "smollm2")
     edit_config(path, attention_bias=True)
     with pytest.raises(SourceError, match=r"has no tensor model\.layers\.0\.self_attn\.q_proj\.bias"):
         ModelDirectory(path)
@@ -252,3 +253,60 @@ def keys(file: Path) -> dict[str, Any]:
     """The hyper-parameters in a file."""
 
     return {name: f.contents() for name, f in gguf.GGUFReader(file).fields.items() if name.startswith("gemma3.")}
+
+
+ROPE_KEYS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "version 4": {"rope_theta": 3e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "version 5": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e5}},
+    "base beside": {"rope_theta": 2e5, "rope_parameters": {"rope_type": "default", "rope_theta": 3e5}},
+    "base outside": {"rope_theta": 2e5, "rope_parameters": {"rope_type": "default"}},
+    "both": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 3e5},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "both, base outside": {
+        "rope_theta": 2e5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 3e5},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+}
+OF_KINDS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "version 4": {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "version 4, local": {"rope_theta": 1e6, "rope_local_base_freq": 2e4},
+    "version 5": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        },
+    },
+    "both": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "for one kind": {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 123.0}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        *((name, keys) for name in ("llama", "qwen3", "granite", "smollm3", "olmo2") for keys in ROPE_KEYS.values()),
+        *((name, keys) for name in ("gemma3", "olmo3") for keys in OF_KINDS.values()),
+    ],
+)
+def test_rotary_keys_mean_what_they_mean_to_transformers(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    tiny = TINY_MODELS[name]
+    config = SIZES | {"vocab_size": 100} | {k: v for k, v in tiny.settings.items() if k != "rope_parameters"} | keys
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": tiny.model_type} | config))
+    read = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    [family] = [family for family in FAMILIES if family.gguf_name == tiny.family]
+    for kind in ("full_attention", "sliding_attention"):
+        expected = read.get(kind, read)
+        found = family.rope(config, kind)
+        for key in ("rope_type", "rope_theta", "factor"):
+            assert found.get(key) == expected.get(key), (kind, key)

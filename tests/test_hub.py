@@ -50,9 +50,9 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in several files, with one that its index does not name."""
+    """A model in several files, with one that its index does not name, as Mistral's repositories have."""
     path = write_model(tmp_path_factory.mktemp("repositories") / "sharded", max_shard_size="1MB")
-    (path / "model.safetensors").write_bytes(b"not in the index")
+    (path / "consolidated.safetensors").write_bytes(b"not in the index")
     return path
 
 
@@ -223,6 +223,16 @@ def test_shards_are_those_of_the_index(home: Path, hub: HubServer, sharded: Path
     shards = {file for file in hub.sent_files() if file.endswith(".safetensors")}
     assert shards == {f"lab/sharded/{p.name}" for p in sharded.glob("model-*.safetensors")}
     assert len(shards) > 1
+
+
+def test_one_file_wins_over_an_index(home: Path, hub: HubServer, folder: Path, sharded: Path, tmp_path: Path) -> None:
+    """Left over from an upload in several files; transformers takes the one file."""
+    path = Path(shutil.copytree(folder, tmp_path / "both"))
+    for left_over in sharded.glob("model*"):
+        shutil.copy(left_over, path)
+    hub.models["lab/both"] = ServedModel(path)
+    document(plan(home, hub, "lab/both"))
+    assert weights_sent(hub) == ["lab/both/model.safetensors"]
 
 
 def test_score_and_imatrix_and_eval_take_names(

@@ -110,12 +110,11 @@ def test_spectrum_keeps_weak_directions_beside_a_massive_one() -> None:
     [
         torch.zeros(0, 4),
         torch.zeros(4, 0),
-        torch.zeros(3, 4),
         torch.tensor([[1.0, float("nan")]]),
         torch.tensor([[1.0, float("inf")]]),
         torch.ones(4),
     ],
-    ids=["no tokens", "no columns", "zero", "nan", "infinite", "a vector"],
+    ids=["no tokens", "no columns", "nan", "infinite", "a vector"],
 )
 def test_spectrum_refuses(projection: torch.Tensor) -> None:
     with pytest.raises(ScoringError):
@@ -181,9 +180,22 @@ def test_z_share_pools_matrices_of_different_scale() -> None:
     assert z_share([torch.from_numpy(m) for m in matrices]) == expected
 
 
-def test_z_share_refuses_equal_weights() -> None:
-    with pytest.raises(ScoringError):
-        z_share([torch.ones(3, 3), torch.ones(2, 3)])
+def test_equal_weights_are_least_important() -> None:
+    assert z_share([torch.ones(3, 3), torch.ones(2, 3)]) == 1
+
+
+def test_projections_that_are_all_zero_are_left_out() -> None:
+    """As in a layer that does nothing yet."""
+    nothing = energy_spectrum(torch.zeros(3, 4))
+    assert not nothing.any()
+    twin = {"attn_q": flat(4), "attn_k": flat(4)}
+    some, mixed, none = (
+        measurement(spectra={"attn_q": query, "attn_k": key}, twin_spectra=twin)
+        for query, key in ((flat(2), flat(2)), (flat(2), nothing), (nothing, nothing))
+    )
+    for name in ("lieq", "lieq-qkv", "energy-gain"):
+        of_some, of_mixed, of_none = scorers()[name].load()([some, mixed, none])
+        assert of_some == of_mixed > of_none == 0
 
 
 MORE_IMPORTANT: dict[str, Callable[[], LayerMeasurement]] = {

@@ -236,20 +236,52 @@ def test_bos_that_no_file_declares_is_written(tmp_path: Path) -> None:
     assert differing_segments(tmp_path, vocabulary, tmp_path) == set()
 
 
-def test_bos_of_tokenizer_config(tmp_path: Path) -> None:
-    vocab_size = fixtures.write_smollm2(tmp_path)
+@pytest.mark.parametrize("write", [fixtures.write_smollm2, fixtures.write_llama_3, fixtures.write_phi_3])
+def test_tokens_are_added_as_transformers_adds_them(tmp_path: Path, write: Callable[[Path], int]) -> None:
+    """It does not heed the flags of tokenizer_config.json where there is a tokenizer.json."""
+    vocab_size = write(tmp_path)
+    with_config(tmp_path, vocab_size)
+    before = transformers.AutoTokenizer.from_pretrained(tmp_path)("Hello").input_ids
     edit(tmp_path / "tokenizer_config.json", add_bos_token=True, add_eos_token=True)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("Hello").input_ids == before
     vocabulary = read_vocabulary(tmp_path, vocab_size)
-    assert dict(vocabulary.special.automatic) == {"bos": True, "eos": True}
-    assert differing_segments(tmp_path, vocabulary, tmp_path) == set()
-    assert load_source_tokenizer(tmp_path).encode("", add_special_tokens=True) == [1, 2]
+    assert load_source_tokenizer(tmp_path).encode("Hello", add_special_tokens=True) == before
+    ids, automatic = dict(vocabulary.special.ids), dict(vocabulary.special.automatic)
+    assert automatic["bos"] == (before[0] == ids["bos"])
+    assert automatic["eos"] == (before[-1] == ids["eos"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"special_tokens_map.json": {"eos_token": "<|im_end|>"}}, "<|im_end|>"),
+        ({"special_tokens_map.json": {"eos_token": {"content": "<|im_end|>"}}}, "<|im_end|>"),
+        ({"config.json": {"eos_token_id": [2, 0]}}, "<|im_end|>"),
+        ({"config.json": {"eos_token_id": 2}}, "<|im_end|>"),
+        ({"tokenizer_config.json": {"eos_token": "a"}}, "a"),  # in the vocabulary, but not an added token
+        ({"tokenizer_config.json": {"eos_token": "nowhere"}}, None),
+        ({}, None),
+    ],
+)
+def test_the_token_that_ends_a_text(tmp_path: Path, changes: dict[str, dict[str, Any]], expected: str | None) -> None:
+    """Without one, llama.cpp stops at token 11, whatever it is."""
+    vocab_size = fixtures.write_smollm2(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", bos_token=None, eos_token=None, unk_token=None)
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    with_config(tmp_path, vocab_size)
+    for name, keys in changes.items():
+        edit(tmp_path / name, **keys)
+    vocabulary = read_vocabulary(tmp_path, vocab_size)
+    found = dict(vocabulary.special.ids).get("eos")
+    assert (None if found is None else vocabulary.tokens[found].decode()) == expected
+    assert bool(vocabulary.warnings) == (expected is None)
 
 
 def test_special_ids_of_config_json(tmp_path: Path) -> None:
     vocab_size = fixtures.write_llama_3(tmp_path)
     with_config(tmp_path, vocab_size, bos_token_id=3, eos_token_id=[4, 5], pad_token_id=7, unk_token_id=-1)
     ids = dict(read_vocabulary(tmp_path, vocab_size).special.ids)
-    # the tokenizer's own roles come first; a list or -1 says nothing
+    # the tokenizer's own roles come first; -1 says nothing
     assert ids == {"bos": vocab_size - 7, "eos": vocab_size - 3, "pad": 7}
 
 

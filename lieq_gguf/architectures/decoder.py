@@ -6,9 +6,10 @@ refuses what a graph cannot express: it would run and give other numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import gguf
 
@@ -95,6 +96,8 @@ class Decoder:
         tied_by_default: Whether the embedding is also the output matrix, if ``config.json`` does not say.
         norm_offset: Added to the weights of norms, since the graph multiplies by the weight alone.
         has_windows: Whether the graph supports layers that look back only some tokens.
+        has_biases: Whether the graph adds the biases that keys of ``config.json`` switch on.
+        output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
     """
 
     gguf_name: ClassVar[str]
@@ -108,6 +111,8 @@ class Decoder:
     tied_by_default: ClassVar[bool] = False
     norm_offset: ClassVar[float] = 0.0
     has_windows: ClassVar[bool] = False
+    has_biases: ClassVar[bool] = False
+    output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
 
     def check(self, config: Config) -> None:
         """Raise ArchitectureError for what llama.cpp's graph cannot express, and KeyError for a missing key."""
@@ -121,18 +126,27 @@ class Decoder:
         if not isinstance(config.get("layer_types") or [], list):
             raise ArchitectureError(f"layer_types in config.json is {config['layer_types']!r}; expected a list")
         self.check_activation(config)
+        self.check_biases(config)
         self.check_rope(self.rope(config))
 
     def caveats(self, config: Config) -> tuple[str, ...]:
         """Where llama.cpp computes differently, but the model is still usable."""
+        caveats = []
         window = config.get("sliding_window")
         is_used = config.get("use_sliding_window", self.model_type not in _WITH_WINDOW_SWITCH)
-        if self.has_windows or not is_used or window is None or window >= config["max_position_embeddings"]:
-            return ()
-        return (
-            f"layers of this model look back at most {window} tokens, but llama.cpp runs {self.gguf_name} without such "
-            "a window: in longer contexts the results will differ",
-        )
+        if not self.has_windows and is_used and window is not None and window < config["max_position_embeddings"]:
+            caveats.append(
+                f"layers of this model look back at most {window} tokens, but llama.cpp runs {self.gguf_name} without "
+                "such a window: in longer contexts the results will differ"
+            )
+        unused, theta = _object(config, "rope_parameters").get("rope_theta"), self.rope(config)["rope_theta"]
+        if _object(config, "rope_scaling") and unused not in (None, theta):
+            caveats.append(
+                f"config.json has rope_scaling, which takes the place of all rope_parameters: as in transformers, the "
+                f"rotary base is {theta:g}, not the {unused:g} given there; move the scaling into rope_parameters if "
+                "that is not meant"
+            )
+        return tuple(caveats)
 
     def check_activation(self, config: Config) -> None:
         """Refuse an activation other than the graph's."""
@@ -141,6 +155,14 @@ class Decoder:
             raise ArchitectureError(
                 f"{key} is '{config[key]}', but llama.cpp runs {self.gguf_name} models only with '{self.activation}'"
             )
+
+    def check_biases(self, config: Config) -> None:
+        """Refuse biases that the graph does not add."""
+        for key in dict.fromkeys(m.bias for m in self.modules if m.bias not in ("", "always")):
+            if config.get(key) and not self.has_biases:
+                raise ArchitectureError(
+                    f"{key} is set, but llama.cpp runs {self.gguf_name} models without these biases"
+                )
 
     def check_rope(self, rope: Config) -> None:
         """Refuse rotary parameters that the graph does not support."""
@@ -152,12 +174,8 @@ class Decoder:
             )
         if kind in ("linear", "llama3", "yarn") and not isinstance(rope.get("factor"), float | int):
             raise ArchitectureError(f"rope type '{kind}' has no factor in config.json; expected a number")
-        # in transformers these keys replace the formula by which llama.cpp always scales attention
-        unsupported = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
-        if kind == "yarn" and unsupported:
-            raise ArchitectureError(
-                f"yarn rope scaling with {unsupported[0]} is not supported; expected yarn's own scaling"
-            )
+        if kind == "yarn":
+            check_yarn(rope)
 
     def sizes(self, config: Config) -> dict[str, int]:
         """All sizes that occur in shapes, by name."""
@@ -181,20 +199,34 @@ class Decoder:
         return int(given or config["hidden_size"] // config["num_attention_heads"])
 
     def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:
-        """Rotary parameters in one form, with type and base.
+        """Rotary parameters in one form, with type and base: those that transformers 5 makes of ``config.json``.
 
-        transformers 5 writes ``rope_parameters``, in some families one set for each kind of attention; older files have
-        two keys.
+        It writes ``rope_parameters``, in some families one set for each kind of attention; files of version 4 have
+        ``rope_scaling`` and ``rope_theta``. If a file has both, ``rope_scaling`` takes the place of the newer key.
         """
-        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(given, dict):
-            raise ArchitectureError(f"rope_parameters in config.json is {given!r}; expected an object")
-        if "full_attention" in given or "sliding_attention" in given:
-            given = given.get(layer_type) or {}
-        rope = dict(given)
+        stored, scaling = _object(config, "rope_parameters"), _object(config, "rope_scaling")
+        theta = config.get("rope_theta") or self.usual_theta(config)
+        if not self.has_rotation_by_kind(config):
+            rope = dict(scaling or stored)
+        elif layer_type == "full_attention":
+            rope = {**_object(stored, layer_type), **scaling}
+        else:
+            rope, theta = {**_object(stored, layer_type)}, self.local_theta(config)
         rope["rope_type"] = str(rope.get("rope_type") or rope.get("type") or "default").lower()
-        rope.setdefault("rope_theta", config.get("rope_theta") or self.default_theta)
+        rope.setdefault("rope_theta", theta)
         return rope
+
+    def has_rotation_by_kind(self, config: Config) -> bool:  # noqa: ARG002
+        """Whether transformers has rotary parameters for each kind of attention."""
+        return False
+
+    def usual_theta(self, config: Config) -> float:  # noqa: ARG002
+        """Rotary base, if ``config.json`` has none."""
+        return self.default_theta
+
+    def local_theta(self, config: Config) -> float:
+        """Rotary base of layers with a window, if ``rope_parameters`` has none."""
+        return self.usual_theta(config)
 
     def tensors(self, config: Config, source_names: frozenset[str]) -> tuple[TensorSpec, ...]:
         """All tensors in file order; ``source_names`` shows which optional ones exist."""
@@ -210,7 +242,18 @@ class Decoder:
             for module in self.modules:
                 yield from self._module_tensors(config, source_names, sizes, layer, module)
         yield TensorSpec("output_norm.weight", "model.norm.weight", matrix[1:], offset=self.norm_offset)
-        if not config.get("tie_word_embeddings", self.tied_by_default):
+        has_own = "lm_head.weight" in source_names or not config.get("tie_word_embeddings", self.tied_by_default)
+        if has_own and self.output_matrix == "embedding":
+            raise ArchitectureError(
+                f"the model has an output matrix besides the embedding, but llama.cpp runs {self.gguf_name} models "
+                "only with the embedding in its place"
+            )
+        if not has_own and self.output_matrix == "own":
+            raise ArchitectureError(
+                f"the model has no output matrix besides the embedding, but llama.cpp runs {self.gguf_name} models "
+                "only with one"
+            )
+        if has_own:
             yield TensorSpec("output.weight", "lm_head.weight", matrix)
 
     def _module_tensors(
@@ -329,6 +372,40 @@ class Decoder:
     def computed_tensor(self, config: Config, name: str) -> torch.Tensor:
         """A vector that the source does not hold, in float32."""
         raise NotImplementedError(f"{self.gguf_name} has no {name}")
+
+
+def check_yarn(rope: Config) -> None:
+    """Refuse a scaling of attention other than yarn's own, by which llama.cpp always scales.
+
+    Source: ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``.
+    """
+    if rope.get("truncate") is False:
+        raise ArchitectureError("yarn rope scaling with truncate off is not supported; expected it to be on")
+    keys = ("attention_factor", "mscale", "mscale_all_dim")
+    for key in keys:
+        if rope.get(key) is not None:
+            require_number(key, rope[key])
+    given, scale, scale_all = (rope.get(key) for key in keys)
+    own = _yarn_scale(rope["factor"], 1.0)
+    if given is None:
+        given = own
+        if scale and scale_all:
+            given = _yarn_scale(rope["factor"], scale) / _yarn_scale(rope["factor"], scale_all)
+    if not math.isclose(given, own, rel_tol=1e-4):
+        raise ArchitectureError(
+            f"yarn rope scaling that multiplies attention by {given:g} is not supported; expected yarn's own {own:g}"
+        )
+
+
+def _yarn_scale(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def _object(config: Config, key: str) -> Config:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ArchitectureError(f"{key} in config.json is {value!r}; expected an object")
+    return value
 
 
 def windowed_layers(n_layers: int, period: int) -> tuple[str, ...]:

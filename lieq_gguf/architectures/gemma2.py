@@ -35,6 +35,7 @@ class Gemma2(Decoder):
     default_head_dim = 256
     tied_by_default = True
     norm_offset = 1.0
+    output_matrix = "embedding"
 
     def check(self, config: Config) -> None:
         """Refuse also values other than those built into the graph: rotary base, order of windows, attention scale."""

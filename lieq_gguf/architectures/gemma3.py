@@ -61,13 +61,14 @@ class Gemma3(Decoder):
         require_layer_types(config, expected, tuple(found))
         check_attention_scale(self, config)
 
-    def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:
-        """Rotary parameters of one kind of layer."""
-        rope = super().rope(config, layer_type)
-        if layer_type == "sliding_attention" and "sliding_attention" not in (config.get("rope_parameters") or {}):
-            # older files have one key for these layers; the other rotary keys are for the rest
-            return {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or _LOCAL_THETA}
-        return rope
+    def has_rotation_by_kind(self, config: Config) -> bool:  # noqa: ARG002
+        """Always."""
+        return True
+
+    def local_theta(self, config: Config) -> float:
+        """Files of version 4 of transformers have a key for it."""
+        theta: float = config.get("rope_local_base_freq") or _LOCAL_THETA
+        return theta
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The common keys, the cap if there is one, and the window."""

@@ -23,6 +23,7 @@ class Llama(Decoder):
     source_classes: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM", "MistralForCausalLM")
     modules = (NORMS[0], *INTERLEAVED_ATTENTION, NORMS[1], *FEED_FORWARD)
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
+    has_biases: ClassVar[bool] = True
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The common keys and two more."""
@@ -67,7 +68,7 @@ class Llama(Decoder):
         rope, head_dim = self.rope(config), self.head_dim(config)
         factor = float(rope["factor"])
         low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
-        context = float(rope.get("original_max_position_embeddings") or 8192)
+        context = float(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
         frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         wavelengths: torch.Tensor = 2 * math.pi / frequencies
         unchanged = (context / wavelengths - low) / (high - low)  # share of the original frequency

@@ -11,6 +11,7 @@ from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
 _PERIOD = 4
+_OLMO_3_THETA = 500_000.0
 
 
 class Olmo2(Decoder):
@@ -28,7 +29,15 @@ class Olmo2(Decoder):
         *FEED_FORWARD,
         LayerModule("post_ffw_norm", "post_feedforward_layernorm", ("width",)),
     )
-    default_theta = 500_000.0
+    output_matrix = "own"
+
+    def has_rotation_by_kind(self, config: Config) -> bool:
+        """In OLMo 3."""
+        return _has_windows(config)
+
+    def usual_theta(self, config: Config) -> float:
+        """OLMo 3 has another."""
+        return _OLMO_3_THETA if _has_windows(config) else self.default_theta
 
     def check(self, config: Config) -> None:
         """Refuse also layers with different rotations."""

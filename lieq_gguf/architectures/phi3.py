@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, LayerModule, require_count
+from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, LayerModule, require_count, require_number
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
@@ -66,14 +66,12 @@ class Phi3(Decoder):
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Write the rotated dimensions, and the attention scale of a longer context."""
         rope = self.rope(config)
-        original = _original_context(config, rope)
+        original = _original_context(config)
         writer.add_rope_dimension_count(rope["n_dimensions"])
         writer.add_rope_freq_base(rope["rope_theta"])
         writer.add_rope_scaling_orig_ctx_len(original)
         if rope["rope_type"] == "longrope":
-            scale = config["max_position_embeddings"] / original
-            factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-            writer.add_rope_scaling_attn_factors(factor)
+            writer.add_rope_scaling_attn_factors(_attention_factor(rope, config["max_position_embeddings"], original))
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """The common keys, the window, and the context for which the short factors are made."""
@@ -111,8 +109,21 @@ class Phi3(Decoder):
         return torch.tensor(self.rope(config)[_FACTORS[name]], dtype=torch.float32)
 
 
-def _original_context(config: Config, rope: Config) -> int:
+def _attention_factor(rope: Config, context: int, original: int) -> float:
+    """Source: ``_compute_longrope_parameters`` in transformers' ``modeling_rope_utils``."""
+    for key in ("factor", "attention_factor"):
+        if rope.get(key) is not None:
+            require_number(key, rope[key])
+    given, factor = rope.get("attention_factor"), rope.get("factor")
+    factor = context / original if factor is None else factor
+    if given is None:
+        return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return float(given)
+
+
+def _original_context(config: Config) -> int:
+    """Not from the rotary parameters: transformers' configuration overwrites what they say."""
     key = "original_max_position_embeddings"
-    length: int = rope.get(key) or config.get(key) or _ORIGINAL_CONTEXT
+    length: int = config.get(key) or _ORIGINAL_CONTEXT
     require_count(key, length, least=2)  # its logarithm divides
     return length

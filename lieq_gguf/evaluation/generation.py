@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lieq_gguf.errors import VerificationError
 from lieq_gguf.formats.gguf_file import GgufFile
@@ -26,16 +27,17 @@ def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]
         VerificationError: if llama.cpp does not load it or the prompt is too long.
     """
     content = GgufFile(file)
-    has_template = content.value("tokenizer.chat_template") is not None
+    uses_template = content.value("tokenizer.chat_template") is not None and not options.raw
     api = llama_cpp()
+    model_class = api.Llama if uses_template else _without_templates(api.Llama)
     n_ctx = min(_CONTEXT, int(content.value(f"{content.architecture}.context_length", _CONTEXT)))
     try:
         n_threads = options.n_threads
-        model = api.Llama(
+        model = model_class(
             str(file), n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, seed=options.seed, verbose=False
         )
         sampling = {"max_tokens": options.n_generate, "temperature": options.temperature, "stream": True}
-        if has_template and not options.raw:
+        if uses_template:
             for chunk in model.create_chat_completion([{"role": "user", "content": prompt}], **sampling):
                 yield chunk["choices"][0]["delta"].get("content") or ""
         else:
@@ -43,3 +45,18 @@ def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]
                 yield chunk["choices"][0]["text"]
     except ValueError as error:
         raise VerificationError(f"llama.cpp cannot answer with {file}: {error}") from None
+    except Exception as error:
+        if not uses_template:
+            raise
+        raise VerificationError(  # a template is somebody's program, in which anything can fail
+            f"the chat template of {file} fails: {type(error).__name__}: {error}; --raw continues the text without it"
+        ) from None
+
+
+def _without_templates(model_class: Any) -> Any:
+    """The class of models with metadata left out, whose templates it would compile, right or wrong."""
+
+    class Plain(model_class):  # type: ignore[misc]
+        metadata = property(lambda _model: {}, lambda _model, _read: None)
+
+    return Plain

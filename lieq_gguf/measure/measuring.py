@@ -134,6 +134,8 @@ def run_by(source: Source, engine: Engine) -> str:
 
 def measure(task: MeasuringTask, progress: Progress) -> Measured:
     """Scores and importance matrix: from the given files, otherwise from the cache or one pass."""
+    if task.importance is not None and task.options.use_imatrix:
+        _warn_of_zeros(task.source, task.importance, progress)
     if not task.needs_pass:
         return Measured(task.scores, task.importance if task.options.use_imatrix else None)
     for note in task.source.notes_on_scores if task.measures_scores else ():
@@ -148,6 +150,21 @@ def measure(task: MeasuringTask, progress: Progress) -> Measured:
         if task.options.use_cache:
             entry.save(scores, importance)
     return Measured(task.scores or scores, (task.importance or importance) if task.options.use_imatrix else None)
+
+
+def _warn_of_zeros(source: Source, importance: ImportanceMatrix, progress: Progress) -> None:
+    """Say which matrices of a given file have zeros where the model has weights."""
+    found = []
+    for tensor in (t for layer in source.spec.layer_matrices for t in layer if not t.of_experts):
+        is_unused = importance.unused_columns(tensor.name)
+        if is_unused.any() and next(iter(source.rows(tensor)))[:, is_unused].any():
+            found.append(f"{is_unused.mean():.0%} of the columns of {tensor.name}")
+    if found:
+        others = f" and for columns of {len(found) - 1} other matrices" if len(found) > 1 else ""
+        progress.warn(
+            f"the importance matrix has zeros for {found[0]}{others}, as if no input ever used them; they count as "
+            "much as the least used column. If that surprises you, make it again, or let it be measured"
+        )
 
 
 def _cache_entry(task: MeasuringTask) -> CacheEntry:

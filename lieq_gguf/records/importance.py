@@ -15,6 +15,25 @@ from lieq_gguf.records.spec import ModelSpec
 FloatArray = npt.NDArray[np.float32]
 
 
+_GROUP = 8  # columns that share a code in llama.cpp's smallest types
+
+
+def _without_empty_groups(means: FloatArray) -> FloatArray:
+    """Give columns of empty groups the smallest other mean, or one if there is no other."""
+    is_empty = _in_empty_groups(means)
+    if not is_empty.any():
+        return means
+    smallest = means[means > 0].min(initial=np.inf)
+    return np.where(is_empty, np.float32(smallest if np.isfinite(smallest) else 1.0), means)
+
+
+def _in_empty_groups(means: FloatArray) -> npt.NDArray[np.bool_]:
+    """Which columns are in a group that is all zero ``[n_in]``."""
+    if means.all() or len(means) % _GROUP:
+        return np.zeros(len(means), dtype=bool)
+    return ~means.reshape(-1, _GROUP).any(axis=1).repeat(_GROUP)
+
+
 @dataclass(frozen=True)
 class ImportanceMatrix:
     """Sums of squared inputs of every matrix.
@@ -43,14 +62,21 @@ class ImportanceMatrix:
         """Mean squared input of each column ``[n_in]``, as ggml's encoders take it; None for a tensor without entry.
 
         For experts ``[n_experts, n_in]``, over the tokens of each; an expert without tokens gets the mean of all.
+        Columns that no input used get a little, since encoders write zeros where nothing counts.
         """
         sums = self.in_sum2.get(name)
-        if sums is None or name not in self.counts:
-            return None if sums is None else sums / np.float32(self.n_tokens)
+        if sums is None:
+            return None
+        if name not in self.counts:
+            return _without_empty_groups(sums / np.float32(self.n_tokens))
         counts = self.counts[name]
         means = np.asarray(sums / np.maximum(counts, 1)[:, None], dtype=np.float32)
         means[counts == 0] = sums.sum(axis=0) / np.maximum(counts.sum(), 1)
-        return means
+        return np.stack([_without_empty_groups(of_expert) for of_expert in means])
+
+    def unused_columns(self, name: str) -> npt.NDArray[np.bool_]:
+        """Groups of columns of a matrix, not of experts, that no input used ``[n_in]``."""
+        return _in_empty_groups(self.in_sum2[name])
 
     @property
     def n_unseen(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -60,3 +60,14 @@ def measured(statistic: _T | None) -> _T:
     if statistic is None:
         raise ScoringError("the pass did not measure what this score needs; name the score before the pass is run")
     return statistic
+
+
+def mean_gain(
+    spectra: Mapping[str, Spectrum],
+    twin_spectra: Mapping[str, Spectrum],
+    roles: Iterable[str],
+    gain: Callable[[Spectrum, Spectrum], float],
+) -> float:
+    """Mean of ``gain(trained, twin)`` over the projections that are not all zero; 0 if there is none."""
+    gains = [gain(spectra[role], twin_spectra[role]) for role in roles if spectra[role].any()]
+    return sum(gains) / len(gains) if gains else 0.0

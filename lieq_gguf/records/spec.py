@@ -45,6 +45,11 @@ class TensorSpec:
         return tuple(self.source_name.format(i) for i in range(self.shape[0] if self.of_experts else 1))
 
     @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Shape of each of those tensors."""
+        return self.shape[1:] if self.of_experts else self.shape
+
+    @property
     def of_experts(self) -> bool:
         """Whether this holds the same matrix of all experts of a layer."""
         return len(self.shape) == 3

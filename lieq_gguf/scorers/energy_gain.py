@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from lieq_gguf.records.measurement import LayerMeasurement, Spectrum, measured
+from lieq_gguf.records.measurement import LayerMeasurement, Spectrum, mean_gain, measured
 
 TOP_SHARE = 0.05
 """``k`` as a share of the rank."""
@@ -21,9 +21,10 @@ def score(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
 
     Source: LieQ, arXiv 2508.03332v2, top-k energy gain.
     """
-    return tuple(_mean_gain(measured(m.spectra), measured(m.twin_spectra)) for m in measurements)
+    return tuple(
+        mean_gain(measured(m.spectra), measured(m.twin_spectra), measured(m.spectra), _gain) for m in measurements
+    )
 
 
-def _mean_gain(spectra: Mapping[str, Spectrum], twin_spectra: Mapping[str, Spectrum]) -> float:
-    gains = [top_energy(spectrum) - top_energy(twin_spectra[role]) for role, spectrum in spectra.items()]
-    return sum(gains) / len(gains)
+def _gain(trained: Spectrum, twin: Spectrum) -> float:
+    return top_energy(trained) - top_energy(twin)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lieq_gguf.records.measurement import LayerMeasurement, Spectrum, measured
+from lieq_gguf.records.measurement import LayerMeasurement, Spectrum, mean_gain, measured
 
 _ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v", "attn_qkv")
 
@@ -49,6 +49,4 @@ def score_qkv(measurements: Sequence[LayerMeasurement]) -> tuple[float, ...]:
 
 
 def _mean_gain(measurement: LayerMeasurement, roles: Sequence[str]) -> float:
-    spectra, twin_spectra = measured(measurement.spectra), measured(measurement.twin_spectra)
-    gains = [compactness_gain(spectra[role], twin_spectra[role]) for role in roles]
-    return sum(gains) / len(gains)
+    return mean_gain(measured(measurement.spectra), measured(measurement.twin_spectra), roles, compactness_gain)

@@ -19,10 +19,11 @@ def energy_spectrum(projection: torch.Tensor) -> Spectrum:
         projection: ``[n_tokens, n_out]``, any float dtype.
 
     Returns:
-        ``p_k = s_k² / Σ s_j²``, ``[min(n_tokens, n_out)]``, descending.
+        ``p_k = s_k² / Σ s_j²``, ``[min(n_tokens, n_out)]``, descending; zeros if the projection is all zero, as in a
+        layer that does nothing yet.
 
     Raises:
-        ScoringError: if the projection is empty, all zero, or not finite.
+        ScoringError: if the projection is empty or not finite.
 
     Source: LieQ, arXiv 2508.03332v2, spectrum of a projection.
     """
@@ -32,6 +33,4 @@ def energy_spectrum(projection: torch.Tensor) -> Spectrum:
     gram = z @ z.T if z.shape[0] <= z.shape[1] else z.T @ z
     energies = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0)
     total = energies.sum()
-    if total <= 0:
-        raise ScoringError("a projection is all zero; the calibration text does not reach this layer")
-    return np.asarray((energies / total).numpy(), dtype=np.float64)
+    return np.asarray((energies / total if total > 0 else energies).numpy(), dtype=np.float64)

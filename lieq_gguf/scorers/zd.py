@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lieq_gguf.errors import ScoringError
 from lieq_gguf.records.measurement import LayerMeasurement, measured
 
 if TYPE_CHECKING:
@@ -15,10 +14,9 @@ if TYPE_CHECKING:
 def z_share(matrices: Sequence[torch.Tensor]) -> float:
     """Share of a layer's pooled weights with ``z = (w − mean) / std > 1``, in ``[0, 1]``.
 
-    Sums are taken row by row, so that they do not depend on the number of threads.
+    Weights that are all equal have none to lose, so their share is 1, the least important.
 
-    Raises:
-        ScoringError: if all weights are equal.
+    Sums are taken row by row, so that they do not depend on the number of threads.
 
     Source: Layer-wise quantization, arXiv 2406.17415, ZD.
     """
@@ -28,7 +26,7 @@ def z_share(matrices: Sequence[torch.Tensor]) -> float:
     mean = sum(float(w.sum(dim=1, dtype=torch.float64).sum()) for w in matrices) / n_weights
     variance = sum(float((w - mean).square_().sum(dim=1).double().sum()) for w in matrices) / n_weights
     if variance <= 0:
-        raise ScoringError("all weights of a layer are equal; expected a trained model")
+        return 1.0
     return sum(int((w > mean + variance**0.5).count_nonzero()) for w in matrices) / n_weights
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
-import yaml
 
 from lieq_gguf.architectures import Decoder
 from lieq_gguf.formats.gguf_header import HeaderWriter
@@ -15,6 +16,7 @@ from lieq_gguf.tokenizers import Vocabulary
 
 INITIALIZER_RANGE = "lieq.initializer_range"
 """Key for the only number that scores need from ``config.json`` and that llama.cpp has no key for."""
+_LISTS = ("base_models", "tags", "languages", "datasets")
 
 
 def directory_metadata(
@@ -35,7 +37,8 @@ def directory_metadata(
     """
     writer = HeaderWriter(spec.architecture)
     writer.add_type(gguf.GGUFType.MODEL)
-    _names(path, repository, spec).set_gguf_meta_model(writer)
+    names, note = _names(path, repository, spec)
+    names.set_gguf_meta_model(writer)
     family.add_hyper_parameters(spec.config, writer)
     vocabulary.add_to(writer)
     if adapter is not None:
@@ -43,24 +46,54 @@ def directory_metadata(
     initializer_range = spec.config.get("initializer_range")
     if isinstance(initializer_range, (int, float)):
         writer.add_float64(INITIALIZER_RANGE, initializer_range)
-    return SourceMetadata(writer.values, vocabulary)
+    return SourceMetadata(writer.values, vocabulary, vocabulary.warnings, (note,) if note else ())
 
 
-def _names(path: Path, repository: str | None, spec: ModelSpec) -> gguf.Metadata:
-    """Name, author, licence and the like."""
+def _names(path: Path, repository: str | None, spec: ModelSpec) -> tuple[gguf.Metadata, str]:
+    """Name, author, licence and the like, and a note if the model card cannot be read."""
+    note = ""
     try:
         metadata = gguf.Metadata.load(None, path, None, spec.n_weights)
         if repository is not None:
             _name_after_repository(metadata, path, repository, spec)
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        metadata = gguf.Metadata()  # the model card is only for people, so errors in it do not matter
+        metadata = _as_stored(metadata)
+    except Exception as error:  # the card is for people, and people write anything into it
+        metadata = gguf.Metadata()
+        note = f"the model card cannot be read ({' '.join(str(error).split()):.100}); names and licence are left out"
     if repository is not None and metadata.source_repo_url is None:
         metadata.source_repo_url = f"https://huggingface.co/{repository}"
     if metadata.name is None:
         metadata.name = spec.name
     if metadata.size_label is None:
         metadata.size_label = _size_label(spec)
-    return metadata
+    return metadata, note
+
+
+def _as_stored(metadata: gguf.Metadata) -> gguf.Metadata:
+    """The same with text where the format has text, whatever YAML has made of it; settings that are no numbers go."""
+    result = gguf.Metadata()
+    for key, value in vars(metadata).items():
+        if key == "sampling_sequence" or not key.startswith("sampling_"):
+            is_list = key in _LISTS or (key == "license" and isinstance(value, list))
+            setattr(result, key, _as_text(value, in_list=is_list))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(result, key, value)
+    return result
+
+
+def _as_text(value: Any, in_list: bool = False) -> Any:
+    if value is None or value == {} or value == []:
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): text for key, item in value.items() if (text := _as_text(item)) is not None}
+    if in_list:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return [text for item in items if (text := _as_text(item)) is not None] or None
+    if isinstance(value, (list, tuple)):
+        return ", ".join(text for item in value if isinstance(text := _as_text(item), str)) or None
+    if isinstance(value, bool):
+        return "yes" if value else "no"  # YAML's word for Norwegian, among others
+    return str(value)
 
 
 def _name_after_repository(metadata: gguf.Metadata, path: Path, repository: str, spec: ModelSpec) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from lieq_gguf import __version__
 from lieq_gguf.errors import SourceError
 from lieq_gguf.progress import Progress
-from lieq_gguf.sources.model_directory import INDEX_FILE, WEIGHTS_FILE, read_index, read_supported_config
+from lieq_gguf.sources.model_directory import read_supported_config
+from lieq_gguf.sources.weight_files import INDEX_FILE, WEIGHTS_FILE, read_index
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -80,8 +81,8 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
             model.get(_CONFIG, revision)
             folder = model.get(_CONFIG, commit).parent
             read_supported_config(folder)
-            weights: Sequence[str] = (WEIGHTS_FILE,)
-            if INDEX_FILE in files:
+            weights: Sequence[str] = (WEIGHTS_FILE,)  # if there are both, it is what transformers loads
+            if WEIGHTS_FILE not in files:
                 weights = sorted(set(read_index(model.get(INDEX_FILE, commit)).values()))
             missing = [shard for shard in weights if shard not in files]
             if missing:
@@ -178,8 +179,9 @@ class _HubModel:
         except LocalEntryNotFoundError:
             return None
         folder = Path(config).parent
-        index = folder / INDEX_FILE
-        weights = set(read_index(index).values()) if index.is_file() else {WEIGHTS_FILE}
+        index, weights = folder / INDEX_FILE, {WEIGHTS_FILE}
+        if index.is_file() and not (folder / WEIGHTS_FILE).is_file():
+            weights = set(read_index(index).values())
         has_tokenizer = any((folder / tokenizer).is_file() for tokenizer in _TOKENIZERS)
         return folder if has_tokenizer and all((folder / shard).is_file() for shard in weights) else None
 

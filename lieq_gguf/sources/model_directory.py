@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from lieq_gguf.architectures import Decoder, find_family
 from lieq_gguf.errors import SourceError
 from lieq_gguf.quant_types import QuantType
@@ -21,18 +19,14 @@ from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.directory_metadata import directory_metadata
 from lieq_gguf.sources.row_order import FloatArray, file_rows
 from lieq_gguf.sources.source import SourceMetadata
+from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, WEIGHTS_FILE, WeightFiles
 from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer, read_vocabulary
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "model.safetensors"
-_DTYPES = ("BF16", "F16", "F32")
-_SAMPLE_BYTES = 1024
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[0-9a-f]{40}")
 
 
@@ -59,11 +53,10 @@ class ModelDirectory:
         self.path = path
         self.repository = repository_of(path)
         config, self.family = read_supported_config(path)
-        self._shard_of = _find_shards(path)
+        self._weights = WeightFiles(path)
         with _complete_config(path):
-            tensors = self.family.tensors(config, frozenset(self._shard_of))
-        self._check_headers(tensors)
-        self._open: dict[Path, Any] = {}
+            tensors = self.family.tensors(config, self._names_in_use(config))
+        self._weights.require({name: t.source_shape for t in tensors for name in t.source_names})
         self.spec = ModelSpec(
             name=model_name(path),
             architecture=self.family.gguf_name,
@@ -82,7 +75,7 @@ class ModelDirectory:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user may want to know, less important than a warning."""
-        return () if self.adapter is None else self.adapter.notes
+        return self._weights.notes + (() if self.adapter is None else self.adapter.notes)
 
     @property
     def notes_on_scores(self) -> tuple[str, ...]:
@@ -134,6 +127,7 @@ class ModelDirectory:
                 f"transformers cannot read {self.path / 'config.json'}: {' '.join(str(error).split())}"
             ) from None
         config.dtype = torch.float32
+        config.tie_word_embeddings = self.spec.has_tied_embeddings
         return config
 
     def load_tokenizer(self) -> SourceTokenizer:
@@ -160,17 +154,7 @@ class ModelDirectory:
         per tensor, not the model.
         """
         digest = hashlib.sha256(json.dumps(dict(self.spec.config), sort_keys=True).encode())
-        for shard in sorted(set(self._shard_of.values())):
-            with shard.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                header = file.read(header_bytes)
-                digest.update(header)
-                for name, entry in sorted(json.loads(header).items()):
-                    if name != "__metadata__":
-                        start, stop = entry["data_offsets"]
-                        for offset in (start, (start + stop) // 2, max(start, stop - _SAMPLE_BYTES)):
-                            file.seek(8 + header_bytes + offset)
-                            digest.update(file.read(_SAMPLE_BYTES))
+        self._weights.add_to(digest)
         if self.adapter is not None:
             digest.update(self.adapter.digest.encode())
         return digest.hexdigest()[:32]
@@ -189,39 +173,23 @@ class ModelDirectory:
 
         Tensors that were read stay valid; the next ``read`` maps the file again.
         """
-        self._open.clear()
+        self._weights.release()
 
     def _stored(self, name: str) -> torch.Tensor:
-        shard = self._shard_of[name]
-        if shard not in self._open:
-            self._open[shard] = safe_open(shard, framework="pt")
-        loaded: torch.Tensor = self._open[shard].get_tensor(name)
+        loaded = self._weights.read(name)
         return loaded if self.adapter is None else self.adapter.merged(name, loaded)
 
-    def _check_headers(self, tensors: tuple[TensorSpec, ...]) -> None:
-        expected_in: dict[Path, list[tuple[str, tuple[int, ...]]]] = {}
-        for tensor in tensors:
-            shape = tensor.shape[1:] if tensor.of_experts else tensor.shape
-            for name in tensor.source_names:
-                if name not in self._shard_of:
-                    raise SourceError(
-                        f"{self.path} has no tensor {name}; expected all tensors that config.json describes"
-                    )
-                expected_in.setdefault(self._shard_of[name], []).append((name, shape))
-        for shard, names_and_shapes in expected_in.items():
-            with _open_shard(shard) as file:
-                names = set(file.keys())
-                for name, expected in names_and_shapes:
-                    if name not in names:
-                        raise SourceError(
-                            f"{shard} has no tensor {name}, although {INDEX_FILE} says so: download it again"
-                        )
-                    header = file.get_slice(name)
-                    shape = tuple(header.get_shape())
-                    if shape != expected:
-                        raise SourceError(f"{name} in {shard} has shape {shape}; by config.json expected {expected}")
-                    if header.get_dtype() not in _DTYPES:
-                        raise SourceError(f"{name} in {shard} is {header.get_dtype()}; expected {', '.join(_DTYPES)}")
+    def _names_in_use(self, config: Mapping[str, Any]) -> frozenset[str]:
+        """Names of the tensors, without an output matrix that is the embedding once more.
+
+        One that differs is used, whatever ``tie_word_embeddings`` says, as in transformers: merging an adapter into a
+        model with tied embeddings leaves such files.
+        """
+        names = self._weights.names
+        is_tied = config.get("tie_word_embeddings", self.family.tied_by_default)
+        if is_tied and {HEAD, EMBEDDING} <= names and self._weights.are_equal(HEAD, EMBEDDING):
+            return names - {HEAD}
+        return names
 
 
 def repository_of(path: Path) -> str | None:
@@ -251,19 +219,6 @@ def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
     with _complete_config(path):
         family.check(config)
     return config, family
-
-
-def read_index(file: Path) -> dict[str, str]:
-    """Tensor name to file name, from the index of a model in several files.
-
-    Raises:
-        SourceError: if it is damaged.
-    """
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(shard) for name, shard in weight_map.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, AttributeError, TypeError):
-        raise SourceError(f"{file} is damaged; expected a JSON object with a 'weight_map'") from None
 
 
 @contextmanager
@@ -297,37 +252,3 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise SourceError(f"{file} holds a {type(config).__name__}; expected a JSON object")
     return config
-
-
-def _find_shards(path: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it."""
-    index = path / INDEX_FILE
-    if index.is_file():
-        shards = {name: path / file for name, file in read_index(index).items()}
-        for shard in sorted(set(shards.values())):
-            if not shard.is_file():
-                raise SourceError(f"{shard.name} is missing, but {index} names it; download it into {path}")
-        return shards
-    single = path / WEIGHTS_FILE
-    if single.is_file():
-        with _open_shard(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    pickles = sorted(f.name for pattern in _PICKLES for f in path.glob(pattern))
-    if pickles:
-        raise SourceError(
-            f"{path} holds only pickled weights ({pickles[0]}), which can run code when loaded; "
-            f"expected {WEIGHTS_FILE}: re-save the model with transformers' save_pretrained"
-        )
-    raise SourceError(f"{path} holds no weights; expected {WEIGHTS_FILE} or {INDEX_FILE} with its shards")
-
-
-def _open_shard(shard: Path) -> Any:
-    # With numpy as framework, headers are read without loading torch.
-    try:
-        return safe_open(shard, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        size = shard.stat().st_size if shard.exists() else 0
-        raise SourceError(
-            f"{shard} is damaged or incomplete ({size:,} bytes: {error}); expected a safetensors file: "
-            "download it again"
-        ) from None

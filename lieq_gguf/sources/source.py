@@ -24,10 +24,14 @@ class SourceMetadata:
     Attributes:
         values: Key to stored bytes, its type first; in file order.
         vocabulary: The tokenizer in llama.cpp's terms; None if it is copied unchanged.
+        warnings: What the user should know about them.
+        notes: What the user may want to know.
     """
 
     values: Mapping[str, bytes]
     vocabulary: Vocabulary | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):

@@ -33,6 +33,7 @@ class TokenizerFiles:
         tokenizer_json: the whole ``tokenizer.json``.
         config: ``tokenizer_config.json``.
         model_config: ``config.json``, for the ids it names.
+        special_tokens_map: ``special_tokens_map.json``, which older versions of transformers write.
         legacy_added_tokens: ``added_tokens.json``, text to id.
         sentencepiece_model: path of ``tokenizer.model``.
     """
@@ -41,15 +42,17 @@ class TokenizerFiles:
     tokenizer_json: JsonObject | None = None
     config: JsonObject = field(default_factory=dict)
     model_config: JsonObject = field(default_factory=dict)
+    special_tokens_map: JsonObject = field(default_factory=dict)
     legacy_added_tokens: JsonObject = field(default_factory=dict)
     sentencepiece_model: Path | None = None
 
     def role_text(self, role: str) -> str | None:
-        """Text of the token that has a role in tokenizer_config.json, from its string or object form."""
-        return _token_text(self.config.get(f"{role}_token"))
+        """Text of the token that has a role, from its string or object form; tokenizer_config.json wins."""
+        key = f"{role}_token"
+        return _token_text(self.config.get(key)) or _token_text(self.special_tokens_map.get(key))
 
     def special_texts(self) -> tuple[str, ...]:
-        """Texts of all tokens that tokenizer_config.json calls special, by role or in a list."""
+        """Texts of all tokens that these files call special, by role or in a list."""
         texts = [self.role_text(role) for role in ROLES]
         for key in ("additional_special_tokens", "extra_special_tokens"):
             entries = self.config.get(key)
@@ -109,6 +112,7 @@ def read_tokenizer_files(model_dir: Path) -> TokenizerFiles:
         tokenizer_json=_read_json_object(model_dir / "tokenizer.json"),
         config=_read_json_object(model_dir / "tokenizer_config.json") or {},
         model_config=_read_json_object(model_dir / "config.json") or {},
+        special_tokens_map=_read_json_object(model_dir / "special_tokens_map.json") or {},
         legacy_added_tokens=_read_json_object(model_dir / "added_tokens.json") or {},
         sentencepiece_model=sentencepiece_model if sentencepiece_model.is_file() else None,
     )

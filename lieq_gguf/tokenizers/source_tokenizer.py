@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
-import tokenizers
 
 from lieq_gguf.errors import TokenizerError
 from lieq_gguf.tokenizers.model_files import TokenizerFiles, open_tokenizer, read_tokenizer_files
@@ -59,10 +58,6 @@ def load_source_tokenizer(model_dir: Path) -> SourceTokenizer:
 
 def _from_tokenizer_json(files: TokenizerFiles) -> SourceTokenizer:
     tokenizer = open_tokenizer(files)
-    automatic = automatic_tokens(files, tokenizer)
-    if not tokenizer.encode("", add_special_tokens=True).ids and (automatic.get("bos") or automatic.get("eos")):
-        # if tokenizer.json adds nothing, transformers adds what tokenizer_config.json asks for
-        _add_template(files, tokenizer, automatic)
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
         # unlike encode, a batch lets other threads run, and the fast variant skips offsets
@@ -72,17 +67,6 @@ def _from_tokenizer_json(files: TokenizerFiles) -> SourceTokenizer:
     added = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     return SourceTokenizer(largest + 1, added, encode, tokenizer.id_to_token)
-
-
-def _add_template(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer, automatic: Mapping[str, bool]) -> None:
-    ids: dict[str, int] = {}
-    for role in ("bos", "eos"):
-        text = files.role_text(role)
-        token_id = None if text is None else tokenizer.token_to_id(text)
-        if automatic.get(role) and text is not None and token_id is not None:
-            ids[role] = token_id
-    pieces = [*(["bos"] if "bos" in ids else []), "$A", *(["eos"] if "eos" in ids else [])]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=pieces, special_tokens=list(ids.items()))
 
 
 def _from_sentencepiece(files: TokenizerFiles) -> SourceTokenizer:

@@ -40,9 +40,13 @@ def read_special_tokens(
     ids: dict[str, int] = {}
     for role, text in texts.items():
         token_id = added.get(text or "")
+        if token_id is None and tokenizer is not None and text:
+            token_id = tokenizer.token_to_id(text)
         if token_id is None:
             token_id = files.model_config.get(f"{role}_token_id")
-        # config.json may hold a list, or -1 for "none"
+        if isinstance(token_id, list) and token_id:  # of several tokens that end a text, the first
+            token_id = token_id[0]
+        # config.json may hold -1 for "none"
         if isinstance(token_id, int) and 0 <= token_id < vocab_size and role != "cls":
             ids[role] = token_id
 
@@ -82,9 +86,8 @@ def _texts_and_automatic(
     automatic = _automatic_by_post_processor(tokenizer, texts)
     for role in ("bos", "eos", "sep"):
         is_added = files.config.get(f"add_{role}_token")
-        # only in some classes of transformers the flag wins; tokenizer.json applies to all of them
-        if isinstance(is_added, bool):
-            automatic.setdefault(role, is_added)
+        if isinstance(is_added, bool):  # transformers 5 heeds it only if there is no tokenizer.json
+            automatic.setdefault(role, is_added and tokenizer is None)
     return texts, automatic
 
 

@@ -80,6 +80,17 @@ class Vocabulary:
             "needs every token once; rename all but one in the tokenizer files"
         )
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is missing and matters to people who use the file."""
+        if self.model != "gpt2" or "eos" in dict(self.special.ids) or len(self.tokens) <= _DEFAULT_EOS:
+            return ()
+        return (
+            "no file of the model says which token ends a text (eos_token in tokenizer_config.json or "
+            f"special_tokens_map.json, eos_token_id in config.json), so llama.cpp takes token {_DEFAULT_EOS}, "
+            f"{self.tokens[_DEFAULT_EOS].decode(errors='replace')!r}",
+        )
+
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Write the ``tokenizer.*`` keys, the same that llama.cpp's converter writes.
 
@@ -113,5 +124,6 @@ class Vocabulary:
             writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, [name for name, _ in self.chat_templates.named])
 
 
+_DEFAULT_EOS = 11  # llama.cpp's for byte-level BPE, GPT-2's comma
 # keys of the format that differ from the role's short name
 _ID_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}

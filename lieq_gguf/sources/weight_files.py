@@ -1,0 +1,236 @@
+"""The safetensors of a model directory, under the names that transformers' models use for a family's tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from lieq_gguf.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_DTYPES = ("BF16", "F16", "F32")
+_SAMPLE_BYTES = 1024
+_COMPARED_BYTES = 1 << 24  # of two tensors at a time
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")  # transformers 5: one tensor for all experts
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is stored: a whole tensor of a file, or some rows of one of the matrices stacked in it."""
+
+    shard: Path
+    stored_name: str
+    expert: int | None = None
+    half: int | None = None
+
+
+class WeightFiles:
+    """Reads tensors, memory-mapped and not copied where a whole stored tensor is asked for.
+
+    Names are those of a model with a head on top, ``model.layers.…`` and ``lm_head.weight``, whatever prefix the files
+    have, and one matrix per expert.
+
+    Attributes:
+        names: All names.
+        notes: What the user may want to know about the files.
+
+    Raises:
+        SourceError: if there are no weights, or a file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open: dict[Path, Any] = {}  # to read tensors
+        self._headers: dict[Path, Any] = {}
+        shard_of, self.notes = _find_shards(path)
+        self._shards = sorted(set(shard_of.values()))
+        places, prefix = _with_usual_names({name: _Place(shard, name) for name, shard in shard_of.items()})
+        if prefix not in ("model.", ""):
+            self.notes += (f"the names of the tensors begin with {prefix}: only those of the language model are used",)
+        self._places = dict(self._with_single_experts(places))
+        self.names = frozenset(self._places)
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Require tensors of these names and shapes.
+
+        Raises:
+            SourceError: naming what is missing or wrong.
+        """
+        for name, expected in shapes.items():
+            if name not in self._places:
+                raise SourceError(
+                    f"{self._path} has no tensor {name}; expected all tensors that config.json describes"
+                    + _names_found(self.names)
+                )
+            shape, dtype = self._shape_and_dtype(self._places[name])
+            shard = self._places[name].shard
+            if shape != expected:
+                raise SourceError(f"{name} in {shard} has shape {shape}; by config.json expected {expected}")
+            if dtype not in _DTYPES:
+                raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(_DTYPES)}")
+        self.release()
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its own type."""
+        place = self._places[name]
+        if place.shard not in self._open:
+            self._open[place.shard] = safe_open(place.shard, framework="pt")
+        file = self._open[place.shard]
+        result: torch.Tensor
+        if place.expert is None:
+            result = file.get_tensor(place.stored_name)
+            return result
+        result = file.get_slice(place.stored_name)[place.expert]
+        return result if place.half is None else result.chunk(2)[place.half]
+
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are stored with the same bytes; they are read until they differ."""
+        a, b = self._bytes(self._places[name]), self._bytes(self._places[other])
+        parts = (slice(start, start + _COMPARED_BYTES) for start in range(0, len(a), _COMPARED_BYTES))
+        return len(a) == len(b) and all(np.array_equal(a[part], b[part]) for part in parts)
+
+    def release(self) -> None:
+        """Unmap the files, whose pages count as this process's memory while they are mapped.
+
+        Tensors that were read stay valid; the next ``read`` maps the file again.
+        """
+        self._open.clear()
+        self._headers.clear()
+
+    def add_to(self, digest: hashlib._Hash) -> None:
+        """Digest the headers and some bytes of every tensor: a few kilobytes per tensor, not the model."""
+        for shard in self._shards:
+            with shard.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                header = file.read(header_bytes)
+                digest.update(header)
+                for name, entry in sorted(json.loads(header).items()):
+                    if name != "__metadata__":
+                        start, stop = entry["data_offsets"]
+                        for offset in (start, (start + stop) // 2, max(start, stop - _SAMPLE_BYTES)):
+                            file.seek(8 + header_bytes + offset)
+                            digest.update(file.read(_SAMPLE_BYTES))
+
+    def _with_single_experts(self, places: Mapping[str, _Place]) -> Iterable[tuple[str, _Place]]:
+        """Replace a tensor of all experts ``[n_experts, …]`` by its matrices."""
+        for name, place in places.items():
+            fused = _FUSED.fullmatch(name)
+            if fused is None:
+                yield name, place
+                continue
+            n_experts = self._header(place).get_shape()[0]
+            halves = {"gate_proj": 0, "up_proj": 1} if fused[2] == "gate_up_proj" else {"down_proj": None}
+            for expert in range(n_experts):
+                for part, half in halves.items():
+                    yield f"{fused[1]}.{expert}.{part}.weight", _Place(place.shard, place.stored_name, expert, half)
+
+    def _bytes(self, place: _Place) -> npt.NDArray[np.uint8]:
+        with place.shard.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            start, stop = json.loads(file.read(header_bytes))[place.stored_name]["data_offsets"]
+        return np.memmap(place.shard, np.uint8, "r", 8 + header_bytes + start, (stop - start,))
+
+    def _shape_and_dtype(self, place: _Place) -> tuple[tuple[int, ...], str]:
+        header = self._header(place)
+        shape = tuple(header.get_shape())
+        if place.expert is not None:
+            shape = shape[1:]
+        if place.half is not None:
+            shape = (shape[0] // 2, *shape[1:])
+        return shape, header.get_dtype()
+
+    def _header(self, place: _Place) -> Any:
+        if place.shard not in self._headers:
+            self._headers[place.shard] = _open_shard(place.shard)
+        try:
+            return self._headers[place.shard].get_slice(place.stored_name)
+        except SafetensorError:
+            raise SourceError(
+                f"{place.shard} has no tensor {place.stored_name}, although {INDEX_FILE} says so: download it again"
+            ) from None
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor name to file name, from the index of a model in several files.
+
+    Raises:
+        SourceError: if it is damaged.
+    """
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in weight_map.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, AttributeError, TypeError):
+        raise SourceError(f"{file} is damaged; expected a JSON object with a 'weight_map'") from None
+
+
+def _find_shards(path: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Tensor name to the file that holds it, and notes; of two sets of weights, those that transformers loads."""
+    single, index = path / WEIGHTS_FILE, path / INDEX_FILE
+    if single.is_file():
+        note = f"{WEIGHTS_FILE} is converted, as transformers loads it, not the files of {INDEX_FILE}"
+        with _open_shard(single) as file:
+            return dict.fromkeys(file.keys(), single), (note,) if index.is_file() else ()
+    if index.is_file():
+        shards = {name: path / file for name, file in read_index(index).items()}
+        for shard in sorted(set(shards.values())):
+            if not shard.is_file():
+                raise SourceError(f"{shard.name} is missing, but {index} names it; download it into {path}")
+        return shards, ()
+    pickles = sorted(f.name for pattern in _PICKLES for f in path.glob(pattern))
+    if pickles:
+        raise SourceError(
+            f"{path} holds only pickled weights ({pickles[0]}), which can run code when loaded; "
+            f"expected {WEIGHTS_FILE}: re-save the model with transformers' save_pretrained"
+        )
+    raise SourceError(f"{path} holds no weights; expected {WEIGHTS_FILE} or {INDEX_FILE} with its shards")
+
+
+def _open_shard(shard: Path) -> Any:
+    # With numpy as framework, headers are read without loading torch.
+    try:
+        return safe_open(shard, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        size = shard.stat().st_size if shard.exists() else 0
+        raise SourceError(
+            f"{shard} is damaged or incomplete ({size:,} bytes: {error}); expected a safetensors file: "
+            "download it again"
+        ) from None
+
+
+def _with_usual_names(places: Mapping[str, _Place]) -> tuple[Mapping[str, _Place], str]:
+    """Names as in a saved ``…ForCausalLM``, and the prefix that the files have in place of ``model.``.
+
+    A base model saved alone has no prefix, the text part of a model of images and text has a longer one.
+    """
+    if EMBEDDING in places:
+        return places, "model."
+    ending = EMBEDDING.removeprefix("model.")
+    prefixes = [name.removesuffix(ending) for name in places if name.endswith(ending)]
+    if len(prefixes) != 1:
+        return places, "model."
+    [prefix] = prefixes
+    usual = {f"model.{name.removeprefix(prefix)}": place for name, place in places.items() if name.startswith(prefix)}
+    head = places.get(f"{prefix.removesuffix('model.')}{HEAD}", places.get(HEAD))
+    return usual if head is None else usual | {HEAD: head}, prefix
+
+
+def _names_found(names: Iterable[str]) -> str:
+    """An example of the names, for the message that none of the expected names is there."""
+    examples = sorted(names)
+    return "" if EMBEDDING in examples or not examples else f"; the first of its {len(examples)} names is {examples[0]}"
