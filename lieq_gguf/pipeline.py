@@ -12,11 +12,13 @@ from lieq_gguf.allocation.allocate import allocate
 from lieq_gguf.errors import BudgetError, ScoringError, TokenizerError
 from lieq_gguf.job import Job, open_model, resolve, shown_scorer
 from lieq_gguf.measure.measuring import Measured, MeasuringNeeds, measure, resolve_measuring
+from lieq_gguf.measure.text import CalibrationText, read_calibration_text
 from lieq_gguf.native import ggml
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.files import SCHEMA_VERSION, replaced_when_complete
 from lieq_gguf.records.importance import ImportanceMatrix
+from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.records.plan import QuantPlan, quantizes_layers
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.request import ImatrixRequest, Request, ScoreRequest
@@ -28,7 +30,10 @@ from lieq_gguf.writing.verification import verify
 from lieq_gguf.writing.writer import encode_tensors, write_file
 
 if TYPE_CHECKING:
+    from lieq_gguf.writing.equality import Equality
     from lieq_gguf.writing.feedback_pass import FeedbackPass
+
+_COMPARED_CHARACTERS = 2000  # more than the tokens that are compared
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,14 @@ class Conversion:
         prepared: Its plan and figures.
         seconds: Stage name to wall-clock seconds.
         block_errors: With error feedback, one per layer: how far quantising all its matrices moves its output.
+        equality: How equal the file and its model are; None for a model that only llama.cpp runs.
     """
 
     output: Path
     prepared: PreparedFile
     seconds: Mapping[str, float]
     block_errors: tuple[float, ...] = ()
+    equality: Equality | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``convert --json`` prints."""
@@ -94,6 +101,7 @@ class Conversion:
             "kind": "conversion",
             "output": str(self.output),
             "block_errors": list(self.block_errors),
+            "equality": None if self.equality is None else self.equality.to_json(),
             "seconds": _rounded(self.seconds),
         }
 
@@ -116,10 +124,9 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
     feedback = _feedback_pass(prepared, progress) if prepared.plan.error_feedback else None
     with replaced_when_complete(job.output) as temporary:
         _write(temporary, prepared, feedback, progress)
-        _verify(temporary, prepared, progress)
-    return Conversion(
-        job.output, prepared, dict(progress.seconds), () if feedback is None else tuple(feedback.block_errors)
-    )
+        equality = _verify(temporary, prepared, progress)
+    block_errors = () if feedback is None else tuple(feedback.block_errors)
+    return Conversion(job.output, prepared, dict(progress.seconds), block_errors, equality)
 
 
 def plan(request: Request, progress: Progress | None = None) -> PreparedFile:
@@ -236,12 +243,28 @@ def _write(file: Path, prepared: PreparedFile, feedback: FeedbackPass | None, pr
         write_file(file, prepared.header, encoded, advance)
 
 
-def _verify(file: Path, prepared: PreparedFile, progress: Progress) -> None:
+def _verify(file: Path, prepared: PreparedFile, progress: Progress) -> Equality | None:
     job, tensors = prepared.job, prepared.job.source.spec.tensors
     with progress.stage("verify", "Verifying", sum(t.n_weights for t in tensors)) as advance:
         shapes = {t.name: t.shape for t in tensors}
         verify(file, prepared.plan.types, shapes, job.request.compute.n_threads, advance)
         check_tokenizer(job.source, file, job.metadata.vocabulary, progress)
+    return compare(job.source, file, job.request.compute, progress, job.measuring.text)
+
+
+def compare(
+    source: Source, file: Path, compute: ComputeOptions, progress: Progress, text: CalibrationText | None = None
+) -> Equality | None:
+    """Prove that a file is the model that it was made from, on the beginning of a text or of the shipped one.
+
+    Raises:
+        VerificationError: at the first difference that rounding does not explain.
+    """
+    from lieq_gguf.writing.equality import check_equality
+
+    beginning = (text or read_calibration_text(None)).content[:_COMPARED_CHARACTERS]
+    with progress.stage("compare", "Comparing", source.spec.n_layers) as advance:
+        return check_equality(source, file, beginning, compute, advance)
 
 
 def check_tokenizer(source: Source, file: Path, vocabulary: Vocabulary | None, progress: Progress) -> None:

@@ -64,7 +64,7 @@ def files(model: Path, shared: Path) -> MeasuringOptions:
     """Scores and importance matrix from one pass, as files."""
 
     def measure(folder: Path) -> None:
-        found = measured(ModelDirectory(model), DEFAULT_LADDER, on_text(None, 2048))
+        found = measured(ModelDirectory(model), DEFAULT_LADDER, on_text(None, 512))
         assert found.scores is not None
         assert found.importance is not None
         found.scores.save(folder / "scores.json", "lieq")
@@ -112,10 +112,10 @@ def test_error_feedback_brings_a_file_closer_to_the_model(first_layers: Path, tm
     """What each type gains in a matrix is in test_error_feedback."""
     exact = convert_plainly(first_layers, tmp_path / "exact.gguf")
     made = {fed: tmp_path / f"{fed}.gguf" for fed in (False, True)}
-    measuring = on_text(None, 2048)
+    measuring = on_text(None, 1536)
     for fed, file in made.items():
         convert(request_of(first_layers, 2.625, file, "Q2_K", measuring, error_feedback=fed))
-    without, with_feedback = evaluate(list(made.values()), exact, read_text(None), ComparisonOptions(256, 4, N_THREADS))
+    without, with_feedback = evaluate(list(made.values()), exact, read_text(None), ComparisonOptions(256, 3, N_THREADS))
     assert with_feedback.kld.value < 0.85 * without.kld.value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from lieq_gguf.cli import options
 from lieq_gguf.cli.grouping import Given
 from lieq_gguf.cli.output import print_json, stdout
 from lieq_gguf.cli.parsing import refuse_given, revision_of, thread_counts
+
+if TYPE_CHECKING:
+    from lieq_gguf.writing.equality import Equality
 
 
 def inspect(
@@ -37,32 +40,62 @@ def inspect(
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.", show_default=False)],
     plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Plan to compare with.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            metavar="MODEL",
+            help="Model that the file should be: its directory, its GGUF file or its name on the hub.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="LoRA adapter that was merged into it.")
+    ] = None,
     threads: options.Threads = 0,
     *,
     out: options.OutputArguments,
 ) -> None:
-    """Read every tensor back and run the file in llama.cpp.
+    """Read every tensor back, run the file in llama.cpp, and compare it with its model.
 
-    Example: `lieq-gguf verify llama.gguf --plan plan.json`
+    Example: `lieq-gguf verify llama.gguf --source ./Llama-3.2-1B`
     """
     from lieq_gguf.evaluation import health
     from lieq_gguf.formats.gguf_file import GgufFile
+    from lieq_gguf.job import open_model
+    from lieq_gguf.pipeline import compare
     from lieq_gguf.records.files import SCHEMA_VERSION
+    from lieq_gguf.records.options import ComputeOptions, SourceOptions
     from lieq_gguf.records.plan import QuantPlan
     from lieq_gguf.writing import verification
 
+    progress = out.progress()
     types = None if plan is None else QuantPlan.load(plan).types
+    reading = SourceOptions(adapter=adapter, allow_requantize=True)
+    model = None if source is None else open_model(source, reading, progress)
     n_weights = sum(t.spec.n_weights for t in GgufFile(file).tensors)
-    with out.progress().stage("verify", "Verifying", n_weights) as advance:
+    with progress.stage("verify", "Verifying", n_weights) as advance:
         result = verification.verify(file, types, n_threads=threads, advance=advance)
+    equality = None if model is None else compare(model, file, ComputeOptions(n_threads=threads), progress)
     answers = health.check_file(file, threads)
     if out.as_json:
         document = {"schema_version": SCHEMA_VERSION, "file": str(file), "ok": True, **vars(result)}
-        print_json(document | {"health": answers.to_json()})
+        compared = {} if equality is None else {"equality": equality.to_json()}
+        print_json(document | compared | {"health": answers.to_json()})
     else:
         against = "" if plan is None else f", types as in {plan}"
         print(f"{file}: {result.n_tensors} tensors read back, all finite{against}; llama.cpp loads and runs it")
+        if model is not None:
+            print(f"it is the model of {source}: {_how_equal(equality)}")
         print(f"{answers.n_prompts} short continuations: {answers.verdict}")
+
+
+def _how_equal(equality: Equality | None) -> str:
+    if equality is None:
+        return "its weights are compared, since only llama.cpp runs this architecture"
+    return (
+        f"from the same input, layers in llama.cpp are at most {max(equality.layer_errors):.1%} off those of "
+        "transformers, which rounding explains"
+    )
 
 
 def evaluate(

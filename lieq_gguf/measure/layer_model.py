@@ -5,24 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import takewhile
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from lieq_gguf.errors import SourceError
-from lieq_gguf.measure.experts import separate_experts
+from lieq_gguf.measure.base_model import given_to_layers, initialised, layer_kinds
 from lieq_gguf.measure.output_head import OutputHead
 from lieq_gguf.measure.torch_setup import has_fast_bfloat16, torch_device
 from lieq_gguf.records.options import ComputeOptions
-from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.source import Source
 
-_LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry per layer
 _BATCH_TOKENS = 2048  # tokens in a batch; more do not fit the processor's caches
+
+
+class Weights(Protocol):
+    """What :meth:`LayerModel.load` needs of a source."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The tensors."""
+
+    def read(self, tensor: TensorSpec) -> torch.Tensor:
+        """A tensor as transformers has it."""
+
+    def release(self) -> None:
+        """Free memory used for reading."""
+
 
 Recording: TypeAlias = dict[str, list[Any]]
 """Name of a module to its outputs, one per batch; in the order in which the modules finish."""
@@ -88,7 +100,7 @@ class LayerModel:
             self.layer.cpu().apply(self._init_weights)  # type: ignore[arg-type]  # on the CPU: the same on any device
         self.layer.to(self.device)
 
-    def load(self, source: Source, index: int) -> None:
+    def load(self, source: Weights, index: int) -> None:
         """Load a layer's weights, converted to float32."""
         self._prepare(index)
         weights: dict[str, torch.Tensor] = {}
@@ -267,19 +279,7 @@ class LayerModel:
         return self._around[shape]
 
     def _given_to_layers(self, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-        """Run the model without its layers, and catch the arguments each layer would get."""
-        caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
-
-        def catch(hidden: torch.Tensor, **around: Any) -> torch.Tensor:
-            caught.append((hidden, around))
-            return hidden
-
-        with ExitStack() as stack:
-            for module in self._layers:
-                module.forward = catch  # shadows the class's method
-                stack.callback(delattr, module, "forward")
-            self._model(use_cache=False, **inputs)
-        return caught
+        return given_to_layers(self._model, **inputs)
 
 
 @contextmanager
@@ -293,44 +293,8 @@ def _given_weight(module: nn.Module, weight: nn.Parameter) -> Iterator[None]:
         module.weight = original
 
 
-LayerKind: TypeAlias = tuple[str, ...]
-"""Entries of ``_LAYER_LISTS`` for a layer; layers of the same kind differ only in their weights."""
-
-
-def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
-    """The kind of every layer: attention over all tokens or a window, with or without rotation."""
-    n_layers: int = config.num_hidden_layers
-    lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
-    return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
-
-
-def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
-    """A base model with one layer of each kind and a small vocabulary, filled by the model's own initialiser."""
-    kinds = layer_kinds(config)
-    examples = [kinds.index(kind) for kind in sorted(set(kinds))]
-    lists = {key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))}
-    # the ids of special tokens lie outside the small vocabulary
-    special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
-    small = type(config).from_dict(config.to_dict() | sizes | lists | special_ids)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    base: nn.Module = model.eval().base_model
-    separate_experts(base)
-    return base
-
-
 def _share_weights(source: nn.Module, target: nn.Module) -> None:
     """Let the target use the weights of the source."""
     for name, parameter in source.named_parameters():
         owner, _, attribute = name.rpartition(".")
         setattr(target.get_submodule(owner), attribute, parameter)
-
-
-def twin_embedding(config: PretrainedConfig, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:
-    """Rows of a fresh embedding for the tokens that occur; other rows would only take memory."""
-    used, positions = np.unique(ids, return_inverse=True)
-    embedding = initialised(config, n_vocab=len(used), seed=seed).get_input_embeddings()  # type: ignore[operator]
-    rows: torch.Tensor = embedding.weight.detach()[torch.from_numpy(positions.reshape(ids.shape))]
-    return rows

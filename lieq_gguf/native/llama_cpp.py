@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from lieq_gguf.errors import VerificationError
 from lieq_gguf.native.graph import Node
+from lieq_gguf.quant_types import F32
 
 _log_lines: list[str] = []
 
@@ -240,7 +241,13 @@ class LoadedModel:
 
 @contextmanager
 def open_model(
-    file: Path, *, vocab_only: bool = False, n_ctx: int = 512, n_threads: int = 1, watcher: Watcher | None = None
+    file: Path,
+    *,
+    vocab_only: bool = False,
+    n_ctx: int = 512,
+    n_threads: int = 1,
+    watcher: Watcher | None = None,
+    in_float32: bool = False,
 ) -> Iterator[LoadedModel]:
     """Load a GGUF file into llama.cpp for the length of a ``with``.
 
@@ -250,6 +257,7 @@ def open_model(
         n_ctx: Number of tokens the context holds, and that run at a time.
         n_threads: Threads to run with.
         watcher: Sees the graph while it is evaluated, or None.
+        in_float32: Whether attention is computed in float32, keys and values too, instead of partly in F16.
 
     Raises:
         VerificationError: if llama.cpp refuses the file, quoting it.
@@ -271,6 +279,9 @@ def open_model(
             settings.n_threads = settings.n_threads_batch = n_threads
             if callback is not None:
                 settings.cb_eval = callback.function
+            if in_float32:
+                settings.type_k = settings.type_v = F32.ggml_id
+                settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             context = api.llama_init_from_model(model, settings)
             if not context:
                 raise VerificationError(f"llama.cpp cannot create a context for {file}: {_last_error()}")

@@ -179,6 +179,22 @@ class GgufSource:
         loaded = in_model_order(tensor, loaded.reshape(tensor.shape))
         return loaded.float() - tensor.offset if tensor.offset else loaded
 
+    def read_head(self) -> torch.Tensor:
+        """The output matrix, or the embedding if there is none."""
+        names = ("output.weight", "token_embd.weight")
+        return next(self.read(t) for name in names for t in self.spec.tensors if t.name == name)
+
+    def read_rows(self, tensor: TensorSpec, rows: slice | Sequence[int]) -> torch.Tensor:
+        """Some rows, in file order, decoded to float32."""
+        import torch
+
+        place = self._places[tensor.name]
+        return torch.from_numpy(ggml.dequantize(self._mapped(place)[rows], place.quant_type))
+
+    def stored_type(self, tensor: TensorSpec) -> QuantType:
+        """The type of a tensor in the file."""
+        return self._places[tensor.name].quant_type
+
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
         """The weights, decoded; they are already in file order."""
         place = self._places[tensor.name]
@@ -230,6 +246,9 @@ class GgufSource:
         in_text = {tokens[i]: i for i, kind in enumerate(self._token_types[: len(tokens)]) if kind in _IN_TEXT}
         loaded = load_vocabulary(self.path)
         return SourceTokenizer(len(tokens), in_text, loaded.tokenize, lambda token_id: tokens[token_id])
+
+    def transformers_ids(self, text: str, add_special_tokens: bool) -> None:
+        """None: transformers does not read the tokenizer of the file."""
 
     def read_metadata(self, pre_tokenizer: str | None = None) -> SourceMetadata:
         """The file's metadata about the model; what it says of the file itself (types, parts) is left out.

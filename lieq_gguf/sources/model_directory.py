@@ -95,6 +95,10 @@ class ModelDirectory:
 
         return torch.stack([self._stored(name) for name in tensor.source_names])
 
+    def read_head(self) -> torch.Tensor:
+        """The output matrix that transformers uses: one of its own if the files have one, otherwise the embedding."""
+        return self._stored(HEAD if HEAD in self._weights.names else EMBEDDING)
+
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
         """The weights in file order, some rows ``[n_rows, n_in]`` of one matrix at a time; a vector is one row."""
         if tensor.of_experts:
@@ -133,6 +137,20 @@ class ModelDirectory:
     def load_tokenizer(self) -> SourceTokenizer:
         """The tokenizer of the directory's files."""
         return load_source_tokenizer(self.path)
+
+    def transformers_ids(self, text: str, add_special_tokens: bool) -> list[int] | None:
+        """Token ids that transformers makes of a text; None if it cannot load the tokenizer."""
+        tokenizer = self._transformers_tokenizer
+        return None if tokenizer is None else list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+
+    @cached_property
+    def _transformers_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        except Exception:  # as for the configuration; our own reading of the files then stands alone
+            return None
 
     def read_metadata(self, pre_tokenizer: str | None = None) -> SourceMetadata:
         """Metadata for the file; ``pre_tokenizer`` names a pre-tokenizer that cannot be recognised.

@@ -75,6 +75,9 @@ class Source(Protocol):
     def read(self, tensor: TensorSpec) -> torch.Tensor:
         """The tensor as transformers has it: rows in its order, nothing added to a norm."""
 
+    def read_head(self) -> torch.Tensor:
+        """The output matrix that transformers uses ``[n_vocab, d_model]``, whatever the spec says."""
+
     def rows(self, tensor: TensorSpec) -> Iterator[FloatArray]:
         """The weights in file order, some rows ``[n_rows, n_in]`` at a time; a vector is one row."""
 
@@ -100,6 +103,9 @@ class Source(Protocol):
 
     def load_tokenizer(self) -> SourceTokenizer:
         """The model's own tokenizer."""
+
+    def transformers_ids(self, text: str, add_special_tokens: bool) -> list[int] | None:
+        """Token ids that transformers makes of a text; None if it cannot load the tokenizer."""
 
     def read_metadata(self, pre_tokenizer: str | None = None) -> SourceMetadata:
         """Metadata for the file.

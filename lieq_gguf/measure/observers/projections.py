@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lieq_gguf.measure.layer_model import LayerModel, twin_embedding
+from lieq_gguf.measure.base_model import twin_embedding
+from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.observers import Observer, Observers, PassSetting
 from lieq_gguf.records.measurement import Spectrum
 from lieq_gguf.scorers.spectrum import energy_spectrum

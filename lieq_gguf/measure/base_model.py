@@ -1,0 +1,67 @@
+"""transformers' own model without its weights: one layer of each kind, and what the model gives to its layers."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from lieq_gguf.measure.experts import separate_experts
+
+_LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry per layer
+
+LayerKind: TypeAlias = tuple[str, ...]
+"""Entries of ``_LAYER_LISTS`` for a layer; layers of the same kind differ only in their weights."""
+
+
+def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
+    """The kind of every layer: attention over all tokens or a window, with or without rotation."""
+    n_layers: int = config.num_hidden_layers
+    lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
+    return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
+
+
+def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
+    """A base model with one layer of each kind and a small vocabulary, filled by the model's own initialiser."""
+    kinds = layer_kinds(config)
+    examples = [kinds.index(kind) for kind in sorted(set(kinds))]
+    lists = {key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))}
+    # the ids of special tokens lie outside the small vocabulary
+    special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
+    small = type(config).from_dict(config.to_dict() | sizes | lists | special_ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    base: nn.Module = model.eval().base_model
+    separate_experts(base)
+    return base
+
+
+def given_to_layers(model: nn.Module, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """Run a model without its layers, and catch the hidden states and arguments that each layer would get."""
+    caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def catch(hidden: torch.Tensor, **around: Any) -> torch.Tensor:
+        caught.append((hidden, around))
+        return hidden
+
+    with ExitStack() as stack:
+        for module in model.get_submodule("layers").children():
+            module.forward = catch  # shadows the class's method
+            stack.callback(delattr, module, "forward")
+        model(use_cache=False, **inputs)
+    return caught
+
+
+def twin_embedding(config: PretrainedConfig, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:
+    """Rows of a fresh embedding for the tokens that occur; other rows would only take memory."""
+    used, positions = np.unique(ids, return_inverse=True)
+    embedding = initialised(config, n_vocab=len(used), seed=seed).get_input_embeddings()  # type: ignore[operator]
+    rows: torch.Tensor = embedding.weight.detach()[torch.from_numpy(positions.reshape(ids.shape))]
+    return rows

@@ -1,0 +1,122 @@
+"""The weights of a file as transformers has them, compared with those of the model while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lieq_gguf.native import encoders, ggml
+from lieq_gguf.quant_types import QuantType
+from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.sources.gguf_source import GgufSource
+from lieq_gguf.sources.source import Source
+
+_N_ROWS = 2  # compared of each matrix; of experts one of each
+_TINY = float(np.finfo(np.float32).tiny)
+_LEAST_COSINE = 0.5
+_ERROR_FACTOR, _OUTER_ERROR_FACTOR, _ERROR_FLOOR = 3.0, 1.5, 0.01
+"""Rows of a matrix: their cosine with the source's, and their distance in units of what the type does to them by
+itself. Error feedback and importance move a row of a layer farther, hardly by twice as much; the embedding and the
+output matrix have neither."""
+
+
+class DifferenceError(Exception):
+    """What differs, in words."""
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The output matrix of the file, of which rows are decoded when they are needed."""
+
+    written: GgufSource
+    tensor: TensorSpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(n_vocab, d_model)``."""
+        return self.tensor.shape
+
+    @property
+    def quant_type(self) -> QuantType:
+        """Its type in the file."""
+        return self.written.stored_type(self.tensor)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return self.written.read_rows(self.tensor, rows)
+
+
+class ComparedWeights:
+    """The file's weights, for transformers' layers. Some rows of each tensor are compared with the source's."""
+
+    def __init__(self, source: Source, written: GgufSource) -> None:
+        self.spec = source.spec
+        self._source = source
+        self._written = written
+
+    def read(self, tensor: TensorSpec) -> torch.Tensor:
+        """A tensor of the file as transformers has it."""
+        loaded = self._written.read(tensor)
+        if tensor.source_name is not None:
+            self._compare(tensor, loaded)
+        return loaded
+
+    def release(self) -> None:
+        """Free memory used for reading."""
+        self._written.release()
+        self._source.release()
+
+    def rows_of_embedding(self, ids: Sequence[int]) -> torch.Tensor:
+        """Rows of the embedding ``[n_tokens, d_model]``."""
+        embedding = self.spec.embedding
+        found = self._written.read_rows(embedding, ids)
+        expected = self._source.read(embedding)[torch.tensor(ids)]
+        quant_type = self._written.stored_type(embedding)
+        _compare_rows(embedding.name, found[:_N_ROWS], expected[:_N_ROWS], quant_type, _OUTER_ERROR_FACTOR)
+        return found
+
+    def head(self) -> HeadRows:
+        """The output matrix that llama.cpp takes, whatever the source's spec says of it."""
+        outer = {t.name: t for t in self._written.spec.tensors if t.layer is None}
+        head = HeadRows(self._written, outer.get("output.weight", outer["token_embd.weight"]))
+        rows = _some_rows(head.shape[0])
+        expected = self._source.read_head()[torch.tensor(rows)]
+        found = self._written.read_rows(head.tensor, rows)
+        _compare_rows("the output matrix", found, expected, head.quant_type, _OUTER_ERROR_FACTOR)
+        return head
+
+    def _compare(self, tensor: TensorSpec, loaded: torch.Tensor) -> None:
+        expected = self._source.read(tensor)
+        if not tensor.is_matrix:
+            scale = float(expected.float().abs().max())
+            if not torch.allclose(loaded.float(), expected.float(), rtol=1e-5, atol=1e-6 * scale):
+                raise DifferenceError(f"{tensor.name} has other numbers")
+            return
+        rows = _some_rows(tensor.shape[-2])
+        if tensor.of_experts:  # a row of each
+            loaded, expected, rows = loaded[:, rows[-1]], expected[:, rows[-1]], list(range(tensor.shape[0]))
+        _compare_rows(tensor.name, loaded[rows], expected[rows], self._written.stored_type(tensor))
+
+
+def _some_rows(n_rows: int) -> list[int]:
+    """Rows spread evenly."""
+    return [int(row) for row in np.linspace(0, n_rows - 1, min(n_rows, _N_ROWS))]
+
+
+def _compare_rows(
+    name: str, found: torch.Tensor, expected: torch.Tensor, quant_type: QuantType, factor: float = _ERROR_FACTOR
+) -> None:
+    """Require that rows ``[n, n_in]`` are the expected ones, as well as a type can hold them."""
+    a, b = (np.ascontiguousarray(rows.float().cpu().numpy()) for rows in (found, expected))
+    by_type = ggml.dequantize(encoders.quantize(b, quant_type, np.ones(b.shape[1], dtype=np.float32)), quant_type)
+    size, of_found, distance, own = (np.linalg.norm(rows, axis=1) for rows in (b, a, a - b, by_type - b))
+    bound = factor * own + _ERROR_FLOOR * size
+    is_like = (a * b).sum(axis=1) >= _LEAST_COSINE * of_found * size
+    if not (is_like & (distance <= bound)).all():
+        row = int(np.argmax(distance - bound))
+        raise DifferenceError(
+            f"{name} has other weights: a row is {distance[row] / (size[row] + _TINY):.0%} off where {quant_type.name} "
+            f"explains {bound[row] / (size[row] + _TINY):.0%}"
+        )

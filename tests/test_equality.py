@@ -1,0 +1,251 @@
+"""A written file is compared with its model: faults of every kind are found, and right files of every kind pass."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.command import RunCli
+from support.families import LLAMA_3_ROPE, TINY_MODELS, YARN_ROPE
+from support.reports import edit_json, edit_weights, negate_up, untie_head
+from support.requests import convert_plainly, on_text, request_of
+
+from lieq_gguf.architectures.decoder import ATTENTION, Decoder
+from lieq_gguf.architectures.gemma3 import Gemma3
+from lieq_gguf.architectures.llama import Llama
+from lieq_gguf.errors import VerificationError
+from lieq_gguf.formats.gguf_header import HeaderWriter
+from lieq_gguf.pipeline import convert
+from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.bits import BitBudget
+from lieq_gguf.records.options import ComputeOptions, SourceOptions
+from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.sources import open_source
+from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.sources.row_order import FloatArray
+from lieq_gguf.sources.weight_files import HEAD
+from lieq_gguf.writing.equality import check_equality
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind at all. " * 8
+Patch = Callable[[pytest.MonkeyPatch], object]
+
+
+def transposed_rows(self: ModelDirectory, tensor: TensorSpec) -> Iterator[FloatArray]:
+    """The rows of a directory, but for one expert's gate, which is transposed."""
+    weights = self.read(tensor).float().numpy()
+    if tensor.name == "blk.1.ffn_gate_exps.weight":
+        weights[3] = weights[3].T.copy()
+    yield from weights.reshape(-1, 1, weights.shape[-1]) + np.float32(tensor.offset)
+
+
+def without_scaling(self: Decoder, config: Any, writer: Any) -> None:
+    writer.add_rope_freq_base(self.rope(config)["rope_theta"])
+
+
+WRITERS_FAULTS: dict[str, tuple[str, dict[str, Any], Patch, str]] = {
+    "rows of query and key": (
+        "smollm2", {}, lambda m: m.setattr(Llama, "modules", tuple(_plain(x) for x in Llama.modules)),
+        "computes embedding or layer 0 otherwise",
+    ),
+    "norms without their one": (
+        "gemma3", {}, lambda m: m.setattr(Gemma3, "norm_offset", 0.0), "computes embedding or layer 0 otherwise",
+    ),
+    "yarn left out": (
+        "qwen2", {"rope_parameters": YARN_ROPE}, lambda m: m.setattr(Decoder, "add_rope", without_scaling),
+        "rotary_emb.attention_scaling is 1, not 1.27726",
+    ),
+    "llama3 left out": (
+        "llama", {"rope_parameters": LLAMA_3_ROPE}, lambda m: m.setattr(Llama, "computed_lengths", lambda *_: {}),
+        "the cosines of rotation 0",
+    ),
+    "epsilon": (
+        "smollm2", {}, lambda m: m.setattr(HeaderWriter, "add_layer_norm_rms_eps", _other_epsilon),
+        "layers.0.input_layernorm.variance_epsilon is 1e-05, not 1e-06",
+    ),
+    "window": (
+        "gemma2", {}, lambda m: m.setattr(HeaderWriter, "add_sliding_window", _wider_window),
+        "sliding_window is 64, not 32",
+    ),
+    "an expert transposed": (
+        "qwen3moe", {}, lambda m: m.setattr(ModelDirectory, "rows", transposed_rows),
+        "blk.1.ffn_gate_exps.weight has other weights",
+    ),
+}  # fmt: skip
+
+
+def _plain(module: Any) -> Any:
+    """As if llama.cpp rotated halves, as transformers does."""
+    return next((plain for plain in ATTENTION if plain.role == module.role), module)
+
+
+def _other_epsilon(self: HeaderWriter, value: float) -> None:
+    self.add_float32(f"{self.arch}.attention.layer_norm_rms_epsilon", 10 * value)
+
+
+def _wider_window(self: HeaderWriter, value: int) -> None:
+    self.add_uint32(f"{self.arch}.attention.sliding_window", 2 * value)
+
+
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q8_0"])
+@pytest.mark.parametrize(("model", "settings", "patch", "says"), WRITERS_FAULTS.values(), ids=WRITERS_FAULTS)
+def test_a_fault_of_the_writer_leaves_no_file(
+    model: str,
+    settings: dict[str, Any],
+    patch: Patch,
+    says: str,
+    type_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = TINY_MODELS[model].write(tmp_path / "model", **settings)
+    patch(monkeypatch)
+    with pytest.raises(VerificationError, match="the file is not the model of") as caught:
+        convert_plainly(path, tmp_path / "out.gguf", type_name)
+    assert says in str(caught.value)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q8_0"])
+def test_a_head_that_the_writer_drops(type_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = TINY_MODELS["qwen2"].write(tmp_path / "model")
+    untie_head(path)
+    monkeypatch.setattr(ModelDirectory, "_names_in_use", lambda self, _config: self._weights.names - {HEAD})
+    with pytest.raises(VerificationError, match="the output matrix has other weights"):
+        convert_plainly(path, tmp_path / "out.gguf", type_name)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def drop_template(path: Path) -> None:
+    """A tokenizer that adds nothing."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    edit_json("tokenizer.json", post_processor=byte_level)(path)
+
+
+def swap_experts(weights: dict[str, torch.Tensor]) -> None:
+    one, other = (f"model.layers.1.mlp.experts.{i}.up_proj.weight" for i in (0, 7))
+    weights[one], weights[other] = weights[other], weights[one]
+
+
+def stretch_channel(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.embed_tokens.weight"][:, 7] *= 20
+
+
+def stretch_norm(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.norm.weight"].mul_(1.1)
+
+
+OTHER_MODELS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "head": ("qwen2", untie_head, "output.weight is missing"),
+    "tokens": ("llama3", drop_template, "transformers adds the tokens ([], []) before and after a text, llama.cpp"),
+    "experts": ("qwen3moe", edit_weights(swap_experts), "blk.1.ffn_up_exps.weight has other weights"),
+    "norm": (
+        "smollm2", edit_weights(stretch_norm),
+        "output_norm.weight has other numbers",
+    ),
+    "theta": ("qwen3", edit_json("config.json", rope_parameters={"rope_theta": 5e5}), "the cosines of rotation 0"),
+    "cap": ("gemma2", edit_json("config.json", final_logit_softcapping=20.0), "final_logit_softcapping is 30, not 20"),
+    "scale": ("granite", edit_json("config.json", embedding_multiplier=6.0), "embedding"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q8_0"])
+@pytest.mark.parametrize(("model", "change", "says"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_the_file_of_another_model_is_told(
+    model: str, change: Callable[[Path], object], says: str, type_name: str, tmp_path: Path, run_cli: RunCli
+) -> None:
+    path = TINY_MODELS[model].write(tmp_path / "model")
+    file = convert_plainly(path, tmp_path / "out.gguf", type_name)
+    assert run_cli("verify", file, "--source", path, "-q").exit_code == 0
+    change(path)
+    done = run_cli("verify", file, "--source", path, "-q")
+    assert done.exit_code == 1
+    [line] = done.stderr.splitlines()
+    assert says in line
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q8_0"])
+def test_every_family_passes(name: str, type_name: str, tmp_path: Path) -> None:
+    """F16, and a mix of types with error feedback, are in test_families."""
+    convert_plainly(TINY_MODELS[name].write(tmp_path / "model"), tmp_path / "out.gguf", type_name)
+
+
+@pytest.mark.parametrize("error_feedback", [False, True])
+def test_every_type_passes(error_feedback: bool, calibration_text: Path, tmp_path: Path) -> None:
+    """Each in some matrix of one file."""
+    path = TINY_MODELS["smollm3"].write(tmp_path / "model")
+    spec, names = ModelDirectory(path).spec, cycle(QUANT_TYPES)
+    types = {t.name: next(names) if t.is_matrix else t.fixed_type for t in spec.tensors}
+    assert set(types.values()) == set(QUANT_TYPES)
+    plan = QuantPlan(
+        spec.name, "by hand", "none", BitBudget("bits", 5), (1, 16), types, (), error_feedback=error_feedback
+    )
+    plan.save(tmp_path / "plan.json", {})
+    request = request_of(path, 5, tmp_path / "out.gguf", measuring=on_text(calibration_text, 512))
+    assert convert(replace(request, target=tmp_path / "plan.json")).equality is not None
+
+
+@pytest.mark.parametrize("type_name", ["F16", "BF16", "Q4_K", "Q8_0"])
+@pytest.mark.parametrize("name", ["smollm2", "qwen2"])
+def test_massive_activations_and_biases_pass(name: str, type_name: str, tmp_path: Path) -> None:
+    """As in trained models: a channel so large that others are rounded away, and biases of keys of hundreds."""
+
+    def exaggerate(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.embed_tokens.weight"][:, 7] *= 2000
+        for tensor, values in weights.items():
+            if tensor.endswith(tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "gate", "up"))):
+                values[:, 7] *= 0.001
+            if tensor.endswith("k_proj.bias"):
+                values *= 400
+
+    path = TINY_MODELS[name].write(tmp_path / "model")
+    edit_weights(exaggerate)(path)
+    convert_plainly(path, tmp_path / "out.gguf", type_name)
+
+
+def test_a_fault_beside_massive_activations_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = TINY_MODELS["smollm2"].write(tmp_path / "model")
+    edit_weights(stretch_channel)(path)
+    monkeypatch.setattr(Llama, "modules", tuple(_plain(module) for module in Llama.modules))
+    with pytest.raises(VerificationError, match="computes embedding or layer 0 otherwise"):
+        convert_plainly(path, tmp_path / "out.gguf", "Q4_K")
+
+
+def test_verify_tells_how_equal(tiny_model: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    file = convert_plainly(tiny_model, tmp_path / "out.gguf")
+    document = json.loads(run_cli("verify", file, "--source", tiny_model, "--json").stdout)
+    assert len(document["equality"]["layer_errors"]) == 3
+    assert max(*document["equality"]["layer_errors"], document["equality"]["head_error"]) < 0.01
+
+
+def test_a_file_of_another_shape_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    file = convert_plainly(tiny_model, tmp_path / "out.gguf")
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    edit_json("config.json", num_hidden_layers=2)(other)
+    with pytest.raises(VerificationError, match=r"blk\.2\.attn_k\.weight is not one of its tensors"):
+        check_equality(open_source(other), file, TEXT, ComputeOptions())
+
+
+def test_of_a_model_that_llama_cpp_runs_the_weights_are_compared(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = convert_plainly(tiny_model, tmp_path / "exact.gguf")
+    file = convert_plainly(exact, tmp_path / "out.gguf", "Q4_K")
+    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda _name: None)
+    assert check_equality(open_source(exact), file, TEXT, ComputeOptions()) is None
+    changed = Path(shutil.copytree(tiny_model, tmp_path / "changed"))
+    edit_weights(negate_up)(changed)
+    monkeypatch.undo()
+    other = convert_plainly(changed, tmp_path / "other.gguf")
+    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda _name: None)
+    with pytest.raises(VerificationError, match=r"blk\.1\.ffn_up\.weight has other weights"):
+        check_equality(open_source(other, SourceOptions()), file, TEXT, ComputeOptions())
