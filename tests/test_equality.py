@@ -65,7 +65,7 @@ WRITERS_FAULTS: dict[str, tuple[str, dict[str, Any], Patch, str]] = {
     ),
     "llama3 left out": (
         "llama", {"rope_parameters": LLAMA_3_ROPE}, lambda m: m.setattr(Llama, "computed_lengths", lambda *_: {}),
-        "the cosines of rotation 0",
+        "is rotated otherwise",
     ),
     "epsilon": (
         "smollm2", {}, lambda m: m.setattr(HeaderWriter, "add_layer_norm_rms_eps", _other_epsilon),
@@ -151,7 +151,7 @@ OTHER_MODELS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "smollm2", edit_weights(stretch_norm),
         "output_norm.weight has other numbers",
     ),
-    "theta": ("qwen3", edit_json("config.json", rope_parameters={"rope_theta": 5e5}), "the cosines of rotation 0"),
+    "theta": ("qwen3", edit_json("config.json", rope_parameters={"rope_theta": 5e5}), "is rotated otherwise"),
     "cap": ("gemma2", edit_json("config.json", final_logit_softcapping=20.0), "final_logit_softcapping is 30, not 20"),
     "scale": ("granite", edit_json("config.json", embedding_multiplier=6.0), "embedding"),
 }  # fmt: skip

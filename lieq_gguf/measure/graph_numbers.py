@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from lieq_gguf.measure.base_model import given_to_layers, initialised, layer_kinds
 
 _POSITIONS = (0, 1, 2, 5, 20, 100, 500, 2000, 10_000, 50_000)  # whose rotations are compared
-_ANGLE = 0.02  # a frequency in float32 is off by 1e-7 of itself, the angle of position 50,000 by that many times more
+_ANGLE = 0.02
 _SMALL = 32  # neurons of the feed-forward network, whose width the shapes of the tensors tell
 _IN_TRAINING = re.compile(r"training|.*dropout.*|padding_idx|_.*|max_seq_len_cached|original_max_seq_len|layer_idx")
 
@@ -36,18 +38,27 @@ def numbers_differ(found: PretrainedConfig, expected: PretrainedConfig, *, with_
         return f"layer {layer} is of kind {kinds[0][layer]}, not of kind {kinds[1][layer]}"
     context = min(found.max_position_embeddings, expected.max_position_embeddings)
     positions = [position for position in _POSITIONS if position < context]
-    ours, theirs = _numbers(found, positions), _numbers(expected, positions)
+    models = _small_model(found), _small_model(expected)
+    ours, theirs = _numbers(models[0], found), _numbers(models[1], expected)
     for name in sorted(ours.keys() | theirs.keys()):
         is_compared = with_windows or not name.endswith("sliding_window")
         if is_compared and not _is_same(ours.get(name), theirs.get(name)):
             return f"{name} is {_shown(ours.get(name))}, not {_shown(theirs.get(name))}"
+    rotations = (_rotations(model, expected.hidden_size, positions) for model in models)
+    for position, a, b in zip(positions, *rotations, strict=True):
+        # a frequency in float32 is off by 1e-7 of itself, and the angle of position 50,000 by as many times more
+        if len(a) != len(b) or not np.allclose(a, b, rtol=0, atol=_ANGLE):
+            return f"position {position} is rotated otherwise (rotary base or scaling)"
     return ""
 
 
-def _numbers(config: PretrainedConfig, positions: Sequence[int]) -> dict[str, Any]:
-    """Module and attribute to number; and what each kind of layer gets besides hidden states."""
+def _small_model(config: PretrainedConfig) -> nn.Module:
     sizes = {key: _SMALL for key in ("intermediate_size", "moe_intermediate_size") if hasattr(config, key)}
-    model = initialised(type(config).from_dict(config.to_dict() | sizes), n_vocab=1, seed=0)
+    return initialised(type(config).from_dict(config.to_dict() | sizes), n_vocab=1, seed=0)
+
+
+def _numbers(model: nn.Module, config: PretrainedConfig) -> dict[str, Any]:
+    """Module and attribute to number."""
     found: dict[str, Any] = {
         f"{name}.{key}" if name else key: value
         for name, module in model.named_modules()
@@ -59,23 +70,23 @@ def _numbers(config: PretrainedConfig, positions: Sequence[int]) -> dict[str, An
     with torch.inference_mode():
         [(scaled, _), *_] = given_to_layers(model, input_ids=torch.zeros(1, 1, dtype=torch.long))
         found["factor of the embedding"] = float(scaled[0, 0, 0])
-        hidden = torch.zeros(1, len(positions), config.hidden_size)
-        given = given_to_layers(model, inputs_embeds=hidden, position_ids=torch.tensor([positions]))
-    for kind, (_, around) in enumerate(given):
-        for name, tensor in zip(("cosines", "sines"), around.get("position_embeddings") or (), strict=False):
-            found[f"the {name} of rotation {kind}"] = tensor.numpy()
     return found
 
 
+def _rotations(model: nn.Module, width: int, positions: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Cosines and sines that the layers of each kind get ``[n_positions, …]``."""
+    hidden = torch.zeros(1, len(positions), width)
+    with torch.inference_mode():
+        given = given_to_layers(model, inputs_embeds=hidden, position_ids=torch.tensor([positions]))
+    tables = [table[0].numpy() for _, around in given for table in around.get("position_embeddings") or ()]
+    return np.concatenate(tables, axis=1) if tables else np.zeros((len(positions), 0), dtype=np.float32)
+
+
 def _is_same(found: Any, expected: Any) -> bool:
-    if isinstance(found, np.ndarray) and isinstance(expected, np.ndarray):
-        return found.shape == expected.shape and bool(np.allclose(found, expected, rtol=0, atol=_ANGLE))
     if isinstance(found, (int, float)) and isinstance(expected, (int, float)):
         return math.isclose(found, expected, rel_tol=1e-5)
     return found is None and expected is None
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.ravel()[-1]:g} at the last of them"
     return f"{value:g}" if isinstance(value, float) else str(value)
