@@ -18,9 +18,10 @@ from support.families import LLAMA_3_ROPE, TINY_MODELS, YARN_ROPE
 from support.reports import edit_json, edit_weights, negate_up, untie_head
 from support.requests import convert_plainly, on_text, request_of
 
-from lieq_gguf.architectures.decoder import ATTENTION, Decoder
+from lieq_gguf.architectures.decoder import Decoder
 from lieq_gguf.architectures.gemma3 import Gemma3
 from lieq_gguf.architectures.llama import Llama
+from lieq_gguf.architectures.modules import ATTENTION
 from lieq_gguf.errors import VerificationError
 from lieq_gguf.formats.gguf_header import HeaderWriter
 from lieq_gguf.pipeline import convert

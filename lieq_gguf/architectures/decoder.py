@@ -6,13 +6,13 @@ refuses what a graph cannot express: it would run and give other numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import gguf
 
+from lieq_gguf.architectures.checks import Config, check_yarn, config_object, require_count, require_number
+from lieq_gguf.architectures.modules import LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 from lieq_gguf.records.spec import TensorSpec
@@ -20,65 +20,8 @@ from lieq_gguf.records.spec import TensorSpec
 if TYPE_CHECKING:
     import torch
 
-Config = Mapping[str, Any]
-"""``config.json``."""
-
 
 _WITH_WINDOW_SWITCH = ("qwen2", "qwen3", "qwen3_moe", "smollm3")  # families with use_sliding_window, off by default
-
-
-@dataclass(frozen=True)
-class LayerModule:
-    """A module of a decoder layer.
-
-    Attributes:
-        role: GGUF name without layer and suffix, such as ``attn_q``.
-        name: Name in the source's layer, such as ``self_attn.q_proj``; with ``{}`` for the index of an expert.
-        shape: Shape of its weight, in names of :meth:`Decoder.sizes`.
-        heads: Name of the number of heads whose rows llama.cpp's rotary layout reorders; empty if it keeps the order.
-        bias: Key of ``config.json`` that says whether there is a bias; ``always``; or empty for never.
-        is_fixed: Whether it stays in F32 even though it has rows: llama.cpp does not quantise it.
-    """
-
-    role: str
-    name: str
-    shape: tuple[str, ...]
-    heads: str = ""
-    bias: str = ""
-    is_fixed: bool = False
-
-
-NORMS = (
-    LayerModule("attn_norm", "input_layernorm", ("width",)),
-    LayerModule("ffn_norm", "post_attention_layernorm", ("width",)),
-)
-ATTENTION = (
-    LayerModule("attn_q", "self_attn.q_proj", ("q_width", "width"), bias="attention_bias"),
-    LayerModule("attn_k", "self_attn.k_proj", ("kv_width", "width"), bias="attention_bias"),
-    LayerModule("attn_v", "self_attn.v_proj", ("kv_width", "width"), bias="attention_bias"),
-    LayerModule("attn_output", "self_attn.o_proj", ("width", "q_width"), bias="attention_bias"),
-)
-# Llama's own code rotates neighbouring rows, transformers the two halves; llama.cpp's older graphs follow Llama's code
-INTERLEAVED_ATTENTION = (
-    LayerModule("attn_q", "self_attn.q_proj", ("q_width", "width"), heads="n_heads", bias="attention_bias"),
-    LayerModule("attn_k", "self_attn.k_proj", ("kv_width", "width"), heads="n_kv_heads", bias="attention_bias"),
-    *ATTENTION[2:],
-)
-HEAD_NORMS = (
-    LayerModule("attn_q_norm", "self_attn.q_norm", ("head_dim",)),
-    LayerModule("attn_k_norm", "self_attn.k_norm", ("head_dim",)),
-)
-FEED_FORWARD = (
-    LayerModule("ffn_gate", "mlp.gate_proj", ("n_ff", "width"), bias="mlp_bias"),
-    LayerModule("ffn_up", "mlp.up_proj", ("n_ff", "width"), bias="mlp_bias"),
-    LayerModule("ffn_down", "mlp.down_proj", ("width", "n_ff"), bias="mlp_bias"),
-)
-SANDWICH_NORMS = (
-    LayerModule("attn_norm", "input_layernorm", ("width",)),
-    LayerModule("post_attention_norm", "post_attention_layernorm", ("width",)),
-    LayerModule("ffn_norm", "pre_feedforward_layernorm", ("width",)),
-    LayerModule("post_ffw_norm", "post_feedforward_layernorm", ("width",)),
-)
 
 
 class Decoder:
@@ -139,8 +82,8 @@ class Decoder:
                 f"layers of this model look back at most {window} tokens, but llama.cpp runs {self.gguf_name} without "
                 "such a window: in longer contexts the results will differ"
             )
-        unused, theta = _object(config, "rope_parameters").get("rope_theta"), self.rope(config)["rope_theta"]
-        if _object(config, "rope_scaling") and unused not in (None, theta):
+        unused, theta = config_object(config, "rope_parameters").get("rope_theta"), self.rope(config)["rope_theta"]
+        if config_object(config, "rope_scaling") and unused not in (None, theta):
             caveats.append(
                 f"config.json has rope_scaling, which takes the place of all rope_parameters: as in transformers, the "
                 f"rotary base is {theta:g}, not the {unused:g} given there; move the scaling into rope_parameters if "
@@ -204,14 +147,14 @@ class Decoder:
         It writes ``rope_parameters``, in some families one set for each kind of attention; files of version 4 have
         ``rope_scaling`` and ``rope_theta``. If a file has both, ``rope_scaling`` takes the place of the newer key.
         """
-        stored, scaling = _object(config, "rope_parameters"), _object(config, "rope_scaling")
+        stored, scaling = config_object(config, "rope_parameters"), config_object(config, "rope_scaling")
         theta = config.get("rope_theta") or self.usual_theta(config)
         if not self.has_rotation_by_kind(config):
             rope = dict(scaling or stored)
         elif layer_type == "full_attention":
-            rope = {**_object(stored, layer_type), **scaling}
+            rope = {**config_object(stored, layer_type), **scaling}
         else:
-            rope, theta = {**_object(stored, layer_type)}, self.local_theta(config)
+            rope, theta = {**config_object(stored, layer_type)}, self.local_theta(config)
         rope["rope_type"] = str(rope.get("rope_type") or rope.get("type") or "default").lower()
         rope.setdefault("rope_theta", theta)
         return rope
@@ -372,66 +315,3 @@ class Decoder:
     def computed_tensor(self, config: Config, name: str) -> torch.Tensor:
         """A vector that the source does not hold, in float32."""
         raise NotImplementedError(f"{self.gguf_name} has no {name}")
-
-
-def check_yarn(rope: Config) -> None:
-    """Refuse a scaling of attention other than yarn's own, by which llama.cpp always scales.
-
-    Source: ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``.
-    """
-    if rope.get("truncate") is False:
-        raise ArchitectureError("yarn rope scaling with truncate off is not supported; expected it to be on")
-    keys = ("attention_factor", "mscale", "mscale_all_dim")
-    for key in keys:
-        if rope.get(key) is not None:
-            require_number(key, rope[key])
-    given, scale, scale_all = (rope.get(key) for key in keys)
-    own = _yarn_scale(rope["factor"], 1.0)
-    if given is None:
-        given = own
-        if scale and scale_all:
-            given = _yarn_scale(rope["factor"], scale) / _yarn_scale(rope["factor"], scale_all)
-    if not math.isclose(given, own, rel_tol=1e-4):
-        raise ArchitectureError(
-            f"yarn rope scaling that multiplies attention by {given:g} is not supported; expected yarn's own {own:g}"
-        )
-
-
-def _yarn_scale(factor: float, scale: float) -> float:
-    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
-
-
-def _object(config: Config, key: str) -> Config:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise ArchitectureError(f"{key} in config.json is {value!r}; expected an object")
-    return value
-
-
-def windowed_layers(n_layers: int, period: int) -> tuple[str, ...]:
-    """Attention types of the layers, as transformers names them, where every ``period``-th layer sees all tokens."""
-    return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers))
-
-
-def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[str, ...]) -> None:
-    """Refuse an order of attention types other than the one built into llama.cpp's graph."""
-    if found != expected:
-        layer = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(found))
-        raise ArchitectureError(
-            f"layer {layer} of {config['num_hidden_layers']} in config.json has "
-            f"{found[layer] if layer < len(found) else 'no attention type'}, but llama.cpp's graph has "
-            f"{expected[layer] if layer < len(expected) else 'no such layer'} there; only that order is supported"
-        )
-
-
-def require_count(key: str, value: object, least: int = 1) -> None:
-    """Require an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ArchitectureError(f"{key} in config.json is {value!r}; expected {expected}")
-
-
-def require_number(key: str, value: object) -> None:
-    """Require a number."""
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        raise ArchitectureError(f"{key} in config.json is {value!r}; expected a number")

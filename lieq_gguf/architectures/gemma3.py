@@ -6,18 +6,10 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import (
-    ATTENTION,
-    FEED_FORWARD,
-    HEAD_NORMS,
-    SANDWICH_NORMS,
-    Config,
-    Decoder,
-    require_layer_types,
-    require_number,
-    windowed_layers,
-)
+from lieq_gguf.architectures.checks import Config, require_layer_types, require_number, windowed_layers
+from lieq_gguf.architectures.decoder import Decoder
 from lieq_gguf.architectures.gemma2 import built_in_attention_scale, check_attention_scale
+from lieq_gguf.architectures.modules import ATTENTION, FEED_FORWARD, HEAD_NORMS, SANDWICH_NORMS
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 

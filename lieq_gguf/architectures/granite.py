@@ -6,7 +6,7 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import Config, require_number
+from lieq_gguf.architectures.checks import Config, require_number
 from lieq_gguf.architectures.llama import Llama
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError

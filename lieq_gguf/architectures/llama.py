@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import gguf
 
-from lieq_gguf.architectures.decoder import FEED_FORWARD, INTERLEAVED_ATTENTION, NORMS, Config, Decoder
+from lieq_gguf.architectures.checks import Config
+from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.modules import FEED_FORWARD, INTERLEAVED_ATTENTION, NORMS
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 

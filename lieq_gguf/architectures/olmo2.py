@@ -6,7 +6,9 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, Config, Decoder, LayerModule, windowed_layers
+from lieq_gguf.architectures.checks import Config, windowed_layers
+from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.modules import ATTENTION, FEED_FORWARD, LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import NORMS, Config, Decoder, LayerModule, require_count, require_number
+from lieq_gguf.architectures.checks import Config, require_count, require_number
+from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.modules import NORMS, LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, NORMS, Decoder
+from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.modules import ATTENTION, FEED_FORWARD, NORMS
 
 
 class Qwen2(Decoder):

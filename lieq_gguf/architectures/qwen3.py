@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lieq_gguf.architectures.decoder import ATTENTION, FEED_FORWARD, HEAD_NORMS, NORMS, Decoder
+from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.modules import ATTENTION, FEED_FORWARD, HEAD_NORMS, NORMS
 
 
 class Qwen3(Decoder):

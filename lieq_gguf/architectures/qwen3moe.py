@@ -6,7 +6,9 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.decoder import ATTENTION, HEAD_NORMS, NORMS, Config, Decoder, LayerModule, require_count
+from lieq_gguf.architectures.checks import Config, require_count
+from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.modules import ATTENTION, HEAD_NORMS, NORMS, LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 

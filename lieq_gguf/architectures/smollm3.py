@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lieq_gguf.architectures.decoder import Config
+from lieq_gguf.architectures.checks import Config
 from lieq_gguf.architectures.llama import Llama
 from lieq_gguf.errors import ArchitectureError
 

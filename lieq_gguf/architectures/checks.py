@@ -1,0 +1,76 @@
+"""What more than one family requires of a ``config.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lieq_gguf.errors import ArchitectureError
+
+Config = Mapping[str, Any]
+"""``config.json``."""
+
+
+def check_yarn(rope: Config) -> None:
+    """Refuse a scaling of attention other than yarn's own, by which llama.cpp always scales.
+
+    Source: ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``.
+    """
+    if rope.get("truncate") is False:
+        raise ArchitectureError("yarn rope scaling with truncate off is not supported; expected it to be on")
+    keys = ("attention_factor", "mscale", "mscale_all_dim")
+    for key in keys:
+        if rope.get(key) is not None:
+            require_number(key, rope[key])
+    given, scale, scale_all = (rope.get(key) for key in keys)
+    own = _yarn_scale(rope["factor"], 1.0)
+    if given is None:
+        given = own
+        if scale and scale_all:
+            given = _yarn_scale(rope["factor"], scale) / _yarn_scale(rope["factor"], scale_all)
+    if not math.isclose(given, own, rel_tol=1e-4):
+        raise ArchitectureError(
+            f"yarn rope scaling that multiplies attention by {given:g} is not supported; expected yarn's own {own:g}"
+        )
+
+
+def _yarn_scale(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def config_object(config: Config, key: str) -> Config:
+    """A value that must be an object; empty if there is none."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ArchitectureError(f"{key} in config.json is {value!r}; expected an object")
+    return value
+
+
+def windowed_layers(n_layers: int, period: int) -> tuple[str, ...]:
+    """Attention types of the layers, as transformers names them, where every ``period``-th layer sees all tokens."""
+    return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers))
+
+
+def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[str, ...]) -> None:
+    """Refuse an order of attention types other than the one built into llama.cpp's graph."""
+    if found != expected:
+        layer = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(found))
+        raise ArchitectureError(
+            f"layer {layer} of {config['num_hidden_layers']} in config.json has "
+            f"{found[layer] if layer < len(found) else 'no attention type'}, but llama.cpp's graph has "
+            f"{expected[layer] if layer < len(expected) else 'no such layer'} there; only that order is supported"
+        )
+
+
+def require_count(key: str, value: object, least: int = 1) -> None:
+    """Require an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ArchitectureError(f"{key} in config.json is {value!r}; expected {expected}")
+
+
+def require_number(key: str, value: object) -> None:
+    """Require a number."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise ArchitectureError(f"{key} in config.json is {value!r}; expected a number")
