@@ -16,11 +16,12 @@ from lieq_gguf.sources.source import Source
 
 _N_ROWS = 2  # compared of each matrix; of experts one of each
 _TINY = float(np.finfo(np.float32).tiny)
-_LEAST_COSINE = 0.5
-_ERROR_FACTOR, _OUTER_ERROR_FACTOR, _ERROR_FLOOR = 3.0, 1.5, 0.01
+_LEAST_COSINE = 0.3
+_ERROR_FACTOR, _OUTER_ERROR_FACTOR, _ERROR_FLOOR = 12.0, 1.5, 0.01
 """Rows of a matrix: their cosine with the source's, and their distance in units of what the type does to them by
-itself. Error feedback and importance move a row of a layer farther, hardly by twice as much; the embedding and the
-output matrix have neither."""
+itself. Error feedback and importance move a row of a layer farther, since columns that hardly count take the errors of
+others; the embedding and the output matrix have neither. Measured with error feedback on 40 rows of every matrix of
+SmolLM2: at most 2.6 times as far with Q2_K, cosine at least 0.76. Rows of another matrix have a cosine near 0."""
 
 
 class DifferenceError(Exception):
