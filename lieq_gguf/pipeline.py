@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lieq_gguf.allocation.allocate import allocate
-from lieq_gguf.errors import BudgetError, ScoringError, TokenizerError
+from lieq_gguf.errors import BudgetError, ScoringError, TokenizerError, VerificationError
 from lieq_gguf.job import Job, open_model, resolve, shown_scorer
 from lieq_gguf.measure.measuring import Measured, MeasuringNeeds, measure, resolve_measuring
 from lieq_gguf.measure.text import CalibrationText, read_calibration_text
@@ -85,7 +85,7 @@ class Conversion:
         prepared: Its plan and figures.
         seconds: Stage name to wall-clock seconds.
         block_errors: With error feedback, one per layer: how far quantising all its matrices moves its output.
-        equality: How equal the file and its model are; None for a model that only llama.cpp runs.
+        equality: How equal the file and its model are; None for a model that only llama.cpp runs, or without proof.
     """
 
     output: Path
@@ -249,7 +249,14 @@ def _verify(file: Path, prepared: PreparedFile, progress: Progress) -> Equality 
         shapes = {t.name: t.shape for t in tensors}
         verify(file, prepared.plan.types, shapes, job.request.compute.n_threads, advance)
         check_tokenizer(job.source, file, job.metadata.vocabulary, progress)
-    return compare(job.source, file, job.request.compute, progress, job.measuring.text)
+    if not job.request.writing.proof:
+        return None
+    try:
+        return compare(job.source, file, job.request.compute, progress, job.measuring.text)
+    except VerificationError as error:
+        raise VerificationError(
+            f"{error}; nothing is kept. Please report this, and if the model is right elsewhere, --no-proof keeps it"
+        ) from None
 
 
 def compare(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.command import RunCli
 from support.families import LLAMA_3_ROPE, TINY_MODELS, YARN_ROPE
-from support.reports import edit_json, edit_weights, negate_up, untie_head
+from support.reports import PLAIN, edit_json, edit_weights, negate_up, untie_head
 from support.requests import convert_plainly, on_text, request_of
 
 from lieq_gguf.architectures.decoder import Decoder
@@ -219,6 +219,17 @@ def test_a_fault_beside_massive_activations_is_found(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Llama, "modules", tuple(_plain(module) for module in Llama.modules))
     with pytest.raises(VerificationError, match="computes embedding or layer 0 otherwise"):
         convert_plainly(path, tmp_path / "out.gguf", "Q4_K")
+
+
+def test_without_proof_the_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli) -> None:
+    path, file = TINY_MODELS["smollm2"].write(tmp_path / "model"), tmp_path / "out.gguf"
+    monkeypatch.setattr(Llama, "modules", tuple(_plain(module) for module in Llama.modules))
+    refused = run_cli("convert", path, *PLAIN, "-o", file)
+    assert refused.exit_code == 1
+    assert "--no-proof keeps it" in refused.stderr
+    assert not file.exists()
+    assert run_cli("convert", path, *PLAIN, "-o", file, "--no-proof").exit_code == 0
+    assert file.is_file()
 
 
 def test_verify_tells_how_equal(tiny_model: Path, tmp_path: Path, run_cli: RunCli) -> None:

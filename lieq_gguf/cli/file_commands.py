@@ -40,20 +40,11 @@ def inspect(
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.", show_default=False)],
     plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Plan to compare with.")] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--source",
-            metavar="MODEL",
-            help="Model that the file should be: its directory, its GGUF file or its name on the hub.",
-        ),
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", metavar="DIR", help="LoRA adapter that was merged into it.")
-    ] = None,
     threads: options.Threads = 0,
     *,
+    of: options.ComparedSourceArguments,
     out: options.OutputArguments,
+    given: Given,
 ) -> None:
     """Read every tensor back, run the file in llama.cpp, and compare it with its model.
 
@@ -64,14 +55,15 @@ def verify(
     from lieq_gguf.job import open_model
     from lieq_gguf.pipeline import compare
     from lieq_gguf.records.files import SCHEMA_VERSION
-    from lieq_gguf.records.options import ComputeOptions, SourceOptions
+    from lieq_gguf.records.options import ComputeOptions
     from lieq_gguf.records.plan import QuantPlan
     from lieq_gguf.writing import verification
 
+    if of.source is None:
+        refuse_given(given, ("revision", "adapter"), "says how to read a model; name the model with --source")
     progress = out.progress()
     types = None if plan is None else QuantPlan.load(plan).types
-    reading = SourceOptions(adapter=adapter, allow_requantize=True)
-    model = None if source is None else open_model(source, reading, progress)
+    model = None if of.source is None else open_model(of.source, of.options(), progress)
     n_weights = sum(t.spec.n_weights for t in GgufFile(file).tensors)
     with progress.stage("verify", "Verifying", n_weights) as advance:
         result = verification.verify(file, types, n_threads=threads, advance=advance)
@@ -85,7 +77,7 @@ def verify(
         against = "" if plan is None else f", types as in {plan}"
         print(f"{file}: {result.n_tensors} tensors read back, all finite{against}; llama.cpp loads and runs it")
         if model is not None:
-            print(f"it is the model of {source}: {_how_equal(equality)}")
+            print(f"it is the model of {of.source}: {_how_equal(equality)}")
         print(f"{answers.n_prompts} short continuations: {answers.verdict}")
 
 

@@ -82,6 +82,30 @@ class SourceArguments:
 
 
 @dataclass(frozen=True)
+class ComparedSourceArguments:
+    """The model that a file should be."""
+
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            metavar="MODEL",
+            help="Model that the file should be: its directory, its GGUF file or its name on the hub.",
+        ),
+    ] = None
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.")
+    ] = SourceOptions.revision
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="LoRA adapter that was merged into the model.")
+    ] = SourceOptions.adapter
+
+    def options(self) -> SourceOptions:
+        """How to read it."""
+        return SourceOptions(self.revision, self.adapter, allow_requantize=True)
+
+
+@dataclass(frozen=True)
 class ScoredSourceArguments(SourceArguments):
     """The model, where its layers are scored."""
 
@@ -340,11 +364,19 @@ class FileArguments(FeedbackArguments):
         typer.Option("--output", "-o", metavar="FILE", help="File to write.", show_default="MODEL-BITSbpw.gguf"),
     ] = WritingOptions.output
     force: Force = WritingOptions.force
+    proof: Annotated[
+        bool,
+        typer.Option(
+            "--proof/--no-proof",
+            help="Prove that the file is the model that was read, and keep none that is not. Takes a hundredth of the "
+            "time.",
+        ),
+    ] = WritingOptions.proof
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, but write nothing.")] = False
 
     def options(self) -> WritingOptions:
         """How to write the file."""
-        return replace(super().options(), output=self.output, force=self.force)
+        return replace(super().options(), output=self.output, force=self.force, proof=self.proof)
 
 
 def command_line() -> str:

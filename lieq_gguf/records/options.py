@@ -61,6 +61,7 @@ class WritingOptions:
         force: Whether to replace an existing file.
         error_feedback: Whether to write with error feedback, in a second pass. None: as a given plan says; without a
             plan, if there is an importance matrix.
+        proof: Whether to prove that the file is the model that was read, and to keep none that is not.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, if it cannot be recognised.
         command_line: The command, stored in the file.
     """
@@ -68,6 +69,7 @@ class WritingOptions:
     output: Path | None = None
     force: bool = False
     error_feedback: bool | None = None
+    proof: bool = True
     pre_tokenizer: str | None = None
     command_line: str = ""
 
