@@ -89,7 +89,9 @@ class LayerModel:
 
     def embed(self, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer from embedding rows ``[…, d_model]``, which some models scale."""
-        [(scales, _), *_] = self._given_to_layers(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        [(scales, _), *_] = given_to_layers(
+            self._model, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        )
         return rows.float() * scales.cpu()[0, 0]
 
     def initialise(self, seed: int, index: int) -> None:
@@ -274,12 +276,9 @@ class LayerModel:
     def _around_layers(self, shape: tuple[int, ...]) -> list[dict[str, Any]]:
         """The arguments of each kind of layer besides hidden states of a shape: positions, masks, rotations."""
         if shape not in self._around:
-            given = self._given_to_layers(inputs_embeds=torch.zeros(shape, device=self.device))
+            given = given_to_layers(self._model, inputs_embeds=torch.zeros(shape, device=self.device))
             self._around[shape] = [around for _, around in given]
         return self._around[shape]
-
-    def _given_to_layers(self, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-        return given_to_layers(self._model, **inputs)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ there are no block errors, no untrained twin and no error feedback.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.scorers.zd import z_share
 from lieq_gguf.sources.source import Source
 
-_LAYER_OUTPUT = re.compile(r"l_out-(\d+)")
 _NORM_OF_FIRST = "norm-0"  # the first node of this name takes the input of the first layer
 _INPUT = -1
 
@@ -122,7 +120,7 @@ class _Watcher:
     def wants(self, node: Node) -> bool:
         if node.name == _NORM_OF_FIRST:
             return self._compares_layers and _INPUT not in self._hidden
-        if _LAYER_OUTPUT.fullmatch(node.name):
+        if node.output_of_layer is not None:
             return self._compares_layers
         if node.op not in ("MUL_MAT", "MUL_MAT_ID"):
             return False
@@ -130,13 +128,12 @@ class _Watcher:
         return weight is not None and x is not None and weight.name in self._names and x.holds_numbers
 
     def see(self, node: Node) -> None:
-        output = _LAYER_OUTPUT.fullmatch(node.name)
-        if output:
-            self._hidden[int(output[1])] = _rows(node)
+        if node.output_of_layer is not None:
+            self._hidden[node.output_of_layer] = node.read_rows()
         elif node.name == _NORM_OF_FIRST:
             before = node.source(0)
             if before is not None and before.holds_numbers:
-                self._hidden[_INPUT] = _rows(before)
+                self._hidden[_INPUT] = before.read_rows()
         else:
             self._add_inputs(node)
 
@@ -192,12 +189,6 @@ def _by_expert(
     for expert in range(n_experts):
         sums[expert] = np.square(inputs[chosen == expert]).sum(axis=0, dtype=np.float64)
     return sums, np.bincount(chosen.reshape(-1), minlength=n_experts).astype(np.float64)
-
-
-def _rows(node: Node) -> npt.NDArray[np.float32]:
-    """Hidden states ``[n_tokens, d_model]``."""
-    values = np.asarray(node.read(), dtype=np.float32)
-    return values.reshape(-1, values.shape[-1])
 
 
 def _weights(source: Source, tensor: TensorSpec) -> list[npt.NDArray[np.float32]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -38,6 +39,7 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
+_LAYER_OUTPUT = re.compile(r"l_out-(\d+)")
 _NUMBERS = {QUANT_TYPES["F32"].ggml_id: np.dtype(np.float32), 26: np.dtype(np.int32)}  # GGML_TYPE_I32
 
 
@@ -63,6 +65,12 @@ class Node:
         """All four sizes, rows last."""
         return tuple(reversed(self._struct.ne))
 
+    @property
+    def output_of_layer(self) -> int | None:
+        """Index of the layer whose output it is; None for any other node."""
+        match = _LAYER_OUTPUT.fullmatch(self.name)
+        return None if match is None else int(match[1])
+
     def source(self, index: int) -> Node | None:
         """One of the tensors from which it is computed."""
         address = self._struct.src[index]
@@ -80,6 +88,10 @@ class Node:
         library.ggml_backend_tensor_get(self._address, content.ctypes.data, 0, content.nbytes)
         strides = tuple(reversed(self._struct.nb))
         return np.ndarray(self.shape, _NUMBERS[self._struct.type], content.data, strides=strides)
+
+    def read_rows(self) -> npt.NDArray[np.float32]:
+        """Its values as rows, such as hidden states ``[n_tokens, d_model]``."""
+        return np.asarray(self.read(), dtype=np.float32).reshape(-1, self.shape[-1])
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -117,14 +117,14 @@ class WeightFiles:
         """Digest the headers and some bytes of every tensor: a few kilobytes per tensor, not the model."""
         for shard in self._shards:
             with shard.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                header = file.read(header_bytes)
+                header = _read_header(file)
+                first = file.tell()
                 digest.update(header)
                 for name, entry in sorted(json.loads(header).items()):
                     if name != "__metadata__":
                         start, stop = entry["data_offsets"]
                         for offset in (start, (start + stop) // 2, max(start, stop - _SAMPLE_BYTES)):
-                            file.seek(8 + header_bytes + offset)
+                            file.seek(first + offset)
                             digest.update(file.read(_SAMPLE_BYTES))
 
     def _with_single_experts(self, places: Mapping[str, _Place]) -> Iterable[tuple[str, _Place]]:
@@ -142,9 +142,8 @@ class WeightFiles:
 
     def _bytes(self, place: _Place) -> npt.NDArray[np.uint8]:
         with place.shard.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            start, stop = json.loads(file.read(header_bytes))[place.stored_name]["data_offsets"]
-        return np.memmap(place.shard, np.uint8, "r", 8 + header_bytes + start, (stop - start,))
+            start, stop = json.loads(_read_header(file))[place.stored_name]["data_offsets"]
+            return np.memmap(place.shard, np.uint8, "r", file.tell() + start, (stop - start,))
 
     def _shape_and_dtype(self, place: _Place) -> tuple[tuple[int, ...], str]:
         header = self._header(place)
@@ -199,6 +198,11 @@ def _find_shards(path: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
             f"expected {WEIGHTS_FILE}: re-save the model with transformers' save_pretrained"
         )
     raise SourceError(f"{path} holds no weights; expected {WEIGHTS_FILE} or {INDEX_FILE} with its shards")
+
+
+def _read_header(file: BinaryIO) -> bytes:
+    """The header of a safetensors file, as JSON; the data begins where the file then stands."""
+    return file.read(int.from_bytes(file.read(8), "little"))
 
 
 def _open_shard(shard: Path) -> Any:

@@ -8,7 +8,6 @@ does not add up, bounds are narrow, and the first layer that differs is the one 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -38,9 +37,8 @@ FloatArray = npt.NDArray[np.float32]
 
 N_TOKENS = 64
 _PLAIN_TEXT = "Hello"  # no tokenizer splits it unusually
-_LAYER_OUTPUT = re.compile(r"l_out-(\d+)")
 
-LAYER_BOUNDS = {"F32": 0.01, "F16": 0.01, "BF16": 0.05}
+PLAIN_BOUNDS = {"F32": 0.01, "F16": 0.01, "BF16": 0.05}  # of layers and of logits
 QUANTIZED_LAYER_BOUND = 0.25
 """Largest error of a layer's output, over the length of its update ``h_out - h_in``, at four of five tokens. llama.cpp
 rounds the input of every product: to F16 by 2⁻¹¹/√3 (kernels of ARM also add in F16, thrice as much), to BF16 by eight
@@ -48,7 +46,6 @@ times that, and to 8 bits by 0.6 to 1.4 %, more beside massive activations; quer
 exponent. Measured: 0.001 with F16; of two to eight bits 0.08 in SmolLM2 and 0.03 in the tiny models of the tests.
 Beyond the bound, the rounding is emulated in the layer, and what it changes there is allowed three times."""
 
-HEAD_BOUNDS = {"F32": 0.01, "F16": 0.01, "BF16": 0.05}
 QUANTIZED_HEAD_BOUND = 0.15
 """Error of the logits, root mean square in standard deviations. Measured: 0.0004 with F16, 0.024 with Q6_K."""
 
@@ -172,7 +169,7 @@ class _Comparison:
             expected = layer.forward(before[None], exact=True)[0]
             error = _change(before, expected, found)
             types = {self.written.stored_type(t) for t in self.source.spec.layer_matrices[index]}
-            bound = max(LAYER_BOUNDS.get(t.name, QUANTIZED_LAYER_BOUND) for t in types)
+            bound = max(PLAIN_BOUNDS.get(t.name, QUANTIZED_LAYER_BOUND) for t in types)
             if not error <= bound:  # NaN is not
                 bound = max(bound, _EMULATED_FACTOR * _emulated_change(layer, before, expected, types))
             if not error <= bound:
@@ -192,7 +189,7 @@ class _Comparison:
         head = layer.output_head(norm, matrix)  # type: ignore[arg-type]  # rows are read when they are needed
         expected = head.logits(hidden).numpy()
         error = float(np.sqrt(np.square(logits - expected, dtype=np.float64).mean()) / expected.std())
-        bound = HEAD_BOUNDS.get(matrix.quant_type.name, QUANTIZED_HEAD_BOUND)
+        bound = PLAIN_BOUNDS.get(matrix.quant_type.name, QUANTIZED_HEAD_BOUND)
         if not error <= bound:
             raise DifferenceError(
                 f"llama.cpp computes the logits otherwise than transformers from the same last layer, {error:.2g} "
@@ -217,12 +214,11 @@ class _Watcher:
         self.outputs: dict[int, FloatArray] = {}
 
     def wants(self, node: Node) -> bool:
-        return _LAYER_OUTPUT.fullmatch(node.name) is not None
+        return node.output_of_layer is not None
 
     def see(self, node: Node) -> None:
-        output = _LAYER_OUTPUT.fullmatch(node.name)
-        assert output is not None
-        self.outputs[int(output[1])] = np.asarray(node.read(), dtype=np.float32).reshape(-1, node.shape[-1])
+        assert node.output_of_layer is not None
+        self.outputs[node.output_of_layer] = node.read_rows()
 
 
 def _change(before: torch.Tensor, expected: torch.Tensor, found: torch.Tensor) -> float:
