@@ -32,7 +32,7 @@ from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources import open_source
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.sources.row_order import FloatArray
+from lieq_gguf.sources.file_order import FloatArray
 from lieq_gguf.sources.weight_files import HEAD
 from lieq_gguf.writing.equality import check_equality
 

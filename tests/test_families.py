@@ -79,7 +79,7 @@ def test_streamed_layers_are_the_whole_model(name: str, written: Callable[[str],
             layer.load(source, index)
             hidden = layer.forward(hidden)
         output = tensors.get("output.weight", source.spec.embedding)
-        logits = layer.output_head(source.read(tensors["output_norm.weight"]), source.read(output)).logits(hidden)
+        logits = layer.output_head(source, source.read(output)).logits(hidden)
     assert_logits_close(logits.numpy(), model.logits, FLOAT32_LOGITS)
 
 
@@ -107,7 +107,9 @@ def test_cache_and_bytes_of_a_token_are_those_of_the_model(name: str, written: C
     config = ModelDirectory(written(name).path).transformers_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = inspect(written(name).f16_file)
-    width = 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    n_attending = sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
+    width = 2 * config.num_key_value_heads * head_dim * n_attending
     assert (found.n_ctx, found.kv_cache_bytes) == (1024, 2 * width * 1024)
     n_experts = getattr(config, "num_experts", 1)
     n_idle = n_experts - getattr(config, "num_experts_per_tok", n_experts)

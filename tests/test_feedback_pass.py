@@ -22,7 +22,6 @@ from lieq_gguf.pipeline import Conversion, convert
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.sources.row_order import rotary_order
 from lieq_gguf.tokenizers import load_source_tokenizer
 from lieq_gguf.writing import error_feedback
 from lieq_gguf.writing.feedback_pass import FeedbackPass
@@ -100,8 +99,8 @@ def test_file_holds_what_the_layers_were_run_with(
     for name, weight in assigned.items():
         rows, values = written[name]
         expected = weight.numpy()
-        if rows.tensor.rotary_heads:
-            expected = expected[rotary_order(len(expected), rows.tensor.rotary_heads)]
+        if rows.tensor.row_order is not None:
+            expected = expected[rows.tensor.row_order.in_source]
         assert np.array_equal(values, expected), name
 
 
@@ -131,9 +130,9 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
     for tensor in source.spec.tensors:
         if tensor.layer in (None, 0) and tensor.is_matrix:
             values = written[tensor.name]
-            if tensor.rotary_heads:
+            if tensor.row_order is not None:
                 back = np.empty_like(values)
-                back[rotary_order(len(values), tensor.rotary_heads)] = values
+                back[tensor.row_order.in_source] = values
                 values = back
             state[str(tensor.source_name)].copy_(torch.from_numpy(values))  # tied embeddings share their storage
     inputs: list[torch.Tensor] = []

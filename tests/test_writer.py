@@ -17,9 +17,9 @@ from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
-from lieq_gguf.sources import row_order
+from lieq_gguf.sources import file_order
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.sources.row_order import rotary_order
+from lieq_gguf.records.spec import rotary_order
 from lieq_gguf.writing.writer import EncodedRows, encode_tensors, write_file
 
 
@@ -158,7 +158,7 @@ def test_bytes_do_not_depend_on_threads(conversion: pipeline.Conversion, tiny_mo
 def test_bytes_do_not_depend_on_the_rows_held_at_a_time(
     conversion: pipeline.Conversion, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_order, "CHUNK_WEIGHTS", 256 * 7)  # no divisor of any number of rows
+    monkeypatch.setattr(file_order, "CHUNK_WEIGHTS", 256 * 7)  # no divisor of any number of rows
     assert write_again(tiny_model, conversion, tmp_path / "again.gguf") == conversion.output.read_bytes()
 
 
@@ -187,7 +187,7 @@ def test_names_the_tensor_that_cannot_be_encoded(
 
 @pytest.mark.parametrize(("n_rows", "n_heads"), [(2, 1), (64, 1), (256, 4), (96 * 3, 3), (12, 6)])
 def test_rotary_order_interleaves_the_halves_of_each_head(n_rows: int, n_heads: int) -> None:
-    order = rotary_order(n_rows, n_heads)
+    order = rotary_order(n_rows, n_heads).in_source
     head_dim = n_rows // n_heads
     assert sorted(order) == list(range(n_rows))
     for row, source in enumerate(order):
@@ -199,7 +199,7 @@ def test_rotary_order_is_the_permutation_of_llama_cpps_converter() -> None:
     rows = np.random.default_rng(0).normal(size=(8 * 24, 5))
     # LlamaModel.permute in llama.cpp's converter
     permuted = rows.reshape(8, 2, rows.shape[0] // 8 // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-    assert np.array_equal(rows[rotary_order(8 * 24, 8)], permuted)
+    assert np.array_equal(rows[rotary_order(8 * 24, 8).in_source], permuted)
 
 
 def test_only_query_and_key_rows_are_reordered(run_cli: RunCli, tmp_path: Path) -> None:

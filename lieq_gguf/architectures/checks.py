@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lieq_gguf.errors import ArchitectureError
@@ -61,6 +61,16 @@ def require_layer_types(config: Config, expected: tuple[str, ...], found: tuple[
             f"{found[layer] if layer < len(found) else 'no attention type'}, but llama.cpp's graph has "
             f"{expected[layer] if layer < len(expected) else 'no such layer'} there; only that order is supported"
         )
+
+
+def require_kinds(config: Config, kinds: Collection[str]) -> None:
+    """Refuse a list of layers that is not of the model's length, or has other than the given kinds."""
+    found, n_layers = config["layer_types"], config["num_hidden_layers"]
+    other = next((kind for kind in found if kind not in kinds), None)
+    if other is not None:
+        raise ArchitectureError(f"layer_types in config.json has '{other}'; expected {' or '.join(kinds)}")
+    if len(found) != n_layers:
+        raise ArchitectureError(f"layer_types in config.json has {len(found)} layers, num_hidden_layers is {n_layers}")
 
 
 def require_count(key: str, value: object, least: int = 1) -> None:

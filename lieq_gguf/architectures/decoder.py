@@ -15,7 +15,7 @@ from lieq_gguf.architectures.checks import Config, check_yarn, config_object, re
 from lieq_gguf.architectures.modules import LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
-from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.records.spec import HeadOrder, TensorSpec, rotary_order
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,9 @@ class Decoder:
         gguf_name: llama.cpp's name of the architecture.
         model_type: transformers' name of it.
         source_classes: Names in ``architectures`` of ``config.json`` that belong to the family.
-        modules: Modules of every layer.
+        modules: Modules of every layer; of layers of different kinds, all modules that one can have.
+        final_norm: Names of the norm after the last layer, in the file and in transformers' model.
+        norm_epsilon: Key of ``config.json`` with the number that norms add to the mean square.
         activation: The only activation that llama.cpp's graph computes.
         rope_types: Rotary scalings that the graph computes.
         default_theta: Rotary base, if ``config.json`` has none.
@@ -40,6 +42,7 @@ class Decoder:
         norm_offset: Added to the weights of norms, since the graph multiplies by the weight alone.
         has_windows: Whether the graph supports layers that look back only some tokens.
         has_biases: Whether the graph adds the biases that keys of ``config.json`` switch on.
+        defaults: What transformers' configuration has where ``config.json`` has nothing.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
     """
 
@@ -47,6 +50,8 @@ class Decoder:
     model_type: ClassVar[str]
     source_classes: ClassVar[tuple[str, ...]]
     modules: ClassVar[tuple[LayerModule, ...]]
+    final_norm: ClassVar[tuple[str, str]] = ("output_norm", "norm")
+    norm_epsilon: ClassVar[str] = "rms_norm_eps"
     activation: ClassVar[str] = "silu"
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
     default_theta: ClassVar[float] = 10000.0
@@ -55,7 +60,12 @@ class Decoder:
     norm_offset: ClassVar[float] = 0.0
     has_windows: ClassVar[bool] = False
     has_biases: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Any]] = {}
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
+
+    def completed(self, config: Config) -> Config:
+        """The configuration with what it leaves out and this family needs."""
+        return {**self.defaults, **config}
 
     def check(self, config: Config) -> None:
         """Raise ArchitectureError for what llama.cpp's graph cannot express, and KeyError for a missing key."""
@@ -65,7 +75,7 @@ class Decoder:
         for key in ("num_key_value_heads", "head_dim", "sliding_window"):
             if config.get(key) is not None:
                 require_count(key, config[key])
-        require_number("rms_norm_eps", config["rms_norm_eps"])
+        require_number(self.norm_epsilon, config[self.norm_epsilon])
         if not isinstance(config.get("layer_types") or [], list):
             raise ArchitectureError(f"layer_types in config.json is {config['layer_types']!r}; expected a list")
         self.check_activation(config)
@@ -136,6 +146,18 @@ class Decoder:
             "kv_width": n_kv_heads * head_dim,
         }
 
+    def layer_modules(self, config: Config, layer: int) -> tuple[LayerModule, ...]:  # noqa: ARG002
+        """The modules of one layer."""
+        return self.modules
+
+    def orders(self, config: Config) -> Mapping[str, HeadOrder]:
+        """Orders of rows and columns in the file, by the names that modules have for them."""
+        sizes = self.sizes(config)
+        return {
+            "rotated_queries": rotary_order(sizes["q_width"], sizes["n_heads"]),
+            "rotated_keys": rotary_order(sizes["kv_width"], sizes["n_kv_heads"]),
+        }
+
     def head_dim(self, config: Config) -> int:
         """Width of an attention head."""
         given = config.get("head_dim") or self.default_head_dim
@@ -182,9 +204,10 @@ class Decoder:
         for name, length in self.computed_lengths(config).items():
             yield TensorSpec(name, None, (length,))
         for layer in range(config["num_hidden_layers"]):
-            for module in self.modules:
+            for module in self.layer_modules(config, layer):
                 yield from self._module_tensors(config, source_names, sizes, layer, module)
-        yield TensorSpec("output_norm.weight", "model.norm.weight", matrix[1:], offset=self.norm_offset)
+        name, source = self.final_norm
+        yield TensorSpec(f"{name}.weight", f"model.{source}.weight", matrix[1:], offset=self.norm_offset)
         has_own = "lm_head.weight" in source_names or not config.get("tie_word_embeddings", self.tied_by_default)
         if has_own and self.output_matrix == "embedding":
             raise ArchitectureError(
@@ -204,15 +227,19 @@ class Decoder:
     ) -> Iterator[TensorSpec]:
         source = f"model.layers.{layer}.{module.name}"
         shape = tuple(sizes[name] for name in module.shape)
-        heads = sizes[module.heads] if module.heads else 0
+        row_order, column_order = (self._order(config, name) for name in (module.rows, module.columns))
         of_expert = "{}" in module.name
+        adds_one = module.role.endswith("_norm") and not module.has_own_scale
         yield TensorSpec(
-            f"blk.{layer}.{module.role}.weight",
-            f"{source}.weight",
+            f"blk.{layer}.{module.role}{module.suffixes[0]}",
+            f"{source}{module.suffixes[1]}",
             shape,
             layer,
-            rotary_heads=heads,
-            offset=self.norm_offset if module.role.endswith("_norm") else 0.0,
+            row_order=row_order,
+            column_order=column_order,
+            offset=self.norm_offset if adds_one else 0.0,
+            is_negated_exp=module.is_negated_exp,
+            is_convolution=module.is_convolution,
             is_fixed=module.is_fixed,
             active_share=sizes["n_experts_used"] / sizes["n_experts"] if of_expert else 1.0,
         )
@@ -223,7 +250,11 @@ class Decoder:
                     f"the weights hold {source}.bias, but {module.bias or 'a bias'} in config.json is not set; "
                     "transformers would ignore it and llama.cpp would not"
                 )
-            yield TensorSpec(f"blk.{layer}.{module.role}.bias", f"{source}.bias", shape[:1], layer, heads)
+            yield TensorSpec(f"blk.{layer}.{module.role}.bias", f"{source}.bias", shape[:1], layer, row_order)
+
+    def _order(self, config: Config, name: str) -> HeadOrder | None:
+        order = self.orders(config)[name] if name else None
+        return None if order is None or order.changes_nothing else order
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Write the keys that llama.cpp needs to build the graph, as its converter does."""
@@ -233,12 +264,16 @@ class Decoder:
         writer.add_embedding_length(sizes["width"])
         writer.add_feed_forward_length(sizes["n_ff"])
         writer.add_head_count(sizes["n_heads"])
-        writer.add_head_count_kv(sizes["n_kv_heads"])
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_head_count_kv(self.kv_heads(config))
+        writer.add_layer_norm_rms_eps(config[self.norm_epsilon])
         if config.get("head_dim") is not None or self.default_head_dim is not None:
             writer.add_key_length(sizes["head_dim"])
             writer.add_value_length(sizes["head_dim"])
         self.add_rope(config, writer)
+
+    def kv_heads(self, config: Config) -> int | list[int]:
+        """Heads of keys and values as the file counts them, one number or one for each layer."""
+        return self.sizes(config)["n_kv_heads"]
 
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Write the rotary keys."""
@@ -278,15 +313,15 @@ class Decoder:
             "intermediate_size": stored.count("feed_forward_length"),
             "num_hidden_layers": stored.count("block_count"),
             "num_attention_heads": n_heads,
-            "num_key_value_heads": stored.count("attention.head_count_kv", n_heads),
+            "num_key_value_heads": stored.most("attention.head_count_kv", n_heads),
             "head_dim": head_dim,
             "max_position_embeddings": stored.count("context_length"),
-            "rms_norm_eps": stored.number("attention.layer_norm_rms_epsilon"),
+            self.norm_epsilon: stored.number("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in stored.shapes,
         }
         for module in self.modules:
             if module.bias not in ("", "always"):
-                config[module.bias] = f"blk.0.{module.role}.bias" in stored.shapes
+                config[module.bias] = any(name.endswith(f".{module.role}.bias") for name in stored.shapes)
         return config | {"rope_parameters": self.source_rope(stored, head_dim)}
 
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:

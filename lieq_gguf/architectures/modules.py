@@ -13,17 +13,27 @@ class LayerModule:
         role: GGUF name without layer and suffix, such as ``attn_q``.
         name: Name in the source's layer, such as ``self_attn.q_proj``; with ``{}`` for the index of an expert.
         shape: Shape of its weight, in names of :meth:`Decoder.sizes`.
-        heads: Name of the number of heads whose rows llama.cpp's rotary layout reorders; empty if it keeps the order.
+        rows: Name in :meth:`Decoder.orders` of the order of its rows in the file; empty if they keep their order.
+        columns: The same of its columns.
         bias: Key of ``config.json`` that says whether there is a bias; ``always``; or empty for never.
         is_fixed: Whether it stays in F32 even though it has rows: llama.cpp does not quantise it.
+        suffixes: What follows the names in the file and in the source; a parameter without a module has none.
+        has_own_scale: Whether it is a norm that multiplies by its weight alone where the family's others add one.
+        is_negated_exp: Whether the file has ``-exp(w)``.
+        is_convolution: Whether it convolves every channel by itself.
     """
 
     role: str
     name: str
     shape: tuple[str, ...]
-    heads: str = ""
+    rows: str = ""
+    columns: str = ""
     bias: str = ""
     is_fixed: bool = False
+    suffixes: tuple[str, str] = (".weight", ".weight")
+    has_own_scale: bool = False
+    is_negated_exp: bool = False
+    is_convolution: bool = False
 
 
 NORMS = (
@@ -38,8 +48,8 @@ ATTENTION = (
 )
 # Llama's own code rotates neighbouring rows, transformers the two halves; llama.cpp's older graphs follow Llama's code
 INTERLEAVED_ATTENTION = (
-    LayerModule("attn_q", "self_attn.q_proj", ("q_width", "width"), heads="n_heads", bias="attention_bias"),
-    LayerModule("attn_k", "self_attn.k_proj", ("kv_width", "width"), heads="n_kv_heads", bias="attention_bias"),
+    LayerModule("attn_q", "self_attn.q_proj", ("q_width", "width"), rows="rotated_queries", bias="attention_bias"),
+    LayerModule("attn_k", "self_attn.k_proj", ("kv_width", "width"), rows="rotated_keys", bias="attention_bias"),
     *ATTENTION[2:],
 )
 HEAD_NORMS = (

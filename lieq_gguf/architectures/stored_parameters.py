@@ -62,6 +62,17 @@ class StoredParameters:
             raise ArchitectureError(f"{key} is {count!r}; expected a positive integer")
         return count
 
+    def most(self, key: str, default: Any = _REQUIRED) -> int:
+        """The largest of the counts of all layers, some of which can be 0.
+
+        Raises:
+            ArchitectureError: as :meth:`count`.
+        """
+        counts = self.per_layer(key, default)
+        if isinstance(counts, list) and counts and all(isinstance(n, int) for n in counts):
+            return max(counts)
+        return self.count(key, default)
+
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """A finite number, the same for all layers.
 

@@ -122,7 +122,7 @@ def _stream(
             advance(1)
         output_matrix = tensor_named.get("output.weight", spec.embedding)
         layer.forget()
-        output_head = layer.output_head(source.read(tensor_named["output_norm.weight"]), source.read(output_matrix))
+        output_head = layer.output_head(source, source.read(output_matrix))
         for observer in observers:
             observer.conclude(output_head, hidden)
         source.release()

@@ -18,7 +18,10 @@ from lieq_gguf.measure.base_model import given_to_layers, initialised, layer_kin
 _POSITIONS = (0, 1, 2, 5, 20, 100, 500, 2000, 10_000, 50_000)  # whose rotations are compared
 _ANGLE = 0.02
 _SMALL = 32  # neurons of the feed-forward network, whose width the shapes of the tensors tell
-_IN_TRAINING = re.compile(r"training|.*dropout.*|padding_idx|_.*|max_seq_len_cached|original_max_seq_len|layer_idx")
+# numbers for training or generation, and sizes, which the shapes of the tensors tell
+_NOT_COMPARED = re.compile(
+    r"training|.*dropout.*|padding_idx|_.*|max_seq_len_cached|original_max_seq_len|layer_idx|(in|out)_features"
+)
 
 
 def numbers_differ(found: PretrainedConfig, expected: PretrainedConfig, *, with_windows: bool) -> str:
@@ -63,7 +66,7 @@ def _numbers(model: nn.Module, config: PretrainedConfig) -> dict[str, Any]:
         f"{name}.{key}" if name else key: value
         for name, module in model.named_modules()
         for key, value in vars(module).items()
-        if (value is None or isinstance(value, (int, float))) and not _IN_TRAINING.fullmatch(key)
+        if (value is None or isinstance(value, (int, float))) and not _NOT_COMPARED.fullmatch(key)
     }
     found |= {key: getattr(config, key, None) for key in ("logits_scaling", "final_logit_softcapping")}
     model.get_input_embeddings().weight.data.fill_(1)  # type: ignore[operator]

@@ -43,8 +43,11 @@ Recording: TypeAlias = dict[str, list[Any]]
 class LayerModel:
     """transformers' own model with one decoder layer: input and output are hidden states.
 
-    If layers differ in more than their weights (a sliding window, no rotation), there is one module for each kind, and
-    all share one set of weights. Until weights are loaded the layer has random ones.
+    If layers differ in more than their weights (a sliding window, no rotation, no attention), there is one module for
+    each kind, and they share the weights that they have in common. Until weights are loaded the layer has random ones.
+
+    Where the file has the columns of a matrix in another order, they have that order here, as have the inputs that are
+    watched: a block of a type is made of neighbours in the file.
 
     Attributes:
         index: Index of the layer whose weights are loaded.
@@ -67,9 +70,11 @@ class LayerModel:
         self._init_weights = self._model._init_weights
         self.config = config
         self._layers: Sequence[nn.Module] = list(self._model.get_submodule("layers").children())
-        for module in self._layers[1:]:
-            _share_weights(self._layers[0], module)
+        for index, module in enumerate(self._layers):
+            for other in self._layers[:index]:
+                _share_weights(other, module)
         self.layer = self._layers[0]
+        self._columns: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._around: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._rounded_weights: dict[str, nn.Parameter] = {}  # of the current weights
         self._forgotten: list[tuple[torch.Tensor, torch.Size]] = []
@@ -118,6 +123,11 @@ class LayerModel:
             tensor: tuple(name.rpartition(".")[0] for name in tensor.names_in_layer)
             for tensor in source.spec.layer_matrices[index]
         }
+        self._columns = {
+            module: (torch.from_numpy(tensor.column_order.in_source), torch.from_numpy(tensor.column_order.in_file))
+            for module, tensor in self.tensors.items()
+            if tensor.column_order is not None
+        }
 
     def forget(self) -> None:
         """Free the memory of the matrices; the layer has none until new ones are loaded or initialised."""
@@ -140,18 +150,19 @@ class LayerModel:
     def weight(self, module: str) -> torch.Tensor:
         """``[n_out, n_in]`` float32 weights of a linear module of the layer."""
         weight: torch.Tensor = self.layer.get_submodule(module).weight  # type: ignore[assignment]
-        return weight.detach()
+        return self._as_in_file(module, weight.detach())
 
     def assign(self, module: str, weight: torch.Tensor) -> None:
         """Give a linear module other weights ``[n_out, n_in]`` until the next layer is loaded."""
-        self.layer.get_submodule(module).weight.data.copy_(weight)  # type: ignore[operator]
+        self.layer.get_submodule(module).weight.data.copy_(self._as_in_model(module, weight))  # type: ignore[operator]
         self._rounded_weights.pop(module, None)
 
     @contextmanager
     def replaced(self, module: str, weight: torch.Tensor) -> Iterator[None]:
         """Replace the weights of a linear module for the length of a ``with``."""
         self._rounded_weights.pop(module, None)
-        with _given_weight(self.layer.get_submodule(module), nn.Parameter(weight.to(self.device), requires_grad=False)):
+        given = nn.Parameter(self._as_in_model(module, weight).to(self.device), requires_grad=False)
+        with _given_weight(self.layer.get_submodule(module), given):
             yield
         self._rounded_weights.pop(module, None)
 
@@ -222,10 +233,12 @@ class LayerModel:
         for start in range(0, hidden.shape[0], step):
             yield slice(start, start + step)
 
-    def output_head(self, norm: torch.Tensor, matrix: torch.Tensor) -> OutputHead:
-        """What follows the last layer, from the weights of the final norm ``[d_model]`` and the output matrix."""
-        final_norm = self._model.get_submodule("norm")
-        final_norm.load_state_dict({"weight": norm})
+    def output_head(self, source: Weights, matrix: torch.Tensor) -> OutputHead:
+        """What follows the last layer, from a source with the final norm, and the output matrix."""
+        norm = source.spec.final_norm
+        assert norm.source_name is not None
+        final_norm = self._model.get_submodule(norm.source_name.removeprefix("model.").removesuffix(".weight"))
+        final_norm.load_state_dict({"weight": source.read(norm)})
         divisor = getattr(self.config, "logits_scaling", None) or 1.0
         return OutputHead(
             final_norm, matrix, self.device, divisor, cap=getattr(self.config, "final_logit_softcapping", None)
@@ -233,7 +246,7 @@ class LayerModel:
 
     def watching_inputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
         """For the length of a ``with``, call ``see`` with name and input of each linear module that runs."""
-        return self._watching(lambda name, _module, x, _z: see(name, x))
+        return self._watching(lambda name, _module, x, _z: see(name, self._as_in_file(name, x)))
 
     def watching_outputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
         """For the length of a ``with``, call ``see`` with name and output, without bias, of each linear module."""
@@ -251,6 +264,12 @@ class LayerModel:
                 if isinstance(module, nn.Linear):
                     hooks.enter_context(module.register_forward_hook(hook(name)))
             yield
+
+    def _as_in_file(self, module: str, columns: torch.Tensor) -> torch.Tensor:
+        return columns[..., self._columns[module][0].to(columns.device)] if module in self._columns else columns
+
+    def _as_in_model(self, module: str, columns: torch.Tensor) -> torch.Tensor:
+        return columns[..., self._columns[module][1].to(columns.device)] if module in self._columns else columns
 
     def _prepare(self, index: int) -> None:
         """Select the module for the layer of an index, and make room for its weights."""
@@ -293,7 +312,9 @@ def _given_weight(module: nn.Module, weight: nn.Parameter) -> Iterator[None]:
 
 
 def _share_weights(source: nn.Module, target: nn.Module) -> None:
-    """Let the target use the weights of the source."""
+    """Let the target use the weights of the source that it has as well."""
+    shapes = {name: parameter.shape for name, parameter in target.named_parameters()}
     for name, parameter in source.named_parameters():
-        owner, _, attribute = name.rpartition(".")
-        setattr(target.get_submodule(owner), attribute, parameter)
+        if shapes.get(name) == parameter.shape:
+            owner, _, attribute = name.rpartition(".")
+            setattr(target.get_submodule(owner), attribute, parameter)

@@ -8,6 +8,53 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class HeadOrder:
+    """How llama.cpp reorders rows or columns: in each group, it swaps the order of two nested indices.
+
+    transformers has ``[group, first, second, inner]``, the file ``[group, second, first, inner]``. A rotated head is a
+    group of two halves; value heads are nested in key heads.
+
+    Attributes:
+        n_groups: Number of groups.
+        n_first: Range of the first index of the two.
+        n_second: Range of the second.
+        n_inner: Neighbours that stay together.
+        start: Rows before the groups, which keep their places.
+    """
+
+    n_groups: int
+    n_first: int
+    n_second: int
+    n_inner: int = 1
+    start: int = 0
+
+    @property
+    def in_source(self) -> npt.NDArray[np.int64]:
+        """Index in the source of every index in the file."""
+        shape = (self.n_groups, self.n_first, self.n_second, self.n_inner)
+        reordered = np.arange(prod(shape)).reshape(shape).swapaxes(1, 2).reshape(-1)
+        return np.concatenate([np.arange(self.start), self.start + reordered])
+
+    @property
+    def in_file(self) -> npt.NDArray[np.int64]:
+        """Index in the file of every index in the source."""
+        return np.argsort(self.in_source)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the file has the source's order."""
+        return self.n_first == 1 or self.n_second == 1
+
+
+def rotary_order(n_rows: int, n_heads: int) -> HeadOrder:
+    """The order of llama.cpp's rotary layout, which interleaves the two halves of each head."""
+    return HeadOrder(n_heads, 2, n_rows // n_heads // 2)
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -20,8 +67,11 @@ class TensorSpec:
         shape: ``(n_out, n_in)`` for a matrix, ``(n_experts, n_out, n_in)`` for those of experts, ``(n,)`` for a
             vector; rows last, as in numpy.
         layer: Index of the decoder layer, or None for a tensor outside the layers.
-        rotary_heads: Heads whose rows the rotary layout of llama.cpp reorders; 0 for all other tensors.
+        row_order: How the file reorders the rows, or the numbers of a vector; None if it keeps their order.
+        column_order: The same of the columns, as the outputs of another matrix that are this one's inputs.
         offset: What the file adds to every weight of the source.
+        is_negated_exp: Whether the file has ``-exp(w)`` for a weight ``w`` of the source.
+        is_convolution: Whether it convolves every channel by itself; the source has one axis more, of length 1.
         is_fixed: Whether the tensor keeps ``fixed_type`` even though it has rows: llama.cpp does not quantise it.
         fixed_type: Name of the type of a vector, and of a tensor that is fixed.
         active_share: Share of the weights that a token uses; less than 1 for experts.
@@ -31,8 +81,11 @@ class TensorSpec:
     source_name: str | None
     shape: tuple[int, ...]
     layer: int | None = None
-    rotary_heads: int = 0
+    row_order: HeadOrder | None = None
+    column_order: HeadOrder | None = None
     offset: float = 0.0
+    is_negated_exp: bool = False
+    is_convolution: bool = False
     is_fixed: bool = False
     fixed_type: str = "F32"
     active_share: float = 1.0
@@ -47,6 +100,8 @@ class TensorSpec:
     @property
     def source_shape(self) -> tuple[int, ...]:
         """Shape of each of those tensors."""
+        if self.is_convolution:
+            return (self.shape[0], 1, *self.shape[1:])
         return self.shape[1:] if self.of_experts else self.shape
 
     @property
@@ -82,7 +137,7 @@ class TensorSpec:
     @property
     def role(self) -> str:
         """Name without layer and suffix: ``attn_q``, ``ffn_down``, ``token_embd``, …."""
-        name = self.name.rpartition(".")[0]
+        name = self.name.removesuffix(".weight").removesuffix(".bias")
         return name.split(".", 2)[2] if self.layer is not None else name
 
 
@@ -125,6 +180,12 @@ class ModelSpec:
     def embedding(self) -> TensorSpec:
         """The token embedding."""
         return next(t for t in self.tensors if t.name == "token_embd.weight")
+
+    @property
+    def final_norm(self) -> TensorSpec:
+        """The norm after the last layer; LFM2 has it under the name of one after the embedding."""
+        outer = {t.name: t for t in self.tensors if t.layer is None}
+        return outer.get("output_norm.weight") or outer["token_embd_norm.weight"]
 
     @property
     def n_layer_weights(self) -> int:

@@ -27,7 +27,7 @@ from lieq_gguf.records.options import SourceOptions
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.directory_metadata import INITIALIZER_RANGE
 from lieq_gguf.sources.gguf_parts import model_name, open_parts, require_language_model
-from lieq_gguf.sources.row_order import CHUNK_WEIGHTS, ByteArray, FloatArray, in_model_order
+from lieq_gguf.sources.file_order import CHUNK_WEIGHTS, ByteArray, FloatArray, in_model_form
 from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.tokenizers import SourceTokenizer
 
@@ -176,8 +176,7 @@ class GgufSource:
             loaded = torch.from_numpy(data.view(np.float16))
         else:
             loaded = torch.from_numpy(ggml.dequantize(data, place.quant_type))
-        loaded = in_model_order(tensor, loaded.reshape(tensor.shape))
-        return loaded.float() - tensor.offset if tensor.offset else loaded
+        return in_model_form(tensor, loaded)
 
     def read_head(self) -> torch.Tensor:
         """The output matrix, or the embedding if there is none."""

@@ -17,7 +17,7 @@ from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.directory_metadata import directory_metadata
-from lieq_gguf.sources.row_order import FloatArray, file_rows
+from lieq_gguf.sources.file_order import FloatArray, file_rows
 from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, WEIGHTS_FILE, WeightFiles
 from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer, read_vocabulary
@@ -235,6 +235,7 @@ def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
         raise SourceError(f"{path} is already quantised ({method}); expected the original BF16, F16 or F32 weights")
     family = find_family(config)
     with _complete_config(path):
+        config = family.completed(config)
         family.check(config)
     return config, family
 

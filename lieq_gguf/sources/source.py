@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
-from lieq_gguf.sources.row_order import ByteArray, FloatArray
+from lieq_gguf.sources.file_order import ByteArray, FloatArray
 from lieq_gguf.tokenizers import SourceTokenizer, Vocabulary
 
 if TYPE_CHECKING:

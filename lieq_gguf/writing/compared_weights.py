@@ -98,7 +98,11 @@ class ComparedWeights:
         rows = _some_rows(tensor.shape[-2])
         if tensor.of_experts:  # a row of each
             loaded, expected, rows = loaded[:, rows[-1]], expected[:, rows[-1]], list(range(tensor.shape[0]))
-        _compare_rows(tensor.name, loaded[rows], expected[rows], self._written.stored_type(tensor))
+        loaded, expected = loaded[rows], expected[rows]
+        if tensor.column_order is not None:  # a type's blocks are neighbours in the file
+            columns = torch.from_numpy(tensor.column_order.in_source)
+            loaded, expected = loaded[:, columns], expected[:, columns]
+        _compare_rows(tensor.name, loaded, expected, self._written.stored_type(tensor))
 
 
 def _some_rows(n_rows: int) -> list[int]:

@@ -185,8 +185,8 @@ class _Comparison:
     def _head_error(
         self, layer: LayerModel, weights: ComparedWeights, hidden: torch.Tensor, logits: FloatArray
     ) -> float:
-        norm, matrix = weights.read(_named(self.source.spec, "output_norm.weight")), weights.head()
-        head = layer.output_head(norm, matrix)  # type: ignore[arg-type]  # rows are read when they are needed
+        matrix = weights.head()
+        head = layer.output_head(weights, matrix)  # type: ignore[arg-type]  # rows are read when they are needed
         expected = head.logits(hidden).numpy()
         error = float(np.sqrt(np.square(logits - expected, dtype=np.float64).mean()) / expected.std())
         bound = PLAIN_BOUNDS.get(matrix.quant_type.name, QUANTIZED_HEAD_BOUND)

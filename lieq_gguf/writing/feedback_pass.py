@@ -30,7 +30,7 @@ from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.spec import TensorSpec
-from lieq_gguf.sources.row_order import in_file_order
+from lieq_gguf.sources.file_order import in_file_order
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writing import error_feedback
 from lieq_gguf.writing.second_moments import SecondMoments

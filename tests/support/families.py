@@ -141,6 +141,10 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             },
         },
     ),
+    "lfm2": TinyModel(
+        "lfm2", "lfm2", "LFM2, LFM2.5", fixtures.write_llama_3,
+        {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"], "tie_word_embeddings": True},
+    ),
     "granite": TinyModel(
         "granite", "granite", "Granite 3", fixtures.write_granite,
         {
