@@ -31,8 +31,8 @@ from lieq_gguf.records.options import ComputeOptions, SourceOptions
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources import open_source
-from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.file_order import FloatArray
+from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.weight_files import HEAD
 from lieq_gguf.writing.equality import check_equality
 

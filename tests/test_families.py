@@ -133,7 +133,10 @@ def converted(written: Callable[[str], Written], llama_cpp: Path, shared: Path) 
     """Folder with what llama.cpp's converter makes of every tiny model."""
 
     def make(folder: Path) -> None:
-        jobs = [converter.Job(written(n).path, written(n).f16_file, folder / f"{n}.gguf") for n in TINY_MODELS]
+        jobs = [
+            converter.Job(written(n).path, written(n).f16_file, folder / f"{n}.gguf", tiny.converter_options)
+            for n, tiny in TINY_MODELS.items()
+        ]
         converter.run_converter(jobs, llama_cpp)
 
     return made_once(shared / "converted", make)

@@ -37,7 +37,6 @@ from lieq_gguf.quant_types import QUANT_TYPES, parse_types
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.options import ComputeOptions, SourceOptions, WritingOptions
 from lieq_gguf.records.scores import LayerScores
-from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.request import Request
 from lieq_gguf.sources import open_source
 from lieq_gguf.sources.gguf_source import GgufSource

@@ -17,9 +17,9 @@ from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
+from lieq_gguf.records.spec import rotary_order
 from lieq_gguf.sources import file_order
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.records.spec import rotary_order
 from lieq_gguf.writing.writer import EncodedRows, encode_tensors, write_file
 
 

@@ -16,6 +16,7 @@ from lieq_gguf.architectures.phi3 import Phi3
 from lieq_gguf.architectures.qwen2 import Qwen2
 from lieq_gguf.architectures.qwen3 import Qwen3
 from lieq_gguf.architectures.qwen3moe import Qwen3Moe
+from lieq_gguf.architectures.qwen35 import Qwen35
 from lieq_gguf.architectures.smollm3 import SmolLM3
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
@@ -24,6 +25,7 @@ __all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_fami
 
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
+    Qwen35(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}

@@ -119,7 +119,8 @@ def _cache_width(content: GgufFile) -> int:
 
     heads = attention("head_count", 0)
     kv_heads = attention("head_count_kv", heads)
-    n_kv_heads = sum(kv_heads) if isinstance(kv_heads, list) else kv_heads * content.n_layers
+    n_attending = content.n_layers - sum(_list(attention("recurrent_layers", 0)))
+    n_kv_heads = sum(kv_heads) if isinstance(kv_heads, list) else kv_heads * n_attending
     n_heads = max(heads) if isinstance(heads, list) else heads
     usual = content.value(f"{content.architecture}.embedding_length", 0) // max(1, n_heads)
     return int(n_kv_heads * (attention("key_length", usual) + attention("value_length", usual)))

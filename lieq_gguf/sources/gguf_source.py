@@ -26,8 +26,8 @@ from lieq_gguf.quant_types import F32, QuantType
 from lieq_gguf.records.options import SourceOptions
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.directory_metadata import INITIALIZER_RANGE
-from lieq_gguf.sources.gguf_parts import model_name, open_parts, require_language_model
 from lieq_gguf.sources.file_order import CHUNK_WEIGHTS, ByteArray, FloatArray, in_model_form
+from lieq_gguf.sources.gguf_parts import model_name, open_parts, require_language_model
 from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.tokenizers import SourceTokenizer
 
@@ -350,7 +350,7 @@ def _family_tensors(
         f"model.layers.{layer}.{module.name}.bias"
         for layer in range(config["num_hidden_layers"])
         for module in family.modules
-        if f"blk.{layer}.{module.role}.bias" in shapes
+        if module.suffixes[0] == ".weight" and f"blk.{layer}.{module.role}.bias" in shapes
     )
     return tuple(t for t in family.tensors(config, biases) if t.name not in COMPUTED_TENSORS)
 

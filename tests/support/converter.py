@@ -28,9 +28,9 @@ sys.path[:0] = [source, source + "/gguf-py"]
 import convert_hf_to_gguf
 from conversion.base import TextModel
 recognise = TextModel.get_vocab_base_pre
-for model, target, name in jobs:
+for model, target, name, options in jobs:
     TextModel.get_vocab_base_pre = (lambda self, tokenizer: name) if name else recognise
-    sys.argv = ["convert_hf_to_gguf.py", model, "--outtype", "f16", "--outfile", target]
+    sys.argv = ["convert_hf_to_gguf.py", model, "--outtype", "f16", "--outfile", target, *options]
     convert_hf_to_gguf.main()
 """
 
@@ -65,11 +65,13 @@ class Job:
         model: The directory.
         ours: Our file of it, which tells the pre-tokenizer that we have recognised.
         theirs: The file to write.
+        options: What the converter has to be told.
     """
 
     model: Path
     ours: Path
     theirs: Path
+    options: tuple[str, ...] = ()
 
 
 def run_converter(jobs: Sequence[Job], source: Path) -> None:
@@ -82,7 +84,7 @@ def run_converter(jobs: Sequence[Job], source: Path) -> None:
     Raises:
         RuntimeError: if the converter fails, in its own words.
     """
-    arguments = [(str(job.model), str(job.theirs), _pre_tokenizer(job.ours)) for job in jobs]
+    arguments = [(str(job.model), str(job.theirs), _pre_tokenizer(job.ours), job.options) for job in jobs]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", _TOLD, str(source), json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

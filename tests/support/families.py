@@ -55,6 +55,7 @@ class TinyModel:
         stands_for: Models of this structure, for people.
         write_tokenizer: Writes the tokenizer's files and gives the size of the vocabulary.
         settings: What differs from ``SIZES``.
+        converter_options: What llama.cpp's converter has to be told.
     """
 
     family: str
@@ -62,6 +63,7 @@ class TinyModel:
     stands_for: str
     write_tokenizer: Callable[[Path], int]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    converter_options: tuple[str, ...] = ()
 
     def write(self, path: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
         """Write the model directory; ``settings`` overrules."""
@@ -143,7 +145,15 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     ),
     "lfm2": TinyModel(
         "lfm2", "lfm2", "LFM2, LFM2.5", fixtures.write_llama_3,
-        {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"], "tie_word_embeddings": True},
+        {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]},
+    ),
+    "qwen35": TinyModel(
+        "qwen35", "qwen3_5_text", "Qwen3.5", fixtures.write_qwen3,
+        {
+            "num_hidden_layers": 4, "head_dim": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "tie_word_embeddings": True,
+        },
+        converter_options=("--no-mtp",),
     ),
     "granite": TinyModel(
         "granite", "granite", "Granite 3", fixtures.write_granite,
