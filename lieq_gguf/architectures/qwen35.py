@@ -47,8 +47,8 @@ _USUAL_INTERVAL = 4
 class Qwen35(Decoder):
     """The dense models. Norms multiply by one plus their weight, except that of the delta rule.
 
-    llama.cpp repeats key heads in turn, so value heads, which transformers keeps by key head, are reordered: in the rows
-    of what makes values, and in the columns of what reads them.
+    llama.cpp repeats key heads in turn, so value heads, which transformers keeps by key head, are reordered: in the
+    rows of what makes values, and in the columns of what reads them.
     """
 
     gguf_name = "qwen35"
