@@ -22,7 +22,7 @@ from support.tolerances import F16_LOGITS, FLOAT32_LOGITS, MIXTURE_LOGITS, MIXTU
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lieq_gguf import pipeline
-from lieq_gguf.architectures import FAMILIES
+from lieq_gguf.architectures import FAMILIES, Decoder
 from lieq_gguf.errors import ArchitectureError, LieqError, SourceError
 from lieq_gguf.evaluation.inspection import inspect
 from lieq_gguf.formats.gguf_file import GgufFile
@@ -146,6 +146,23 @@ def convert(source: Path, target: Path, bits: float) -> Path:
     return pipeline.convert(request_of(source, bits, target, "Q2_K,Q3_K", on_text(None, 256))).output
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.defaults], ids=lambda f: f.gguf_name)
+def test_what_a_configuration_leaves_out_is_what_transformers_takes(family: Decoder) -> None:
+    config = AutoConfig.for_model(family.model_type)
+    assert dict(family.defaults) == {key: getattr(config, key) for key in family.defaults}
+
+
+def test_an_older_configuration_of_lfm2_is_the_same_model(tmp_path: Path) -> None:
+    path = TINY_MODELS["lfm2"].write(tmp_path / "lfm2")
+    expected = ModelDirectory(path).spec.tensors
+    edit_config(
+        path, layer_types=None, full_attn_idxs=[2], intermediate_size=None, block_ff_dim=512, tie_word_embeddings=None,
+        tie_embedding=True, block_multiple_of=None, conv_bias=None,
+    )  # fmt: skip
+    assert ModelDirectory(path).spec.tensors == expected
+    assert ModelDirectory(path).transformers_config().layer_types == ["conv", "conv", "full_attention", "conv"]
+
+
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [1.0] * 32}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -174,6 +191,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "head width": ("granite", {"head_dim": 32}, "head_dim is 32"),
     "dense layers": ("qwen3moe", {"mlp_only_layers": [0]}, "some layers have no experts"),
     "shares": ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is not set"),
+    "biases of a convolution": ("lfm2", {"conv_bias": True}, "conv_bias is set"),
+    "width of all heads": ("lfm2", {"head_dim": 32}, "4 heads of width 32 are not as wide"),
+    "kinds of layers": ("lfm2", {"layer_types": ["conv", "mamba"] * 2}, "layer_types in config.json has 'mamba'"),
+    "number of layers": ("qwen35", {"layer_types": ["full_attention"]}, "has 1 layers, num_hidden_layers is 4"),
+    "two widths": ("qwen35", {"linear_value_head_dim": 32}, "linear_key_head_dim is 64 and linear_value_head_dim 32"),
+    "values by key": ("qwen35", {"linear_num_value_heads": 5}, "expected a multiple of linear_num_key_heads, 2"),
+    "no gate": ("qwen35", {"attn_output_gate": False}, "attn_output_gate is off"),
+    "growth without yarn": (
+        "ministral3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "llama_4_scaling_beta": 0.1}},
+        "llama_4_scaling_beta is set with rope type 'default'",
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from lieq_gguf.architectures.gemma3 import Gemma3
 from lieq_gguf.architectures.granite import Granite
 from lieq_gguf.architectures.lfm2 import Lfm2
 from lieq_gguf.architectures.llama import Llama
+from lieq_gguf.architectures.ministral3 import Ministral3
 from lieq_gguf.architectures.olmo2 import Olmo2
 from lieq_gguf.architectures.phi3 import Phi3
 from lieq_gguf.architectures.qwen2 import Qwen2
@@ -19,13 +20,16 @@ from lieq_gguf.architectures.qwen3moe import Qwen3Moe
 from lieq_gguf.architectures.qwen35 import Qwen35
 from lieq_gguf.architectures.smollm3 import SmolLM3
 from lieq_gguf.architectures.stored_parameters import StoredParameters
+from lieq_gguf.architectures.wrappers import is_wrapper, language_model_config
 from lieq_gguf.errors import ArchitectureError
 
-__all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_family"]
+__all__ = [
+    "FAMILIES", "Decoder", "StoredParameters", "family_named", "find_family", "is_wrapper", "language_model_config",
+]  # fmt: skip
 
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
-    Qwen35(),
+    Qwen35(), Ministral3(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}

@@ -12,8 +12,10 @@ Config = Mapping[str, Any]
 """``config.json``."""
 
 
-def check_yarn(rope: Config) -> None:
+def check_yarn(rope: Config, takes_all_dims: bool = False) -> None:
     """Refuse a scaling of attention other than yarn's own, by which llama.cpp always scales.
+
+    Where it ``takes_all_dims``, it divides its own by that of ``mscale_all_dim``.
 
     Source: ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``.
     """
@@ -25,6 +27,8 @@ def check_yarn(rope: Config) -> None:
             require_number(key, rope[key])
     given, scale, scale_all = (rope.get(key) for key in keys)
     own = _yarn_scale(rope["factor"], 1.0)
+    if takes_all_dims and scale_all:
+        own /= _yarn_scale(rope["factor"], scale_all)
     if given is None:
         given = own
         if scale and scale_all:

@@ -63,7 +63,7 @@ class Decoder:
     defaults: ClassVar[Mapping[str, Any]] = {}
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
 
-    def completed(self, config: Config) -> Config:
+    def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with what it leaves out and this family needs."""
         return {**self.defaults, **config}
 

@@ -51,7 +51,7 @@ class Lfm2(Decoder):
         "conv_bias": False, "max_position_embeddings": 128_000, "norm_eps": 1e-5,
     }  # fmt: skip
 
-    def completed(self, config: Config) -> Config:
+    def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with the names that it has in later files."""
         renamed = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
         result = super().completed(config) | {new: config[old] for old, new in renamed.items() if old in config}

@@ -70,7 +70,7 @@ class StoredParameters:
         """
         counts = self.per_layer(key, default)
         if isinstance(counts, list) and counts and all(isinstance(n, int) for n in counts):
-            return max(counts)
+            return int(max(counts))
         return self.count(key, default)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:

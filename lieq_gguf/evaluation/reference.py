@@ -40,7 +40,7 @@ class TransformersModel:
         self.architecture = architecture
         self._model = model
         self._tokenizer = tokenizer
-        self.n_vocab: int = model.config.vocab_size
+        self.n_vocab: int = model.config.get_text_config().vocab_size
 
     def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids by the model's own tokenizer."""
@@ -71,14 +71,15 @@ def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageM
         with open_model(path, n_ctx=n_ctx, n_threads=n_threads) as model:
             yield model
         return
-    spec = ModelDirectory(path).spec  # raises a LieqError for an incomplete model
+    source = ModelDirectory(path)  # raises a LieqError for an incomplete model
 
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr has our own progress bar
     torch.set_num_threads(n_threads)
-    loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    auto = AutoModelForImageTextToText if source.is_wrapper else AutoModelForCausalLM
+    loaded = auto.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     loaded.train(False)
-    yield TransformersModel(loaded, load_source_tokenizer(path), spec.architecture)
+    yield TransformersModel(loaded, load_source_tokenizer(path), source.spec.architecture)

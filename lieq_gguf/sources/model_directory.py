@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lieq_gguf.architectures import Decoder, find_family
+from lieq_gguf.architectures import Decoder, find_family, is_wrapper, language_model_config
 from lieq_gguf.errors import SourceError
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
@@ -38,6 +38,7 @@ class ModelDirectory:
         repository: Its name on the hub, ``owner/name``, if it is a snapshot in the hub's cache.
         spec: Tensors and structure of the model.
         family: The functions of its architecture.
+        is_wrapper: Whether it is the language model inside a model of images or sound.
         adapter: The adapter merged into its tensors when they are read, or None.
 
     Raises:
@@ -53,6 +54,7 @@ class ModelDirectory:
         self.path = path
         self.repository = repository_of(path)
         config, self.family = read_supported_config(path)
+        self.is_wrapper = is_wrapper(_read_config(path))
         self._weights = WeightFiles(path)
         with _complete_config(path):
             tensors = self.family.tensors(config, self._names_in_use(config))
@@ -75,7 +77,13 @@ class ModelDirectory:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user may want to know, less important than a warning."""
-        return self._weights.notes + (() if self.adapter is None else self.adapter.notes)
+        notes, weights = [*self._weights.notes], self._weights
+        if weights.prefix not in ("model.", "") and not self.is_wrapper:
+            notes.append(
+                f"the names of the tensors begin with {weights.prefix}: only those of the language model are used"
+            )
+        notes += weights.left_out({name for tensor in self.spec.tensors for name in tensor.source_names})
+        return tuple(notes) + (() if self.adapter is None else self.adapter.notes)
 
     @property
     def notes_on_scores(self) -> tuple[str, ...]:
@@ -130,9 +138,10 @@ class ModelDirectory:
             raise SourceError(
                 f"transformers cannot read {self.path / 'config.json'}: {' '.join(str(error).split())}"
             ) from None
-        config.dtype = torch.float32
-        config.tie_word_embeddings = self.spec.has_tied_embeddings
-        return config
+        text: PretrainedConfig = config.get_text_config()
+        text.dtype = torch.float32
+        text.tie_word_embeddings = self.spec.has_tied_embeddings
+        return text
 
     def load_tokenizer(self) -> SourceTokenizer:
         """The tokenizer of the directory's files."""
@@ -233,6 +242,7 @@ def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
         details = config["quantization_config"]
         method = details.get("quant_method", "unnamed") if isinstance(details, dict) else "unnamed"
         raise SourceError(f"{path} is already quantised ({method}); expected the original BF16, F16 or F32 weights")
+    config = language_model_config(config)
     family = find_family(config)
     with _complete_config(path):
         config = family.completed(config)

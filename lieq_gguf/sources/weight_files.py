@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -24,10 +25,21 @@ WEIGHTS_FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _DTYPES = ("BF16", "F16", "F32")
+_BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "I64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8}
 _SAMPLE_BYTES = 1024
 _COMPARED_BYTES = 1 << 24  # of two tensors at a time
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")  # transformers 5: one tensor for all experts
+
+_COMPUTED = re.compile(r".*\.(inv_freq|masked_bias|position_ids)|(.*\.)?lm_head\.weight")
+# parts of a model that are no part of its language model, by what is said of them
+_PARTS = {
+    "the heads for multi-token prediction ({}) are left out; llama.cpp runs the model without them": re.compile(
+        r"(^|\.)mtp\."
+    ),
+    "the parts for images and sound ({}) are left out; llama.cpp reads them from a file of their own, published as "
+    "mmproj beside GGUF files of the model": re.compile(r"visual|vision|audio|projector|image|video|speech"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class WeightFiles:
 
     Attributes:
         names: All names.
+        prefix: What the names in the files have in place of ``model.``.
         notes: What the user may want to know about the files.
 
     Raises:
@@ -61,8 +74,8 @@ class WeightFiles:
         shard_of, self.notes = _find_shards(path)
         self._shards = sorted(set(shard_of.values()))
         places, prefix = _with_usual_names({name: _Place(shard, name) for name, shard in shard_of.items()})
-        if prefix not in ("model.", ""):
-            self.notes += (f"the names of the tensors begin with {prefix}: only those of the language model are used",)
+        self.prefix = prefix
+        self._stored = shard_of
         self._places = dict(self._with_single_experts(places))
         self.names = frozenset(self._places)
 
@@ -85,6 +98,26 @@ class WeightFiles:
             if dtype not in _DTYPES:
                 raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(_DTYPES)}")
         self.release()
+
+    def left_out(self, used: Collection[str]) -> tuple[str, ...]:
+        """Notes about what the files hold besides the tensors in use."""
+        in_use = {self._places[name].stored_name for name in used}
+        n_bytes: dict[str, list[int]] = {}
+        for name, shard in sorted(self._stored.items()):
+            if name in in_use or _COMPUTED.fullmatch(name):
+                continue
+            shape, dtype = self._shape_and_dtype(_Place(shard, name))
+            part = next((part for part, pattern in _PARTS.items() if pattern.search(name)), name)
+            n_bytes.setdefault(part, []).append(prod(shape) * _BITS.get(dtype, 32) // 8)
+        self.release()
+        notes = [
+            f"{part.format(f'{sum(sizes) / 1e9:.2f} GB')}" for part in _PARTS if (sizes := n_bytes.pop(part, None))
+        ]
+        if n_bytes:
+            notes.append(
+                f"{len(n_bytes)} tensors that the model does not use are left out; the first is {next(iter(n_bytes))}"
+            )
+        return tuple(notes)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in its own type."""

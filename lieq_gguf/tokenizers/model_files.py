@@ -111,7 +111,7 @@ def read_tokenizer_files(model_dir: Path) -> TokenizerFiles:
         directory=model_dir,
         tokenizer_json=_read_json_object(model_dir / "tokenizer.json"),
         config=_read_json_object(model_dir / "tokenizer_config.json") or {},
-        model_config=_read_json_object(model_dir / "config.json") or {},
+        model_config=_with_text_part(_read_json_object(model_dir / "config.json") or {}),
         special_tokens_map=_read_json_object(model_dir / "special_tokens_map.json") or {},
         legacy_added_tokens=_read_json_object(model_dir / "added_tokens.json") or {},
         sentencepiece_model=sentencepiece_model if sentencepiece_model.is_file() else None,
@@ -197,3 +197,9 @@ def _read_json_object(path: Path) -> JsonObject | None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _with_text_part(config: JsonObject) -> JsonObject:
+    """``config.json`` with what only its text part says, if the model is one of images and text."""
+    part = config.get("text_config")
+    return {**part, **config} if isinstance(part, dict) else config

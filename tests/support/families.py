@@ -155,6 +155,13 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
         converter_options=("--no-mtp",),
     ),
+    "ministral3": TinyModel(
+        "mistral3", "ministral3", "Ministral 3", fixtures.write_tekken,
+        {
+            "head_dim": 128, "tie_word_embeddings": True,
+            "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        },
+    ),
     "granite": TinyModel(
         "granite", "granite", "Granite 3", fixtures.write_granite,
         {
