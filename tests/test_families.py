@@ -31,6 +31,7 @@ from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_TOKENS = 128  # more than the windows of the tiny models
+KEYS_AND_VALUES = ("attn_k", "attn_v")
 EVERY_MODEL = pytest.mark.parametrize("name", TINY_MODELS)
 
 
@@ -74,7 +75,7 @@ def test_streamed_layers_are_the_whole_model(name: str, written: Callable[[str],
     layer = LayerModel(source.transformers_config(), torch.device("cpu"))
     tensors = {t.name: t for t in source.spec.tensors}
     with torch.inference_mode():
-        hidden = layer.embed(source.read(source.spec.embedding)[torch.from_numpy(model.ids)])
+        hidden = layer.embed(source, model.ids)
         for index in range(source.spec.n_layers):
             layer.load(source, index)
             hidden = layer.forward(hidden)
@@ -104,19 +105,19 @@ def test_conversion_to_few_bits_runs(name: str, written: Callable[[str], Written
 
 @EVERY_MODEL
 def test_cache_and_bytes_of_a_token_are_those_of_the_model(name: str, written: Callable[[str], Written]) -> None:
-    config = ModelDirectory(written(name).path).transformers_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found = inspect(written(name).f16_file)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    n_attending = sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
-    width = 2 * config.num_key_value_heads * head_dim * n_attending
+    source = ModelDirectory(written(name).path)
+    config, found = source.transformers_config(), inspect(written(name).f16_file)
+    rows = {
+        role: sum(t.shape[0] for t in source.spec.tensors if t.role == role and t.is_matrix) for role in KEYS_AND_VALUES
+    }
+    width = sum(rows.values()) if rows["attn_k"] else config.hidden_size * config.num_hidden_layers
     assert (found.n_ctx, found.kv_cache_bytes) == (1024, 2 * width * 1024)
-    n_experts = getattr(config, "num_experts", 1)
+    n_experts = getattr(config, "num_experts", 1) or 1
     n_idle = n_experts - getattr(config, "num_experts_per_tok", n_experts)
     sizes = {t.spec.name: t.data.nbytes for t in GgufFile(found.file).tensors}
     idle = sum(size for tensor, size in sizes.items() if "_exps" in tensor) * n_idle // n_experts
-    rows = sizes["token_embd.weight"] if "output.weight" in sizes else 0
-    assert found.bytes_per_token == sum(sizes.values()) - idle - rows
+    tables = ["per_layer_token_embd.weight", *(["token_embd.weight"] if "output.weight" in sizes else [])]
+    assert found.bytes_per_token == sum(sizes.values()) - idle - sum(sizes.get(table, 0) for table in tables)
 
 
 @pytest.mark.slow

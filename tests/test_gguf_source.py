@@ -92,7 +92,7 @@ def logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
     layer = LayerModel(source.transformers_config(), torch.device("cpu"))
     tensors = {t.name: t for t in source.spec.tensors}
     with torch.inference_mode():
-        hidden = layer.embed(source.read(source.spec.embedding)[ids])
+        hidden = layer.embed(source, ids.numpy())
         for index in range(source.spec.n_layers):
             layer.load(source, index)
             hidden = layer.forward(hidden)

@@ -8,6 +8,7 @@ from typing import Any
 from lieq_gguf.architectures.decoder import Decoder
 from lieq_gguf.architectures.gemma2 import Gemma2
 from lieq_gguf.architectures.gemma3 import Gemma3
+from lieq_gguf.architectures.gemma4 import Gemma4
 from lieq_gguf.architectures.granite import Granite
 from lieq_gguf.architectures.lfm2 import Lfm2
 from lieq_gguf.architectures.llama import Llama
@@ -29,7 +30,7 @@ __all__ = [
 
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
-    Qwen35(), Ministral3(),
+    Qwen35(), Ministral3(), Gemma4(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}

@@ -150,6 +150,14 @@ class Decoder:
         """The modules of one layer."""
         return self.modules
 
+    def layer_sizes(self, config: Config, layer: int, sizes: dict[str, int]) -> dict[str, int]:  # noqa: ARG002
+        """The sizes of one layer, from those of all."""
+        return sizes
+
+    def outer_tensors(self, config: Config) -> Iterator[TensorSpec]:  # noqa: ARG002
+        """Tensors outside the layers, besides the usual ones."""
+        return iter(())
+
     def orders(self, config: Config) -> Mapping[str, HeadOrder]:
         """Orders of rows and columns in the file, by the names that modules have for them."""
         sizes = self.sizes(config)
@@ -203,9 +211,11 @@ class Decoder:
         yield TensorSpec("token_embd.weight", "model.embed_tokens.weight", matrix)
         for name, length in self.computed_lengths(config).items():
             yield TensorSpec(name, None, (length,))
+        yield from self.outer_tensors(config)
         for layer in range(config["num_hidden_layers"]):
+            of_layer = self.layer_sizes(config, layer, sizes)
             for module in self.layer_modules(config, layer):
-                yield from self._module_tensors(config, source_names, sizes, layer, module)
+                yield from self._module_tensors(config, source_names, of_layer, layer, module)
         name, source = self.final_norm
         yield TensorSpec(f"{name}.weight", f"model.{source}.weight", matrix[1:], offset=self.norm_offset)
         has_own = "lm_head.weight" in source_names or not config.get("tie_word_embeddings", self.tied_by_default)
@@ -262,7 +272,7 @@ class Decoder:
         writer.add_block_count(config["num_hidden_layers"])
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(sizes["width"])
-        writer.add_feed_forward_length(sizes["n_ff"])
+        writer.add_feed_forward_length(self.feed_forward_lengths(config))
         writer.add_head_count(sizes["n_heads"])
         writer.add_head_count_kv(self.kv_heads(config))
         writer.add_layer_norm_rms_eps(config[self.norm_epsilon])
@@ -274,6 +284,10 @@ class Decoder:
     def kv_heads(self, config: Config) -> int | list[int]:
         """Heads of keys and values as the file counts them, one number or one for each layer."""
         return self.sizes(config)["n_kv_heads"]
+
+    def feed_forward_lengths(self, config: Config) -> int | list[int]:
+        """Widths of the feed-forward network as the file has them, one number or one for each layer."""
+        return self.sizes(config)["n_ff"]
 
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Write the rotary keys."""
@@ -310,7 +324,7 @@ class Decoder:
             "model_type": self.model_type,
             "vocab_size": n_vocab,
             "hidden_size": stored.count("embedding_length"),
-            "intermediate_size": stored.count("feed_forward_length"),
+            "intermediate_size": stored.most("feed_forward_length"),
             "num_hidden_layers": stored.count("block_count"),
             "num_attention_heads": n_heads,
             "num_key_value_heads": stored.most("attention.head_count_kv", n_heads),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -14,27 +12,53 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from lieq_gguf.measure.experts import separate_experts
 
 _LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry per layer
+_SHARING = "kv_sharing_modes"
+_REUSE = "reuse"
 
 LayerKind: TypeAlias = tuple[str, ...]
-"""Entries of ``_LAYER_LISTS`` for a layer; layers of the same kind differ only in their weights."""
+"""Entries of ``_LAYER_LISTS`` for a layer, and whether it uses the keys and values of an earlier one; layers of the
+same kind differ only in their weights."""
 
 
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
-    """The kind of every layer: attention over all tokens or a window, with or without rotation."""
+    """The kind of every layer: attention over all tokens or a window, another mixer, with or without rotation."""
     n_layers: int = config.num_hidden_layers
     lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
+    lists.append([_REUSE if mode == _REUSE else "" for mode in sharing_modes(config)])
     return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
+
+
+def sharing_modes(config: PretrainedConfig) -> list[str | None]:
+    """Whether a layer stores its keys and values for later ones, or reuses those of an earlier layer."""
+    modes: list[str | None] = getattr(config, _SHARING, None) or [None] * config.num_hidden_layers
+    return modes
+
+
+def examples_of_kinds(config: PretrainedConfig) -> list[int]:
+    """The first layer of each kind, in the model's order."""
+    kinds = layer_kinds(config)
+    return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
 
 
 def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     """A base model with one layer of each kind and a small vocabulary, filled by the model's own initialiser."""
-    kinds = layer_kinds(config)
-    examples = [kinds.index(kind) for kind in sorted(set(kinds))]
-    lists = {key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))}
+    examples = examples_of_kinds(config)
+    changes: dict[str, Any] = {
+        key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))
+    }
+    if hasattr(config, _SHARING):
+        modes = sharing_modes(config)
+        changes["num_kv_shared_layers"] = sum(modes[i] == _REUSE for i in examples)
+    values = config.to_dict()
+    by_layer = {int(layer): settings for layer, settings in (values.get("per_layer_config") or {}).items()}
+    if by_layer:
+        changes["per_layer_config"] = {new: by_layer[old] for new, old in enumerate(examples) if old in by_layer}
+    sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
+    if hasattr(config, "vocab_size_per_layer_input"):
+        sizes["vocab_size_per_layer_input"] = n_vocab
     # the ids of special tokens lie outside the small vocabulary
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
-    small = type(config).from_dict(config.to_dict() | sizes | lists | special_ids)
+    small = type(config).from_dict(values | sizes | changes | special_ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
@@ -44,24 +68,24 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
 
 
 def given_to_layers(model: nn.Module, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-    """Run a model without its layers, and catch the hidden states and arguments that each layer would get."""
+    """Run a model without its layers, and catch the hidden states and arguments that each layer would get.
+
+    What depends on tokens or on other layers is not among the arguments: ``CarriedAlong`` has it.
+    """
     caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
-    def catch(hidden: torch.Tensor, **around: Any) -> torch.Tensor:
+    def catch(hidden: torch.Tensor, *_token_inputs: Any, **around: Any) -> torch.Tensor:
         caught.append((hidden, around))
         return hidden
 
+    layers = list(model.get_submodule("layers").children())
+    n_token_inputs = getattr(model, "hidden_size_per_layer_input", None)
+    if n_token_inputs and "inputs_embeds" in inputs:  # without them, the model would look for the tokens' ids
+        shape = (*inputs["inputs_embeds"].shape[:-1], len(layers), n_token_inputs)
+        inputs["per_layer_inputs"] = inputs["inputs_embeds"].new_zeros(shape)
     with ExitStack() as stack:
-        for module in model.get_submodule("layers").children():
+        for module in layers:
             module.forward = catch  # shadows the class's method
             stack.callback(delattr, module, "forward")
         model(use_cache=False, **inputs)
     return caught
-
-
-def twin_embedding(config: PretrainedConfig, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:
-    """Rows of a fresh embedding for the tokens that occur; other rows would only take memory."""
-    used, positions = np.unique(ids, return_inverse=True)
-    embedding = initialised(config, n_vocab=len(used), seed=seed).get_input_embeddings()  # type: ignore[operator]
-    rows: torch.Tensor = embedding.weight.detach()[torch.from_numpy(positions.reshape(ids.shape))]
-    return rows

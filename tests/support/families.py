@@ -56,6 +56,8 @@ class TinyModel:
         write_tokenizer: Writes the tokenizer's files and gives the size of the vocabulary.
         settings: What differs from ``SIZES``.
         converter_options: What llama.cpp's converter has to be told.
+        head_norms: Weights of the norms of queries and keys; random heads of width one attend to single tokens, which
+            magnifies rounding.
     """
 
     family: str
@@ -64,20 +66,22 @@ class TinyModel:
     write_tokenizer: Callable[[Path], int]
     settings: Mapping[str, Any] = field(default_factory=dict)
     converter_options: tuple[str, ...] = ()
+    head_norms: float = 1.0
 
     def write(self, path: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
         """Write the model directory; ``settings`` overrules."""
         path.mkdir(parents=True, exist_ok=True)
         n_vocab = self.write_tokenizer(path)
-        config = AutoConfig.for_model(
-            self.model_type, **({"vocab_size": n_vocab} | SIZES | dict(self.settings) | settings)
-        )
+        sizes = {"vocab_size": n_vocab, "vocab_size_per_layer_input": n_vocab}
+        config = AutoConfig.for_model(self.model_type, **(sizes | SIZES | dict(self.settings) | settings))
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         model.to(dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # as trained ones, whether the family multiplies by the weight or by one more
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    parameter.mul_(self.head_norms)
                 if name.endswith("norm.weight"):
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
                 elif name.endswith(".bias"):
@@ -161,6 +165,15 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "head_dim": 128, "tie_word_embeddings": True,
             "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
         },
+    ),
+    "gemma4": TinyModel(
+        "gemma4", "gemma4_text", "Gemma 4 E2B, E4B", fixtures.write_gemma,
+        {
+            "num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "head_dim": 64, "global_head_dim": 128, "num_kv_shared_layers": 3, "sliding_window": 32,
+            "hidden_size_per_layer_input": 256, "use_double_wide_mlp": True, "final_logit_softcapping": 30.0,
+        },
+        head_norms=1 / 3,
     ),
     "granite": TinyModel(
         "granite", "granite", "Granite 3", fixtures.write_granite,
