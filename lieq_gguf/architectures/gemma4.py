@@ -278,4 +278,4 @@ class Gemma4(Decoder):
 
     @staticmethod
     def _shares_keys(config: Config, layer: int) -> bool:
-        return layer >= config["num_hidden_layers"] - config["num_kv_shared_layers"]
+        return bool(layer >= config["num_hidden_layers"] - config["num_kv_shared_layers"])

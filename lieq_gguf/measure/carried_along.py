@@ -73,7 +73,7 @@ class CarriedAlong:
 
     def _split(self, part: torch.Tensor, kind: str) -> torch.Tensor:
         n_heads, dim = self._heads[kind]
-        return part.unflatten(-1, (n_heads, dim)).transpose(1, 2)
+        return part.reshape(*part.shape[:2], n_heads, dim).transpose(1, 2)
 
 
 class TokenInputs:

@@ -80,7 +80,7 @@ class LayerModel:
         self.config = config
         self._d_model: int = config.hidden_size
         self._carried = CarriedAlong(config)
-        self.state_width = self._d_model + self._carried.width
+        self.state_width: int = self._d_model + self._carried.width
         self._token_inputs: TokenInputs | None = None
         self._of_tokens: torch.Tensor | None = None  # what they give to the current layer
         self._layers: Sequence[nn.Module] = list(self._model.get_submodule("layers").children())

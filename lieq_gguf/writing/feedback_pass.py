@@ -82,7 +82,7 @@ class FeedbackPass:
         spec = self._source.spec
         widths = sorted(t.shape[-1] for layer in spec.layer_matrices for t in layer if not t.of_experts)
         of_moments = sum(n * n for n in set(widths)) + 2 * widths[-1] ** 2
-        return 4 * (of_moments + 3 * self._ids.size * self._layer.state_width)
+        return int(4 * (of_moments + 3 * self._ids.size * self._layer.state_width))
 
     def expected_seconds(self) -> float:
         """Time of the pass, estimated from one batch through the first layer and some rows of every type."""
