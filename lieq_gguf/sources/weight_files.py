@@ -23,11 +23,28 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_DTYPES = ("BF16", "F16", "F32")
+PLAIN_DTYPES = ("BF16", "F16", "F32")
 _SAMPLE_BYTES = 1024
 _COMPARED_BYTES = 1 << 24  # of two tensors at a time
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")  # transformers 5: one tensor for all experts
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor by the header of its file.
+
+    Attributes:
+        name: Its name in the file.
+        file: The file.
+        shape: Its shape.
+        dtype: Its type, as safetensors names it.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,7 @@ class WeightFiles:
     have, and one matrix per expert.
 
     Attributes:
+        path: The directory.
         names: All names.
         notes: What the user may want to know about the files.
 
@@ -55,7 +73,7 @@ class WeightFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._open: dict[Path, Any] = {}  # to read tensors
         self._headers: dict[Path, Any] = {}
         shard_of, self.notes = _find_shards(path)
@@ -75,15 +93,15 @@ class WeightFiles:
         for name, expected in shapes.items():
             if name not in self._places:
                 raise SourceError(
-                    f"{self._path} has no tensor {name}; expected all tensors that config.json describes"
+                    f"{self.path} has no tensor {name}; expected all tensors that config.json describes"
                     + _names_found(self.names)
                 )
             shape, dtype = self._shape_and_dtype(self._places[name])
             shard = self._places[name].shard
             if shape != expected:
                 raise SourceError(f"{name} in {shard} has shape {shape}; by config.json expected {expected}")
-            if dtype not in _DTYPES:
-                raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(_DTYPES)}")
+            if dtype not in PLAIN_DTYPES:
+                raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(PLAIN_DTYPES)}")
         self.release()
 
     def read(self, name: str) -> torch.Tensor:
@@ -98,6 +116,22 @@ class WeightFiles:
             return result
         result = file.get_slice(place.stored_name)[place.expert]
         return result if place.half is None else result.chunk(2)[place.half]
+
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor by its header."""
+        place = self._places[name]
+        return StoredTensor(place.stored_name, place.shard, *self._shape_and_dtype(place))
+
+    def stored_name(self, name: str) -> str:
+        """The name that the files have for a tensor."""
+        return self._places[name].stored_name
+
+    def is_zero(self, name: str) -> bool:
+        """Whether all bytes of a stored tensor are zero; it is read until one is not."""
+        content = self._bytes(self._places[name])
+        return not any(
+            content[start : start + _COMPARED_BYTES].any() for start in range(0, len(content), _COMPARED_BYTES)
+        )
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are stored with the same bytes; they are read until they differ."""
@@ -141,6 +175,7 @@ class WeightFiles:
                     yield f"{fused[1]}.{expert}.{part}.weight", _Place(place.shard, place.stored_name, expert, half)
 
     def _bytes(self, place: _Place) -> npt.NDArray[np.uint8]:
+        self._header(place)  # refuses a file that is cut off
         with place.shard.open("rb") as file:
             start, stop = json.loads(_read_header(file))[place.stored_name]["data_offsets"]
             return np.memmap(place.shard, np.uint8, "r", file.tell() + start, (stop - start,))
