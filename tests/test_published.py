@@ -116,15 +116,19 @@ def test_the_file_is_that_of_the_dequantised_weights(name: str, tmp_path: Path) 
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+KNOWN_TO_TRANSFORMERS = ("fp8", "fp8, experts", "fp8, fused", "fp8, one scale", "mxfp8")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in FORMATS if "fp8" in name and name not in ("fp8, AutoFP8", "fp8, blocks cut off")]
+    ("name", "dtype"), [*((name, DTYPES[0]) for name in KNOWN_TO_TRANSFORMERS), *(("fp8", d) for d in DTYPES[1:])]
 )
-def test_transformers_dequantises_to_the_same(name: str, tmp_path: Path) -> None:
+def test_transformers_dequantises_to_the_same(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """But AutoFP8, of whose scales it does not know, and blocks that are cut off, which it refuses."""
     family, published = FORMATS[name]
-    quantised, _ = write_both(TINY_MODELS[family].write(tmp_path / "model"), published)
+    quantised, _ = write_both(TINY_MODELS[family].write(tmp_path / "model", dtype), published)
     expected = AutoModelForCausalLM.from_pretrained(quantised)
-    assert expected.dtype == torch.bfloat16
+    assert expected.dtype == dtype
     found = ModelDirectory(quantised).load_model()
     for (at, weight), (_, other) in zip(expected.state_dict().items(), found.state_dict().items(), strict=True):
         assert torch.equal(weight.float(), other), at
