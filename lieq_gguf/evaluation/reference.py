@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer
+from lieq_gguf.tokenizers import SourceTokenizer
 
 
 class LanguageModel(Protocol):
@@ -74,12 +74,10 @@ def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageM
     source = ModelDirectory(path)  # raises a LieqError for an incomplete model
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr has our own progress bar
     torch.set_num_threads(n_threads)
-    auto = AutoModelForImageTextToText if source.is_wrapper else AutoModelForCausalLM
-    loaded = auto.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    loaded = source.load_model()
     loaded.train(False)
-    yield TransformersModel(loaded, load_source_tokenizer(path), source.spec.architecture)
+    yield TransformersModel(loaded, source.load_tokenizer(), source.spec.architecture)

@@ -18,13 +18,15 @@ from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.directory_metadata import directory_metadata
 from lieq_gguf.sources.file_order import FloatArray, file_rows
+from lieq_gguf.sources.published import find_format
+from lieq_gguf.sources.published.weights import PublishedWeights
 from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, WEIGHTS_FILE, WeightFiles
 from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer, read_vocabulary
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[0-9a-f]{40}")
@@ -42,8 +44,8 @@ class ModelDirectory:
         adapter: The adapter merged into its tensors when they are read, or None.
 
     Raises:
-        SourceError: if something is missing, damaged, or not stored as plain weights, or if the adapter cannot be
-            merged.
+        SourceError: if something is missing, damaged, or stored in a format that cannot be read, or if the adapter
+            cannot be merged.
         ArchitectureError: if the architecture is not supported.
     """
 
@@ -54,8 +56,10 @@ class ModelDirectory:
         self.path = path
         self.repository = repository_of(path)
         config, self.family = read_supported_config(path)
-        self.is_wrapper = is_wrapper(_read_config(path))
-        self._weights = WeightFiles(path)
+        whole = _read_config(path)
+        self.is_wrapper = is_wrapper(whole)
+        stored_as, files = find_format(path, whole), WeightFiles(path)
+        self._weights = files if stored_as is None else PublishedWeights(files, stored_as)
         with _complete_config(path):
             tensors = self.family.tensors(config, self._names_in_use(config))
         self._weights.require({name: t.source_shape for t in tensors for name in t.source_names})
@@ -93,7 +97,8 @@ class ModelDirectory:
     def read(self, tensor: TensorSpec) -> torch.Tensor:
         """The tensor in the source's own type and row order, mapped and not copied; float32 if an adapter changes it.
 
-        Matrices of experts are stacked, ``[n_experts, n_out, n_in]``.
+        A matrix that is published quantised is decoded, in the type that transformers gives it. Matrices of experts are
+        stacked, ``[n_experts, n_out, n_in]``.
         """
         if tensor.source_name is None:
             return self.family.computed_tensor(self.spec.config, tensor.name)
@@ -139,9 +144,34 @@ class ModelDirectory:
                 f"transformers cannot read {self.path / 'config.json'}: {' '.join(str(error).split())}"
             ) from None
         text: PretrainedConfig = config.get_text_config()
+        text.__dict__.pop("quantization_config", None)  # weights are decoded here
         text.dtype = torch.float32
         text.tie_word_embeddings = self.spec.has_tied_embeddings
         return text
+
+    def load_model(self) -> PreTrainedModel:
+        """The whole model in transformers, in float32, without the adapter.
+
+        Raises:
+            SourceError: if transformers cannot make it.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+        options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+        model: PreTrainedModel
+        if isinstance(self._weights, WeightFiles):
+            auto = AutoModelForImageTextToText if self.is_wrapper else AutoModelForCausalLM
+            model = auto.from_pretrained(self.path, **options)
+            return model
+        # transformers needs a library for each format, and some of them a GPU; so it gets decoded weights
+        config = self.transformers_config()
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+        names = {name for tensor in self.spec.tensors for name in tensor.source_names} | {HEAD}
+        decoded = {name: self._weights.read(name) for name in names & self._weights.names}
+        model = kind.from_pretrained(None, config=config, state_dict=decoded, **options)
+        return model
 
     def load_tokenizer(self) -> SourceTokenizer:
         """The tokenizer of the directory's files."""
@@ -234,14 +264,11 @@ def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
     """Read ``config.json`` of a directory; the weights may still be missing.
 
     Raises:
-        SourceError: if it is missing or damaged, or the model is already quantised.
+        SourceError: if it is missing or damaged, or the weights are quantised in a format that cannot be read.
         ArchitectureError: if the architecture is not supported.
     """
     config = _read_config(path)
-    if "quantization_config" in config:
-        details = config["quantization_config"]
-        method = details.get("quant_method", "unnamed") if isinstance(details, dict) else "unnamed"
-        raise SourceError(f"{path} is already quantised ({method}); expected the original BF16, F16 or F32 weights")
+    find_format(path, config)
     config = language_model_config(config)
     family = find_family(config)
     with _complete_config(path):

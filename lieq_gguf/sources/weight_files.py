@@ -24,7 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_DTYPES = ("BF16", "F16", "F32")
+PLAIN_DTYPES = ("BF16", "F16", "F32")
 _BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "I64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8}
 _SAMPLE_BYTES = 1024
 _COMPARED_BYTES = 1 << 24  # of two tensors at a time
@@ -40,6 +40,23 @@ _PARTS = {
     "the parts for images and sound ({}) are left out; llama.cpp reads them from a file of their own, published as "
     "mmproj beside GGUF files of the model": re.compile(r"visual|vision|audio|projector|image|video|speech"),
 }
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor by the header of its file.
+
+    Attributes:
+        name: Its name in the file.
+        file: The file.
+        shape: Its shape.
+        dtype: Its type, as safetensors names it.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,7 @@ class WeightFiles:
     have, and one matrix per expert.
 
     Attributes:
+        path: The directory.
         names: All names.
         prefix: What the names in the files have in place of ``model.``.
         notes: What the user may want to know about the files.
@@ -68,7 +86,7 @@ class WeightFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._open: dict[Path, Any] = {}  # to read tensors
         self._headers: dict[Path, Any] = {}
         shard_of, self.notes = _find_shards(path)
@@ -88,15 +106,15 @@ class WeightFiles:
         for name, expected in shapes.items():
             if name not in self._places:
                 raise SourceError(
-                    f"{self._path} has no tensor {name}; expected all tensors that config.json describes"
+                    f"{self.path} has no tensor {name}; expected all tensors that config.json describes"
                     + _names_found(self.names)
                 )
             shape, dtype = self._shape_and_dtype(self._places[name])
             shard = self._places[name].shard
             if shape != expected:
                 raise SourceError(f"{name} in {shard} has shape {shape}; by config.json expected {expected}")
-            if dtype not in _DTYPES:
-                raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(_DTYPES)}")
+            if dtype not in PLAIN_DTYPES:
+                raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(PLAIN_DTYPES)}")
         self.release()
 
     def left_out(self, used: Collection[str]) -> tuple[str, ...]:
@@ -131,6 +149,22 @@ class WeightFiles:
             return result
         result = file.get_slice(place.stored_name)[place.expert]
         return result if place.half is None else result.chunk(2)[place.half]
+
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor by its header."""
+        place = self._places[name]
+        return StoredTensor(place.stored_name, place.shard, *self._shape_and_dtype(place))
+
+    def stored_name(self, name: str) -> str:
+        """The name that the files have for a tensor."""
+        return self._places[name].stored_name
+
+    def is_zero(self, name: str) -> bool:
+        """Whether all bytes of a stored tensor are zero; it is read until one is not."""
+        content = self._bytes(self._places[name])
+        return not any(
+            content[start : start + _COMPARED_BYTES].any() for start in range(0, len(content), _COMPARED_BYTES)
+        )
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are stored with the same bytes; they are read until they differ."""
@@ -174,6 +208,7 @@ class WeightFiles:
                     yield f"{fused[1]}.{expert}.{part}.weight", _Place(place.shard, place.stored_name, expert, half)
 
     def _bytes(self, place: _Place) -> npt.NDArray[np.uint8]:
+        self._header(place)  # refuses a file that is cut off
         with place.shard.open("rb") as file:
             start, stop = json.loads(_read_header(file))[place.stored_name]["data_offsets"]
             return np.memmap(place.shard, np.uint8, "r", file.tell() + start, (stop - start,))
