@@ -40,7 +40,7 @@ def write_random_model(path: Path, n_vocab: int, **config: Any) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     tokens = {"vocab_size": n_vocab, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    settings = {"model_type": "llama", "tie_word_embeddings": True} | sizes | tokens | config
+    settings: dict[str, Any] = {"model_type": "llama", "tie_word_embeddings": True} | sizes | tokens | config
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))  # type: ignore[no-untyped-call]
     model.save_pretrained(path, max_shard_size="500MB")
 
