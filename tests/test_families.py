@@ -18,7 +18,14 @@ from support import converter
 from support.families import SIZES, TINY_MODELS, edit_config
 from support.requests import convert_plainly, on_text, request_of
 from support.shared import made_once
-from support.tolerances import F16_LOGITS, FLOAT32_LOGITS, MIXTURE_LOGITS, MIXTURE_SHARE, assert_logits_close
+from support.tolerances import (
+    DEEP_F16_LOGITS,
+    F16_LOGITS,
+    FLOAT32_LOGITS,
+    MIXTURE_LOGITS,
+    MIXTURE_SHARE,
+    assert_logits_close,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lieq_gguf import pipeline
@@ -88,8 +95,8 @@ def test_f16_file_computes_what_transformers_does(name: str, written: Callable[[
     model = written(name)
     with open_model(model.f16_file, n_ctx=N_TOKENS, n_threads=2) as loaded:
         found = loaded.logits(model.ids[0].tolist())
-    bound = (MIXTURE_LOGITS, MIXTURE_SHARE) if name == "qwen3moe" else (F16_LOGITS,)
-    assert_logits_close(found, model.logits[0], *bound)
+    bounds = {"qwen3moe": (MIXTURE_LOGITS, MIXTURE_SHARE), "exaone4-32b": (DEEP_F16_LOGITS,)}
+    assert_logits_close(found, model.logits[0], *bounds.get(name, (F16_LOGITS,)))
 
 
 @pytest.mark.parametrize("name", {model.family: name for name, model in TINY_MODELS.items()}.values())
@@ -171,7 +178,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}},
         "rope_theta 10000.0 and the others 500000.0",
     ),
+    "kinds of layers": ("olmo3", {"layer_types": ["full_attention"] * 2}, "has 2 layers, num_hidden_layers is 5"),
+    "kind of a layer": ("olmo3", {"layer_types": ["chunked_attention"] * 5}, "has 'chunked_attention'; expected full"),
     "head width": ("granite", {"head_dim": 32}, "head_dim is 32"),
+    "windows at two layers": ("exaone4", {"sliding_window": 32}, "sliding_window is 32 at 2 layers"),
+    "kinds without windows": (
+        "exaone4",
+        {"layer_types": ["sliding_attention"] * 2},
+        "layer 0 of 2 .* sliding_attention",
+    ),
+    "kinds of 64 layers": (
+        "exaone4-32b",
+        {"layer_types": ["full_attention"] * 63},
+        "has 63 layers, num_hidden_layers is 64",
+    ),
+    "no windows at 64 layers": ("exaone4", {"num_hidden_layers": 64}, "sliding_window is null at 64 layers"),
+    "heads": ("exaone4", {"head_dim": 32}, "head_dim is 32"),
     "dense layers": ("qwen3moe", {"mlp_only_layers": [0]}, "some layers have no experts"),
     "shares": ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is not set"),
 }
@@ -300,7 +322,11 @@ OF_KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        *((name, keys) for name in ("llama", "qwen3", "granite", "smollm3", "olmo2") for keys in ROPE_KEYS.values()),
+        *(
+            (name, keys)
+            for name in ("llama", "qwen3", "granite", "smollm3", "olmo2", "exaone4")
+            for keys in ROPE_KEYS.values()
+        ),
         *((name, keys) for name in ("gemma3", "olmo3") for keys in OF_KINDS.values()),
     ],
 )

@@ -160,7 +160,7 @@ class Decoder:
 
     def head_dim(self, config: Config) -> int:
         """Width of an attention head."""
-        given = config.get("head_dim") or self.default_head_dim
+        given = config.get("head_dim", self.default_head_dim)  # null is not missing: it is the width over the heads
         return int(given or config["hidden_size"] // config["num_attention_heads"])
 
     def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lieq_gguf.architectures.checks import windowed_layers
 from lieq_gguf.errors import ArchitectureError
 
 _REQUIRED = object()
@@ -95,6 +96,18 @@ class StoredParameters:
         if value is _REQUIRED:
             raise ArchitectureError(f"{key} is missing")
         return value
+
+    def layer_types(self, n_layers: int) -> list[str]:
+        """Attention types of the layers, as transformers names them: windows by layer, or but for every n-th layer.
+
+        Raises:
+            ArchitectureError: if the file does not say.
+        """
+        key = "attention.sliding_window_pattern"
+        pattern = self.per_layer(key)
+        if not isinstance(pattern, list):
+            return list(windowed_layers(n_layers, self.count(key)))
+        return ["sliding_attention" if has_window else "full_attention" for has_window in pattern]
 
     def vector(self, name: str) -> list[float]:
         """The weights of a tensor of one dimension."""

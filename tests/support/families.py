@@ -162,6 +162,17 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "logits_scaling": 8.0, "tie_word_embeddings": True,
         },
     ),
+    "exaone4-32b": TinyModel(  # at 64 layers the graph has windows
+        "exaone4", "exaone4", "EXAONE 4 32B", fixtures.write_llama_3,
+        {"num_hidden_layers": 64, "hidden_size": 128, "intermediate_size": 128, "sliding_window": 32},
+    ),
+    "exaone4": TinyModel(
+        "exaone4", "exaone4", "EXAONE 4 1.2B", fixtures.write_llama_3,
+        {
+            "sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA_3_ROPE,
+            "tie_word_embeddings": True,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -169,4 +180,5 @@ def edit_config(path: Path, **changes: Any) -> None:
     """Change keys of a model's ``config.json``; None removes one."""
     file = path / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | changes
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}), encoding="utf-8")
+    removed = {key for key, value in changes.items() if value is None}
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in removed}), encoding="utf-8")
