@@ -194,6 +194,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "no windows at 64 layers": ("exaone4", {"num_hidden_layers": 64}, "sliding_window is null at 64 layers"),
     "heads": ("exaone4", {"head_dim": 32}, "head_dim is 32"),
+    "biases": ("ernie4_5", {"use_bias": True}, "use_bias is set, but llama.cpp runs ernie4_5 models without"),
+    "gate": ("arcee", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
+    "bias of the output": ("seed-oss", {"attention_out_bias": True}, "attention_out_bias is set"),
     "dense layers": ("qwen3moe", {"mlp_only_layers": [0]}, "some layers have no experts"),
     "shares": ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is not set"),
 }
@@ -324,7 +327,7 @@ OF_KINDS: dict[str, dict[str, Any]] = {
     [
         *(
             (name, keys)
-            for name in ("llama", "qwen3", "granite", "smollm3", "olmo2", "exaone4")
+            for name in ("llama", "qwen3", "granite", "smollm3", "olmo2", "exaone4", "ernie4_5", "arcee", "seed-oss")
             for keys in ROPE_KEYS.values()
         ),
         *((name, keys) for name in ("gemma3", "olmo3") for keys in OF_KINDS.values()),
@@ -341,3 +344,14 @@ def test_rotary_keys_mean_what_they_mean_to_transformers(name: str, keys: dict[s
         found = family.rope(config, kind)
         for key in ("rope_type", "rope_theta", "factor"):
             assert found.get(key) == expected.get(key), (kind, key)
+
+
+@pytest.mark.parametrize("head_dim", [{}, {"head_dim": None}, {"head_dim": 32}])
+@pytest.mark.parametrize("name", ["llama", "ernie4_5", "seed-oss"])
+def test_head_dim_means_what_it_means_to_transformers(name: str, head_dim: dict[str, Any], tmp_path: Path) -> None:
+    """A missing one can be the family's usual width where one that is null is the model's width over the heads."""
+    model_type = TINY_MODELS[name].model_type
+    config = {key: value for key, value in SIZES.items() if key != "pad_token_id"} | head_dim
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} | config))
+    [family] = [family for family in FAMILIES if family.model_type == model_type]
+    assert family.head_dim(config) == AutoConfig.from_pretrained(tmp_path).head_dim

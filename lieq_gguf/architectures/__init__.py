@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lieq_gguf.architectures.arcee import Arcee
 from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.ernie4_5 import Ernie45
 from lieq_gguf.architectures.exaone4 import Exaone4
 from lieq_gguf.architectures.gemma2 import Gemma2
 from lieq_gguf.architectures.gemma3 import Gemma3
@@ -18,6 +20,7 @@ from lieq_gguf.architectures.qwen2 import Qwen2
 from lieq_gguf.architectures.qwen3 import Qwen3
 from lieq_gguf.architectures.qwen3moe import Qwen3Moe
 from lieq_gguf.architectures.qwen35 import Qwen35
+from lieq_gguf.architectures.seed_oss import SeedOss
 from lieq_gguf.architectures.smollm3 import SmolLM3
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
@@ -26,7 +29,7 @@ __all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_fami
 
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
-    Qwen35(), Exaone4(),
+    Qwen35(), Exaone4(), Ernie45(), Arcee(), SeedOss(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}

@@ -41,7 +41,7 @@ class Decoder:
         tied_by_default: Whether the embedding is also the output matrix, if ``config.json`` does not say.
         norm_offset: Added to the weights of norms, since the graph multiplies by the weight alone.
         has_windows: Whether the graph supports layers that look back only some tokens.
-        has_biases: Whether the graph adds the biases that keys of ``config.json`` switch on.
+        biases: Keys of ``config.json`` that switch on biases which the graph adds.
         defaults: What transformers' configuration has where ``config.json`` has nothing.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
     """
@@ -59,7 +59,7 @@ class Decoder:
     tied_by_default: ClassVar[bool] = False
     norm_offset: ClassVar[float] = 0.0
     has_windows: ClassVar[bool] = False
-    has_biases: ClassVar[bool] = False
+    biases: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
 
@@ -112,7 +112,7 @@ class Decoder:
     def check_biases(self, config: Config) -> None:
         """Refuse biases that the graph does not add."""
         for key in dict.fromkeys(m.bias for m in self.modules if m.bias not in ("", "always")):
-            if config.get(key) and not self.has_biases:
+            if config.get(key) and key not in self.biases:
                 raise ArchitectureError(
                     f"{key} is set, but llama.cpp runs {self.gguf_name} models without these biases"
                 )

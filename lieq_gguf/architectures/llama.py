@@ -8,7 +8,7 @@ import gguf
 
 from lieq_gguf.architectures.checks import Config
 from lieq_gguf.architectures.llama3_rope import Llama3Rope
-from lieq_gguf.architectures.modules import FEED_FORWARD, INTERLEAVED_ATTENTION, NORMS
+from lieq_gguf.architectures.modules import FEED_FORWARD, INTERLEAVED_ATTENTION, NORMS, LayerModule
 
 
 class Llama(Llama3Rope):
@@ -17,8 +17,8 @@ class Llama(Llama3Rope):
     gguf_name = "llama"
     model_type = "llama"
     source_classes: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM", "MistralForCausalLM")
-    modules = (NORMS[0], *INTERLEAVED_ATTENTION, NORMS[1], *FEED_FORWARD)
-    has_biases: ClassVar[bool] = True
+    modules: ClassVar[tuple[LayerModule, ...]] = (NORMS[0], *INTERLEAVED_ATTENTION, NORMS[1], *FEED_FORWARD)
+    biases: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The common keys and two more."""

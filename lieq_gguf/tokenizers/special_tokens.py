@@ -13,7 +13,7 @@ from lieq_gguf.tokenizers.model_files import ROLES, JsonObject, TokenizerFiles, 
 from lieq_gguf.tokenizers.vocabulary import SpecialTokens
 
 # the architectures that llama.cpp's converter handles like Llama; it recognises some models only by these numbers
-_LLAMA_FAMILY = frozenset({"llama", "granite", "smollm3"})
+_LLAMA_FAMILY = frozenset({"llama", "granite", "smollm3", "arcee"})
 _CODE_LLAMA_VOCAB_SIZE = 32016
 _CODE_LLAMA_EOT = 32010
 _GRANITE_VOCAB_SIZE = 49152

@@ -173,6 +173,11 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "tie_word_embeddings": True,
         },
     ),
+    "ernie4_5": TinyModel(
+        "ernie4_5", "ernie4_5", "ERNIE 4.5 (dense)", fixtures.write_llama_2, {"head_dim": 128}
+    ),
+    "arcee": TinyModel("arcee", "arcee", "AFM 4.5B", fixtures.write_smollm2, {"rope_parameters": YARN_ROPE}),
+    "seed-oss": TinyModel("seed_oss", "seed_oss", "Seed-OSS", fixtures.write_qwen2, {"head_dim": 128}),
 }  # fmt: skip
 
 
