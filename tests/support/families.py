@@ -178,6 +178,17 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     ),
     "arcee": TinyModel("arcee", "arcee", "AFM 4.5B", fixtures.write_smollm2, {"rope_parameters": YARN_ROPE}),
     "seed-oss": TinyModel("seed_oss", "seed_oss", "Seed-OSS", fixtures.write_qwen2, {"head_dim": 128}),
+    "hunyuan": TinyModel(
+        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan without long contexts", fixtures.write_smollm3,
+        {"head_dim": 64, "eod_token_id": None},
+    ),
+    "hunyuan-long": TinyModel(
+        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan 0.5B to 7B", fixtures.write_smollm3,
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
+            "head_dim": 128, "max_position_embeddings": 32768, "eod_token_id": None, "tie_word_embeddings": True,
+        },
+    ),
 }  # fmt: skip
 
 
