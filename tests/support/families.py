@@ -189,6 +189,14 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "head_dim": 128, "max_position_embeddings": 32768, "eod_token_id": None, "tie_word_embeddings": True,
         },
     ),
+    "glm4": TinyModel("glm4", "glm4", "GLM-4-0414", fixtures.write_phi_4_mini, {"head_dim": 128}),
+    "glm": TinyModel(
+        "chatglm", "glm", "GLM-4-9B, GLM-Edge", fixtures.write_phi_4_mini,
+        {
+            "head_dim": 64, "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+        },
+    ),
 }  # fmt: skip
 
 
