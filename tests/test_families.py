@@ -16,6 +16,7 @@ import pytest
 import torch
 from support import converter
 from support.families import SIZES, TINY_MODELS, edit_config
+from support.reports import edit_weights
 from support.requests import convert_plainly, on_text, request_of
 from support.shared import made_once
 from support.tolerances import (
@@ -271,6 +272,28 @@ def test_a_bias_that_is_missing_is_refused_from_the_headers(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("beta", "words"),
+    [
+        (None, r"has no tensor model\.layers\.1\.mlp\.act_fn\.beta"),
+        (torch.ones(2), r"beta in .* has shape \(2,\); by config\.json expected \(1,\)"),
+    ],
+)
+def test_numbers_for_the_header_that_are_missing_are_refused(
+    beta: torch.Tensor | None, words: str, tmp_path: Path
+) -> None:
+    path = TINY_MODELS["apertus"].write(tmp_path / "apertus")
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        del weights["model.layers.1.mlp.act_fn.beta"]
+        if beta is not None:
+            weights["model.layers.1.mlp.act_fn.beta"] = beta
+
+    edit_weights(change)(path)
+    with pytest.raises(SourceError, match=words):
+        ModelDirectory(path)
+
+
+@pytest.mark.parametrize(
     ("name", "change", "is_warned_of"),
     [
         ("mistral", {"sliding_window": 512}, True),
@@ -331,6 +354,7 @@ ROPE_KEYS: dict[str, dict[str, Any]] = {
 }
 OF_ONE_KIND = (
     "llama", "qwen3", "granite", "smollm3", "olmo2", "exaone4", "ernie4_5", "arcee", "seed-oss", "hunyuan", "glm4",
+    "apertus",
 )  # fmt: skip
 OF_KINDS: dict[str, dict[str, Any]] = {
     "none": {},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lieq_gguf.architectures.apertus import Apertus
 from lieq_gguf.architectures.arcee import Arcee
 from lieq_gguf.architectures.decoder import Decoder
 from lieq_gguf.architectures.ernie4_5 import Ernie45
@@ -32,7 +33,7 @@ __all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_fami
 
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
-    Qwen35(), Exaone4(), Ernie45(), Arcee(), SeedOss(), HunyuanDense(), Glm4(), Glm(),
+    Qwen35(), Exaone4(), Ernie45(), Arcee(), SeedOss(), HunyuanDense(), Glm4(), Glm(), Apertus(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}

@@ -43,6 +43,8 @@ class Decoder:
         has_windows: Whether the graph supports layers that look back only some tokens.
         biases: Keys of ``config.json`` that switch on biases which the graph adds.
         defaults: What transformers' configuration has where ``config.json`` has nothing.
+        header_parameters: Names in the source's layers of single numbers that the file keeps in its header. A
+            configuration has them by these names, one number for each layer.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
     """
 
@@ -61,6 +63,7 @@ class Decoder:
     has_windows: ClassVar[bool] = False
     biases: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
+    header_parameters: ClassVar[tuple[str, ...]] = ()
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
 
     def completed(self, config: Config) -> Config:

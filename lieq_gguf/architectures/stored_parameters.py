@@ -81,9 +81,9 @@ class StoredParameters:
             ArchitectureError: as :meth:`value`, or if it is not a finite number.
         """
         number = self.value(key, default)
-        if not isinstance(number, float | int) or isinstance(number, bool) or not math.isfinite(number):
+        if not _is_number(number):
             raise ArchitectureError(f"{key} is {number!r}; expected a number")
-        return number
+        return float(number)
 
     def per_layer(self, key: str, default: Any = _REQUIRED) -> Any:
         """The value as stored, a list if there is one per layer.
@@ -96,6 +96,18 @@ class StoredParameters:
         if value is _REQUIRED:
             raise ArchitectureError(f"{key} is missing")
         return value
+
+    def numbers(self, key: str, n_layers: int) -> list[float]:
+        """One finite number for each layer; the file can have one for all.
+
+        Raises:
+            ArchitectureError: if they are missing, or no such numbers.
+        """
+        stored = self.per_layer(key)
+        numbers = stored if isinstance(stored, list) else [stored] * n_layers
+        if len(numbers) != n_layers or not all(_is_number(number) for number in numbers):
+            raise ArchitectureError(f"{key} holds no number for each of {n_layers} layers")
+        return [float(number) for number in numbers]
 
     def layer_types(self, n_layers: int) -> list[str]:
         """Attention types of the layers, as transformers names them: windows by layer, or but for every n-th layer.
@@ -112,3 +124,7 @@ class StoredParameters:
     def vector(self, name: str) -> list[float]:
         """The weights of a tensor of one dimension."""
         return [float(weight) for weight in self._vector(name)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)

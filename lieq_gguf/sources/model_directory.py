@@ -54,6 +54,7 @@ class ModelDirectory:
         self.repository = repository_of(path)
         config, self.family = read_supported_config(path)
         self._weights = WeightFiles(path)
+        config = {**config, **self._header_parameters(config["num_hidden_layers"])}
         with _complete_config(path):
             tensors = self.family.tensors(config, self._names_in_use(config))
         self._weights.require({name: t.source_shape for t in tensors for name in t.source_names})
@@ -192,6 +193,13 @@ class ModelDirectory:
         Tensors that were read stay valid; the next ``read`` maps the file again.
         """
         self._weights.release()
+
+    def _header_parameters(self, n_layers: int) -> dict[str, list[float]]:
+        """Numbers among the weights that a GGUF file keeps in its header, one for each layer, by name in the layer."""
+        return {
+            name: self._weights.numbers([f"model.layers.{layer}.{name}" for layer in range(n_layers)])
+            for name in self.family.header_parameters
+        }
 
     def _stored(self, name: str) -> torch.Tensor:
         loaded = self._weights.read(name)

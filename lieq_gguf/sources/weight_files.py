@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -99,6 +99,17 @@ class WeightFiles:
         result = file.get_slice(place.stored_name)[place.expert]
         return result if place.half is None else result.chunk(2)[place.half]
 
+    def numbers(self, names: Sequence[str]) -> list[float]:
+        """Numbers that are tensors of their own, without loading torch.
+
+        Raises:
+            SourceError: naming the tensor that is missing or holds more than one number.
+        """
+        for name in names:
+            shape = self._shape_and_dtype(self._places[name])[0] if name in self._places else ()
+            self.require({name: shape if shape in ((), (1,)) else (1,)})
+        return [self._number(name) for name in names]
+
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are stored with the same bytes; they are read until they differ."""
         a, b = self._bytes(self._places[name]), self._bytes(self._places[other])
@@ -144,6 +155,13 @@ class WeightFiles:
         with place.shard.open("rb") as file:
             start, stop = json.loads(_read_header(file))[place.stored_name]["data_offsets"]
             return np.memmap(place.shard, np.uint8, "r", file.tell() + start, (stop - start,))
+
+    def _number(self, name: str) -> float:
+        place = self._places[name]
+        content, dtype = self._bytes(place).tobytes(), self._shape_and_dtype(place)[1]
+        if dtype == "BF16":  # the upper half of a float32
+            content, dtype = bytes(2) + content, "F32"
+        return float(np.frombuffer(content, dtype={"F16": "<f2", "F32": "<f4"}[dtype])[0])
 
     def _shape_and_dtype(self, place: _Place) -> tuple[tuple[int, ...], str]:
         header = self._header(place)

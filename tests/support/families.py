@@ -78,7 +78,7 @@ class TinyModel:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # as trained ones, whether the family multiplies by the weight or by one more
-                if name.endswith("norm.weight"):
+                if name.endswith(("norm.weight", ".alpha_p", ".alpha_n")):
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
                 elif name.endswith(".bias"):
                     parameter.normal_(0, 0.5)
@@ -197,6 +197,7 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
         },
     ),
+    "apertus": TinyModel("apertus", "apertus", "Apertus", fixtures.write_tekken),
 }  # fmt: skip
 
 
