@@ -225,6 +225,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "192 of 128 dimensions of each head",
     ),
     "glm heads": ("glm", {"head_dim": 32}, "head_dim is 32"),
+    "bases of rotation": ("granite_swa", {"layer_rope_theta": [1, 2, 2, 0]}, r"has the bases \[1, 2\]"),
+    "rotated layers": ("granite_swa", {"layer_rope_theta": None}, "no_rope_layers .* which transformers does not read"),
     "dense layers": ("qwen3moe", {"mlp_only_layers": [0]}, "some layers have no experts"),
     "shares": ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is not set"),
 }
@@ -250,6 +252,7 @@ DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "rotation": ("olmo3", {"rope_parameters": {"full_attention": 5}}),
     "factors": ("phi3-long", {"rope_parameters": {"rope_type": "longrope", "short_factor": 5, "long_factor": 5}}),
     "share": ("glm4", {"rope_parameters": {"partial_rotary_factor": "half"}}),
+    "bases": ("granite_swa", {"layer_rope_theta": 5}),
     "no rotation": ("smollm3", {"no_rope_layers": 5}),
 }
 

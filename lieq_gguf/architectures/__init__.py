@@ -15,6 +15,7 @@ from lieq_gguf.architectures.gemma3 import Gemma3
 from lieq_gguf.architectures.glm import Glm
 from lieq_gguf.architectures.glm4 import Glm4
 from lieq_gguf.architectures.granite import Granite
+from lieq_gguf.architectures.granite_swa import GraniteSwa
 from lieq_gguf.architectures.hunyuan_dense import HunyuanDense
 from lieq_gguf.architectures.lfm2 import Lfm2
 from lieq_gguf.architectures.llama import Llama
@@ -34,6 +35,7 @@ __all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_fami
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
     Qwen35(), Exaone4(), Ernie45(), Arcee(), SeedOss(), HunyuanDense(), Glm4(), Glm(), Apertus(),
+    GraniteSwa(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}

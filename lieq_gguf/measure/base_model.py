@@ -13,17 +13,19 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lieq_gguf.measure.experts import separate_experts
 
-_LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry per layer
+_ROTATED = ("no_rope_layers", "layer_rope_theta")  # 0 for a layer without rotation
+_LAYER_LISTS = ("layer_types", *_ROTATED)  # in transformers' configurations, one entry per layer
 
 LayerKind: TypeAlias = tuple[str, ...]
-"""Entries of ``_LAYER_LISTS`` for a layer; layers of the same kind differ only in their weights."""
+"""Attention type of a layer, and whether it is rotated; layers of the same kind differ only in their weights."""
 
 
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
     """The kind of every layer: attention over all tokens or a window, with or without rotation."""
     n_layers: int = config.num_hidden_layers
-    lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
-    return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
+    types = getattr(config, "layer_types", None) or [""] * n_layers
+    lists = [values for key in _ROTATED if (values := getattr(config, key, None))]
+    return [(str(types[i]), "rotated" if all(values[i] for values in lists) else "") for i in range(n_layers)]
 
 
 def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:

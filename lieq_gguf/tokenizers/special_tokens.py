@@ -13,7 +13,7 @@ from lieq_gguf.tokenizers.model_files import ROLES, JsonObject, TokenizerFiles, 
 from lieq_gguf.tokenizers.vocabulary import SpecialTokens
 
 # the architectures that llama.cpp's converter handles like Llama; it recognises some models only by these numbers
-_LLAMA_FAMILY = frozenset({"llama", "granite", "smollm3", "arcee", "apertus"})
+_LLAMA_FAMILY = frozenset({"llama", "granite", "smollm3", "arcee", "apertus", "granite_swa"})
 # roles that the converter gives to tokens by their texts, where no file gives them to others
 _ROLES_BY_TEXT = {
     "glm4": {"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>", "bos": "<|endoftext|>"},

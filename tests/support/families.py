@@ -80,7 +80,7 @@ class TinyModel:
                 # as trained ones, whether the family multiplies by the weight or by one more
                 if name.endswith(("norm.weight", ".alpha_p", ".alpha_n")):
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
-                elif name.endswith(".bias"):
+                elif name.endswith((".bias", ".sinks")):
                     parameter.normal_(0, 0.5)
         model.save_pretrained(path)
         return path
@@ -198,6 +198,14 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
     ),
     "apertus": TinyModel("apertus", "apertus", "Apertus", fixtures.write_tekken),
+    "granite_swa": TinyModel(
+        "granite_swa", "granite_swa", "Granite with windows", fixtures.write_granite,
+        {
+            "num_hidden_layers": 4, "sliding_window": 32, "embedding_multiplier": 12.0, "attention_multiplier": 0.02,
+            "residual_multiplier": 0.3, "logits_scaling": 8.0, "layer_rope_theta": [0, 10000.0, 10000.0, 0],
+            "no_rope_layers": [0, 1, 1, 0],  # which llama.cpp's converter reads
+        },
+    ),
 }  # fmt: skip
 
 
