@@ -117,7 +117,8 @@ def test_cache_and_bytes_of_a_token_are_those_of_the_model(name: str, written: C
     found = inspect(written(name).f16_file)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     n_attending = sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
-    width = 2 * config.num_key_value_heads * head_dim * n_attending
+    of_head = getattr(config, "qk_head_dim", head_dim) + getattr(config, "v_head_dim", head_dim)
+    width = config.num_key_value_heads * of_head * n_attending
     n_ctx = min(config.max_position_embeddings, 4096)
     assert (found.n_ctx, found.kv_cache_bytes) == (n_ctx, 2 * width * n_ctx)
     n_experts = getattr(config, "num_experts", 1)
@@ -227,6 +228,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "glm heads": ("glm", {"head_dim": 32}, "head_dim is 32"),
     "bases of rotation": ("granite_swa", {"layer_rope_theta": [1, 2, 2, 0]}, r"has the bases \[1, 2\]"),
     "rotated layers": ("granite_swa", {"layer_rope_theta": None}, "no_rope_layers .* which transformers does not read"),
+    "factor of the embedding": ("minicpm3", {"scale_emb": 10}, "scale_emb is 10"),
+    "longer context": ("minicpm3", {"max_position_embeddings": 4096}, "is 1024 and max_position_embeddings 4096"),
     "dense layers": ("qwen3moe", {"mlp_only_layers": [0]}, "some layers have no experts"),
     "shares": ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is not set"),
 }

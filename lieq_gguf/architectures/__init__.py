@@ -19,6 +19,7 @@ from lieq_gguf.architectures.granite_swa import GraniteSwa
 from lieq_gguf.architectures.hunyuan_dense import HunyuanDense
 from lieq_gguf.architectures.lfm2 import Lfm2
 from lieq_gguf.architectures.llama import Llama
+from lieq_gguf.architectures.minicpm3 import MiniCpm3
 from lieq_gguf.architectures.olmo2 import Olmo2
 from lieq_gguf.architectures.phi3 import Phi3
 from lieq_gguf.architectures.qwen2 import Qwen2
@@ -35,7 +36,7 @@ __all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_fami
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
     Qwen35(), Exaone4(), Ernie45(), Arcee(), SeedOss(), HunyuanDense(), Glm4(), Glm(), Apertus(),
-    GraniteSwa(),
+    GraniteSwa(), MiniCpm3(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}

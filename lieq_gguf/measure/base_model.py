@@ -36,6 +36,8 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     # the ids of special tokens lie outside the small vocabulary
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
+    if hasattr(config, "scale_depth"):  # divided by the root of the number of layers
+        lists["scale_depth"] = config.scale_depth * (len(examples) / config.num_hidden_layers) ** 0.5
     small = type(config).from_dict(config.to_dict() | sizes | lists | special_ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

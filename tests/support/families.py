@@ -206,6 +206,14 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "no_rope_layers": [0, 1, 1, 0],  # which llama.cpp's converter reads
         },
     ),
+    "minicpm3": TinyModel(
+        "minicpm3", "minicpm3", "MiniCPM3-4B", fixtures.write_llama_2,
+        {
+            "hidden_size": 512, "q_lora_rank": 256, "kv_lora_rank": 256, "num_key_value_heads": 4,
+            "rope_parameters": PHI_3_ROPE | {"short_factor": [1.0 + i / 20 for i in range(16)],
+                                             "long_factor": [1.5 + i / 4 for i in range(16)]},
+        },
+    ),
 }  # fmt: skip
 
 
