@@ -76,6 +76,10 @@ WRITERS_FAULTS: dict[str, tuple[str, dict[str, Any], Patch, str]] = {
         "gemma2", {}, lambda m: m.setattr(HeaderWriter, "add_sliding_window", _wider_window),
         "sliding_window is 64, not 32",
     ),
+    "numbers of activations": (
+        "apertus", {}, lambda m: m.setattr(HeaderWriter, "add_xielu_alpha_n", _same_in_all_layers),
+        "mlp.act_fn.alpha_n has other numbers",
+    ),
     "an expert transposed": (
         "qwen3moe", {}, lambda m: m.setattr(ModelDirectory, "rows", transposed_rows),
         "blk.1.ffn_gate_exps.weight has other weights",
@@ -90,6 +94,10 @@ def _plain(module: Any) -> Any:
 
 def _other_epsilon(self: HeaderWriter, value: float) -> None:
     self.add_float32(f"{self.arch}.attention.layer_norm_rms_epsilon", 10 * value)
+
+
+def _same_in_all_layers(self: HeaderWriter, values: list[float]) -> None:
+    self.add_array("xielu.alpha_n", [values[0]] * len(values))
 
 
 def _wider_window(self: HeaderWriter, value: int) -> None:

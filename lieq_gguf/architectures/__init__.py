@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lieq_gguf.architectures.apertus import Apertus
+from lieq_gguf.architectures.arcee import Arcee
 from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.ernie4_5 import Ernie45
+from lieq_gguf.architectures.exaone4 import Exaone4
 from lieq_gguf.architectures.gemma2 import Gemma2
 from lieq_gguf.architectures.gemma3 import Gemma3
 from lieq_gguf.architectures.gemma4 import Gemma4
+from lieq_gguf.architectures.glm import Glm
+from lieq_gguf.architectures.glm4 import Glm4
 from lieq_gguf.architectures.granite import Granite
+from lieq_gguf.architectures.granite_swa import GraniteSwa
+from lieq_gguf.architectures.hunyuan_dense import HunyuanDense
 from lieq_gguf.architectures.lfm2 import Lfm2
 from lieq_gguf.architectures.llama import Llama
+from lieq_gguf.architectures.minicpm3 import MiniCpm3
 from lieq_gguf.architectures.ministral3 import Ministral3
 from lieq_gguf.architectures.olmo2 import Olmo2
 from lieq_gguf.architectures.phi3 import Phi3
@@ -19,6 +28,7 @@ from lieq_gguf.architectures.qwen2 import Qwen2
 from lieq_gguf.architectures.qwen3 import Qwen3
 from lieq_gguf.architectures.qwen3moe import Qwen3Moe
 from lieq_gguf.architectures.qwen35 import Qwen35
+from lieq_gguf.architectures.seed_oss import SeedOss
 from lieq_gguf.architectures.smollm3 import SmolLM3
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.architectures.wrappers import is_wrapper, language_model_config
@@ -30,7 +40,8 @@ __all__ = [
 
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
-    Qwen35(), Ministral3(), Gemma4(),
+    Qwen35(), Ministral3(), Gemma4(), Exaone4(), Ernie45(), Arcee(), SeedOss(), HunyuanDense(), Glm4(), Glm(),
+    Apertus(), GraniteSwa(), MiniCpm3(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}

@@ -77,6 +77,16 @@ def require_kinds(config: Config, kinds: Collection[str]) -> None:
         raise ArchitectureError(f"layer_types in config.json has {len(found)} layers, num_hidden_layers is {n_layers}")
 
 
+def require_usual_heads(config: Config, head_dim: int, gguf_name: str) -> None:
+    """Refuse heads whose widths do not add up to the model's, where the graph or the format knows of no others."""
+    usual = config["hidden_size"] // config["num_attention_heads"]
+    if head_dim != usual:
+        raise ArchitectureError(
+            f"head_dim is {head_dim}, but llama.cpp runs {gguf_name} only with hidden_size / num_attention_heads = "
+            f"{usual}"
+        )
+
+
 def require_count(key: str, value: object, least: int = 1) -> None:
     """Require an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

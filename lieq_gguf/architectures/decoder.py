@@ -41,8 +41,10 @@ class Decoder:
         tied_by_default: Whether the embedding is also the output matrix, if ``config.json`` does not say.
         norm_offset: Added to the weights of norms, since the graph multiplies by the weight alone.
         has_windows: Whether the graph supports layers that look back only some tokens.
-        has_biases: Whether the graph adds the biases that keys of ``config.json`` switch on.
+        biases: Keys of ``config.json`` that switch on biases which the graph adds.
         defaults: What transformers' configuration has where ``config.json`` has nothing.
+        header_parameters: Names in the source's layers of single numbers that the file keeps in its header. A
+            configuration has them by these names, one number for each layer.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
     """
 
@@ -59,8 +61,9 @@ class Decoder:
     tied_by_default: ClassVar[bool] = False
     norm_offset: ClassVar[float] = 0.0
     has_windows: ClassVar[bool] = False
-    has_biases: ClassVar[bool] = False
+    biases: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
+    header_parameters: ClassVar[tuple[str, ...]] = ()
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
 
     def completed(self, config: Config) -> dict[str, Any]:
@@ -112,7 +115,7 @@ class Decoder:
     def check_biases(self, config: Config) -> None:
         """Refuse biases that the graph does not add."""
         for key in dict.fromkeys(m.bias for m in self.modules if m.bias not in ("", "always")):
-            if config.get(key) and not self.has_biases:
+            if config.get(key) and key not in self.biases:
                 raise ArchitectureError(
                     f"{key} is set, but llama.cpp runs {self.gguf_name} models without these biases"
                 )
@@ -168,7 +171,7 @@ class Decoder:
 
     def head_dim(self, config: Config) -> int:
         """Width of an attention head."""
-        given = config.get("head_dim") or self.default_head_dim
+        given = config.get("head_dim", self.default_head_dim)  # null is not missing: it is the width over the heads
         return int(given or config["hidden_size"] // config["num_attention_heads"])
 
     def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:

@@ -11,21 +11,24 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lieq_gguf.measure.experts import separate_experts
 
-_LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry per layer
+_ROTATED = ("no_rope_layers", "layer_rope_theta")  # 0 for a layer without rotation
+_LAYER_LISTS = ("layer_types", *_ROTATED)  # in transformers' configurations, one entry per layer
 _SHARING = "kv_sharing_modes"
 _REUSE = "reuse"
 
 LayerKind: TypeAlias = tuple[str, ...]
-"""Entries of ``_LAYER_LISTS`` for a layer, and whether it uses the keys and values of an earlier one; layers of the
-same kind differ only in their weights."""
+"""What mixes the tokens in a layer, whether it is rotated, and whether it uses the keys and values of an earlier one;
+layers of the same kind differ only in their weights."""
 
 
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
     """The kind of every layer: attention over all tokens or a window, another mixer, with or without rotation."""
     n_layers: int = config.num_hidden_layers
-    lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
-    lists.append([_REUSE if mode == _REUSE else "" for mode in sharing_modes(config)])
-    return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
+    types = getattr(config, "layer_types", None) or [""] * n_layers
+    lists = [values for key in _ROTATED if (values := getattr(config, key, None))]
+    rotated = ["rotated" if all(values[i] for values in lists) else "" for i in range(n_layers)]
+    sharing = [_REUSE if mode == _REUSE else "" for mode in sharing_modes(config)]
+    return [(str(types[i]), rotated[i], sharing[i]) for i in range(n_layers)]
 
 
 def sharing_modes(config: PretrainedConfig) -> list[str | None]:
@@ -58,6 +61,8 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
         sizes["vocab_size_per_layer_input"] = n_vocab
     # the ids of special tokens lie outside the small vocabulary
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if hasattr(config, "scale_depth"):  # divided by the root of the number of layers
+        changes["scale_depth"] = config.scale_depth * (len(examples) / config.num_hidden_layers) ** 0.5
     small = type(config).from_dict(values | sizes | changes | special_ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from lieq_gguf.architectures import family_named
 from lieq_gguf.errors import SourceError
 from lieq_gguf.measure.base_model import given_to_layers, initialised, layer_kinds
 from lieq_gguf.measure.carried_along import CarriedAlong, TokenInputs
@@ -193,6 +194,7 @@ class LayerModel:
         for tensor in (t for t in source.spec.tensors if t.layer == index):
             stored = source.read(tensor)
             weights |= zip(tensor.names_in_layer, stored if tensor.of_experts else (stored,), strict=True)
+        weights |= self._header_parameters(source.spec, index)
         result = self.layer.load_state_dict(weights, strict=False)
         if result.missing_keys or result.unexpected_keys:
             raise SourceError(f"a layer's tensors do not match transformers' model: {result}")
@@ -364,6 +366,12 @@ class LayerModel:
 
     def _as_in_model(self, module: str, columns: torch.Tensor) -> torch.Tensor:
         return columns[..., self._columns[module][1].to(columns.device)] if module in self._columns else columns
+
+    def _header_parameters(self, spec: ModelSpec, index: int) -> dict[str, torch.Tensor]:
+        """Parameters of the layer that no file of llama.cpp has as a tensor."""
+        family, own = family_named(spec.architecture), self.layer.state_dict()
+        names = () if family is None else family.header_parameters
+        return {name: torch.full_like(own[name], spec.config[name][index]) for name in names}
 
     def _prepare(self, index: int) -> None:
         """Select the module for the layer of an index, and make room for its weights."""

@@ -60,6 +60,7 @@ class ModelDirectory:
         self.is_wrapper = is_wrapper(whole)
         stored_as, files = find_format(path, whole), WeightFiles(path)
         self._weights = files if stored_as is None else PublishedWeights(files, stored_as)
+        config = {**config, **self._header_parameters(config["num_hidden_layers"])}
         with _complete_config(path):
             tensors = self.family.tensors(config, self._names_in_use(config))
         self._weights.require({name: t.source_shape for t in tensors for name in t.source_names})
@@ -86,7 +87,10 @@ class ModelDirectory:
             notes.append(
                 f"the names of the tensors begin with {weights.prefix}: only those of the language model are used"
             )
-        notes += weights.left_out({name for tensor in self.spec.tensors for name in tensor.source_names})
+        used = {name for tensor in self.spec.tensors for name in tensor.source_names}
+        in_header = self.family.header_parameters
+        used |= {f"model.layers.{layer}.{name}" for layer in range(self.spec.n_layers) for name in in_header}
+        notes += weights.left_out(used)
         return tuple(notes) + (() if self.adapter is None else self.adapter.notes)
 
     @property
@@ -231,6 +235,13 @@ class ModelDirectory:
         Tensors that were read stay valid; the next ``read`` maps the file again.
         """
         self._weights.release()
+
+    def _header_parameters(self, n_layers: int) -> dict[str, list[float]]:
+        """Numbers among the weights that a GGUF file keeps in its header, one for each layer, by name in the layer."""
+        return {
+            name: self._weights.numbers([f"model.layers.{layer}.{name}" for layer in range(n_layers)])
+            for name in self.family.header_parameters
+        }
 
     def _stored(self, name: str) -> torch.Tensor:
         loaded = self._weights.read(name)

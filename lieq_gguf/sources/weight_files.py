@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -166,6 +166,17 @@ class WeightFiles:
             content[start : start + _COMPARED_BYTES].any() for start in range(0, len(content), _COMPARED_BYTES)
         )
 
+    def numbers(self, names: Sequence[str]) -> list[float]:
+        """Numbers that are tensors of their own, without loading torch.
+
+        Raises:
+            SourceError: naming the tensor that is missing or holds more than one number.
+        """
+        for name in names:
+            shape = self._shape_and_dtype(self._places[name])[0] if name in self._places else ()
+            self.require({name: shape if shape in ((), (1,)) else (1,)})
+        return [self._number(name) for name in names]
+
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are stored with the same bytes; they are read until they differ."""
         a, b = self._bytes(self._places[name]), self._bytes(self._places[other])
@@ -212,6 +223,13 @@ class WeightFiles:
         with place.shard.open("rb") as file:
             start, stop = json.loads(_read_header(file))[place.stored_name]["data_offsets"]
             return np.memmap(place.shard, np.uint8, "r", file.tell() + start, (stop - start,))
+
+    def _number(self, name: str) -> float:
+        place = self._places[name]
+        content, dtype = self._bytes(place).tobytes(), self._shape_and_dtype(place)[1]
+        if dtype == "BF16":  # the upper half of a float32
+            content, dtype = bytes(2) + content, "F32"
+        return float(np.frombuffer(content, dtype={"F16": "<f2", "F32": "<f4"}[dtype])[0])
 
     def _shape_and_dtype(self, place: _Place) -> tuple[tuple[int, ...], str]:
         header = self._header(place)

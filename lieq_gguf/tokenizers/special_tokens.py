@@ -13,7 +13,12 @@ from lieq_gguf.tokenizers.model_files import ROLES, JsonObject, TokenizerFiles, 
 from lieq_gguf.tokenizers.vocabulary import SpecialTokens
 
 # the architectures that llama.cpp's converter handles like Llama; it recognises some models only by these numbers
-_LLAMA_FAMILY = frozenset({"llama", "mistral3", "granite", "smollm3"})
+_LLAMA_FAMILY = frozenset({"llama", "mistral3", "granite", "smollm3", "arcee", "apertus", "granite_swa"})
+# roles that the converter gives to tokens by their texts, where no file gives them to others
+_ROLES_BY_TEXT = {
+    "glm4": {"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>", "bos": "<|endoftext|>"},
+    "chatglm": {"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"},
+}
 _CODE_LLAMA_VOCAB_SIZE = 32016
 _CODE_LLAMA_EOT = 32010
 _GRANITE_VOCAB_SIZE = 49152
@@ -50,6 +55,9 @@ def read_special_tokens(
         if isinstance(token_id, int) and 0 <= token_id < vocab_size and role != "cls":
             ids[role] = token_id
 
+    for role, text in _ROLES_BY_TEXT.get(architecture, {}).items():
+        if text in added:
+            ids.setdefault(role, added[text])
     is_llama = is_llama_family(architecture)
     if is_llama and vocab_size == _CODE_LLAMA_VOCAB_SIZE:
         ids.setdefault("eot", _CODE_LLAMA_EOT)

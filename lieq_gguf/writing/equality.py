@@ -121,7 +121,7 @@ class _Comparison:
         if not self.written.has_transformers_model:
             raise DifferenceError(self.written.why_not_supported)
         config = self.source.transformers_config()
-        _compare_numbers(config, self.written.transformers_config(), spec)
+        _compare_numbers(config, self.written.transformers_config(), spec, self.written.spec)
         ids = self._ids(text)
         hidden, logits = self._computed_by_llama_cpp(ids)
         layer = LayerModel.of(self.source, replace(self.compute, in_float32=True))
@@ -264,7 +264,13 @@ def _compare_shapes(expected: ModelSpec, found: ModelSpec) -> None:
         raise DifferenceError(f"{name} has shape {of_file[name]}, not {shapes[name]}")
 
 
-def _compare_numbers(expected: PretrainedConfig, found: PretrainedConfig, spec: ModelSpec) -> None:
+def _compare_numbers(
+    expected: PretrainedConfig, found: PretrainedConfig, spec: ModelSpec, found_spec: ModelSpec
+) -> None:
+    family = family_named(spec.architecture)
+    for name in () if family is None else family.header_parameters:
+        if not np.allclose(found_spec.config[name], spec.config[name], rtol=1e-6, atol=0):
+            raise DifferenceError(f"{name} has other numbers")
     difference = numbers_differ(found, expected, with_windows=_family_has_windows(spec))
     if difference:
         raise DifferenceError(difference)

@@ -82,9 +82,9 @@ class TinyModel:
                 # as trained ones, whether the family multiplies by the weight or by one more
                 if name.endswith(("q_norm.weight", "k_norm.weight")):
                     parameter.mul_(self.head_norms)
-                if name.endswith("norm.weight"):
+                if name.endswith(("norm.weight", ".alpha_p", ".alpha_n")):
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
-                elif name.endswith(".bias"):
+                elif name.endswith((".bias", ".sinks")):
                     parameter.normal_(0, 0.5)
         model.save_pretrained(path)
         return path
@@ -182,6 +182,58 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "logits_scaling": 8.0, "tie_word_embeddings": True,
         },
     ),
+    "exaone4-32b": TinyModel(  # at 64 layers the graph has windows
+        "exaone4", "exaone4", "EXAONE 4 32B", fixtures.write_llama_3,
+        {"num_hidden_layers": 64, "hidden_size": 128, "intermediate_size": 128, "sliding_window": 32},
+    ),
+    "exaone4": TinyModel(
+        "exaone4", "exaone4", "EXAONE 4 1.2B", fixtures.write_llama_3,
+        {
+            "sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA_3_ROPE,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "ernie4_5": TinyModel(
+        "ernie4_5", "ernie4_5", "ERNIE 4.5 (dense)", fixtures.write_llama_2, {"head_dim": 128}
+    ),
+    "arcee": TinyModel("arcee", "arcee", "AFM 4.5B", fixtures.write_smollm2, {"rope_parameters": YARN_ROPE}),
+    "seed-oss": TinyModel("seed_oss", "seed_oss", "Seed-OSS", fixtures.write_qwen2, {"head_dim": 128}),
+    "hunyuan": TinyModel(
+        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan without long contexts", fixtures.write_smollm3,
+        {"head_dim": 64, "eod_token_id": None},
+    ),
+    "hunyuan-long": TinyModel(
+        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan 0.5B to 7B", fixtures.write_smollm3,
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
+            "head_dim": 128, "max_position_embeddings": 32768, "eod_token_id": None, "tie_word_embeddings": True,
+        },
+    ),
+    "glm4": TinyModel("glm4", "glm4", "GLM-4-0414", fixtures.write_phi_4_mini, {"head_dim": 128}),
+    "glm": TinyModel(
+        "chatglm", "glm", "GLM-4-9B, GLM-Edge", fixtures.write_phi_4_mini,
+        {
+            "head_dim": 64, "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+        },
+    ),
+    "apertus": TinyModel("apertus", "apertus", "Apertus", fixtures.write_tekken),
+    "granite_swa": TinyModel(
+        "granite_swa", "granite_swa", "Granite with windows", fixtures.write_granite,
+        {
+            "num_hidden_layers": 4, "sliding_window": 32, "embedding_multiplier": 12.0, "attention_multiplier": 0.02,
+            "residual_multiplier": 0.3, "logits_scaling": 8.0, "layer_rope_theta": [0, 10000.0, 10000.0, 0],
+            "no_rope_layers": [0, 1, 1, 0],  # which llama.cpp's converter reads
+        },
+    ),
+    "minicpm3": TinyModel(
+        "minicpm3", "minicpm3", "MiniCPM3-4B", fixtures.write_llama_2,
+        {
+            "hidden_size": 512, "q_lora_rank": 256, "kv_lora_rank": 256, "num_key_value_heads": 4,
+            "rope_parameters": PHI_3_ROPE | {"short_factor": [1.0 + i / 20 for i in range(16)],
+                                             "long_factor": [1.5 + i / 4 for i in range(16)]},
+        },
+    ),
 }  # fmt: skip
 
 
@@ -189,4 +241,5 @@ def edit_config(path: Path, **changes: Any) -> None:
     """Change keys of a model's ``config.json``; None removes one."""
     file = path / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | changes
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}), encoding="utf-8")
+    removed = {key for key, value in changes.items() if value is None}
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in removed}), encoding="utf-8")

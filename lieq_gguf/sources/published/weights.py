@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lieq_gguf.errors import SourceError
@@ -83,6 +83,14 @@ class PublishedWeights:
         """Notes about what the files hold besides the tensors in use and their parts."""
         modules = {name.rpartition(".")[0] for name in used}
         return self._files.left_out([name for name in self._files.names if name.rpartition(".")[0] in modules])
+
+    def numbers(self, names: Sequence[str]) -> list[float]:
+        """Numbers that are tensors of their own.
+
+        Raises:
+            SourceError: naming the tensor that is missing or holds more than one number.
+        """
+        return self._files.numbers(names)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor: decoded in the type that transformers gives it, or in its own type."""
