@@ -19,6 +19,7 @@ from lieq_gguf.errors import LieqError, SourceError, TokenizerError, Verificatio
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.tokenizers import (
     Vocabulary,
+    adds_bos_unlike_transformers,
     known_deviation,
     load_source_tokenizer,
     pre_tokenizer_caveat,
@@ -143,6 +144,7 @@ PRE_TOKENIZERS = {
 }
 
 
+BOS_UNLIKE_TRANSFORMERS = ("gemma_4", "tekken_json_only")
 SEARCHED_FIRST = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
 
 
@@ -656,14 +658,18 @@ def test_unreadable_tekken_json(changes: dict[str, Any], words: str, tmp_path: P
     assert words in message and str(tmp_path / "tekken.json") in message
 
 
-def test_bos_of_gemma_4_cannot_be_left_out(tmp_path: Path) -> None:
-    vocab_size = fixtures.write_gemma_4(tmp_path)
-    edit(tmp_path / "tokenizer.json", post_processor=None)
-    vocabulary = read_vocabulary(tmp_path, vocab_size, architecture="gemma4")
-    assert dict(vocabulary.special.automatic)["bos"] is True
-    found = tokenizer_differences(load_source_tokenizer(tmp_path), write_gguf(vocabulary, tmp_path / "vocab.gguf"))
-    assert {difference.segment for difference in found} == {"automatic tokens"}
-    assert "adds BOS" in known_deviation(vocabulary, found)
+@pytest.mark.parametrize("name", ["gemma_4", "tekken_json_only", "gemma_json_only", "ministral_3"])
+def test_bos_that_transformers_leaves_out(name: str, tmp_path: Path) -> None:
+    """Gemma 4 leaves it to the chat template; llama.cpp adds it always. Mistral's own library adds it."""
+    vocab_size = WRITERS[name](tmp_path)
+    edit(tmp_path / "config.json", model_type=FAMILIES[name][2], vocab_size=vocab_size)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    source = load_source_tokenizer(tmp_path)
+    bos = dict(read_vocabulary(tmp_path, vocab_size, architecture=FAMILIES[name][0]).special.ids)["bos"]
+    ids = source.encode("Hello", add_special_tokens=False)
+    assert source.encode("Hello", add_special_tokens=True) == [bos, *ids]
+    assert adds_bos_unlike_transformers(tmp_path) == (name in BOS_UNLIKE_TRANSFORMERS)
+    assert (reference.encode("Hello") == ids) == adds_bos_unlike_transformers(tmp_path)
 
 
 def test_tokens_that_gemma_4_shows(tmp_path: Path) -> None:
@@ -797,8 +803,8 @@ def test_transformers_gives_the_same_ids(tmp_path: Path) -> None:
         for text in (*fixtures.ALL_TEXTS, "".join(source.added_tokens), ""):
             for is_automatic in (False, True):
                 expected = reference.encode(text, add_special_tokens=is_automatic)
-                if name == "tekken_json_only" and is_automatic:
-                    expected = [1, *expected]  # as Mistral's library and llama.cpp's converter
+                if is_automatic and name in BOS_UNLIKE_TRANSFORMERS:
+                    expected = [*source.encode("", add_special_tokens=True), *expected]
                 assert source.encode(text, add_special_tokens=is_automatic) == expected, (name, text)
 
 

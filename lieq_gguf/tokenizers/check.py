@@ -78,9 +78,6 @@ def known_deviation(vocabulary: Vocabulary, differences: Sequence[TokenizerDiffe
     elif vocabulary.model == "llama":
         blank = "llama.cpp adds a blank after special tokens and before leading blanks, but this tokenizer does not"
         causes.append((blank, frozenset({"special tokens", "blanks"})))
-    elif vocabulary.model == "gemma4":
-        bos = "llama.cpp adds BOS to every text of this tokenizer, but the source does not"
-        causes.append((bos, frozenset({"automatic tokens"})))
     if vocabulary.swallows_blanks:
         # llama.cpp swallows them too for models whose general.name has phi-3 or phi3
         swallowed = "llama.cpp keeps the blanks after special tokens, but this tokenizer swallows them"

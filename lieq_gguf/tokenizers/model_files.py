@@ -179,7 +179,26 @@ def open_tokenizer(files: TokenizerFiles) -> tokenizers.Tokenizer:
     tokenizer.no_padding()
     texts = [text for text in files.special_texts() if tokenizer.token_to_id(text) is not None]
     tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in texts])
+    bos = files.role_text("bos")
+    if bos is not None and tokenizer.token_to_id(bos) is not None and _needs_bos(files.model_config):
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
     return tokenizer
+
+
+def adds_bos_unlike_transformers(model_dir: Path) -> bool:
+    """Whether BOS is added to a text here, as in llama.cpp, though transformers may add none.
+
+    tekken.json gets it from Mistral's own library. The files of Gemma 4 leave it to the chat template, but the model
+    makes little of a text without it, so llama.cpp adds it whatever a file says.
+    """
+    has_tekken_alone = (model_dir / "tekken.json").is_file() and not (model_dir / "tokenizer.json").is_file()
+    return has_tekken_alone or _needs_bos(_read_json_object(model_dir / "config.json") or {})
+
+
+def _needs_bos(model_config: JsonObject) -> bool:
+    return str(model_config.get("model_type")).startswith("gemma4")
 
 
 def component(part: Any) -> JsonObject | None:

@@ -655,7 +655,7 @@ def write_ernie_4_5(model_dir: Path) -> int:
 
 
 def write_gemma_4(model_dir: Path) -> int:
-    """Gemma 4: Gemma's kind of BPE as tokenizer.json alone, with other turns."""
+    """Gemma 4: Gemma's kind of BPE as tokenizer.json alone, with other turns; BOS is left to the chat template."""
     write_gemma_json_only(model_dir)
     for path in (model_dir / "tokenizer.json", model_dir / "tokenizer_config.json"):
         text = path.read_text(encoding="utf-8")
@@ -664,7 +664,10 @@ def write_gemma_4(model_dir: Path) -> int:
         path.write_text(text, encoding="utf-8")
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     tokenizer.add_special_tokens(_added(list(GEMMA_4_NAMES.values()), special=True))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1")
     tokenizer.save(str(model_dir / "tokenizer.json"))
+    _update_json(model_dir / "tokenizer_config.json", add_bos_token=False)
+    (model_dir / "config.json").write_text(json.dumps({"model_type": "gemma4_text"}), encoding="utf-8")
     return int(tokenizer.get_vocab_size())
 
 
