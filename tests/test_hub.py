@@ -31,6 +31,7 @@ CARD = "---\nlicense: mit\nlanguage:\n- en\n---\n# A tiny model\n"
 NOT_NEEDED = (
     "pytorch_model.bin", "original/consolidated.00.pth", "original/tokenizer.model", "onnx/model.onnx",
     "tiny-q4_k_m.gguf", "consolidated.safetensors", "vocab.json", ".gitattributes", "figure.png",
+    "tekken.json",
 )  # fmt: skip
 
 
@@ -356,8 +357,8 @@ def test_model_without_safetensors(home: Path, hub: HubServer, folder: Path, tmp
 
 
 def test_model_without_tokenizer(home: Path, hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    only(hub, folder, tmp_path, tokenizer__json="")
-    assert_refused(plan(home, hub, "lab/changed"), "has no tokenizer.json or tokenizer.model")
+    only(hub, folder, tmp_path, tokenizer__json="", tekken__json="")
+    assert_refused(plan(home, hub, "lab/changed"), "has no tokenizer.json or tokenizer.model or tekken.json")
     assert hub.sent == []
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from lieq_gguf.architectures.apertus import Apertus
@@ -44,6 +46,7 @@ FAMILIES: tuple[Decoder, ...] = (
     Apertus(), GraniteSwa(), MiniCpm3(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
+_SIMILAR = 0.6  # of 1: qwen2moe and qwen2 are, mamba and gemma2 are not
 _BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}
 
 
@@ -51,7 +54,7 @@ def find_family(config: Mapping[str, Any]) -> Decoder:
     """The family of a ``config.json``.
 
     Raises:
-        ArchitectureError: if the architecture is not supported, naming those that are.
+        ArchitectureError: if the architecture is not supported, naming at most two that resemble it and the way out.
     """
     given = config.get("architectures") or []
     names = [str(name) for name in (given if isinstance(given, list) else [given])]
@@ -60,8 +63,37 @@ def find_family(config: Mapping[str, Any]) -> Decoder:
             return _BY_SOURCE_CLASS[name]
     architecture = ", ".join(names) or f"model_type {config.get('model_type', 'missing')}"
     raise ArchitectureError(
-        f"unsupported architecture {architecture}; supported architectures: {', '.join(_BY_SOURCE_CLASS)}"
+        f"unsupported architecture {architecture}{_resemblance(names, config)}; make an F16 GGUF of it with "
+        "llama.cpp's converter (convert_hf_to_gguf.py --outtype f16) and give that file instead of the directory; "
+        "docs/models.md lists the supported architectures"
     )
+
+
+def _resemblance(names: Sequence[str], config: Mapping[str, Any]) -> str:
+    """The supported families with similar names, otherwise the first whose keys config.json has; empty for none."""
+    given = {_stem(name) for name in (*names, config.get("model_type")) if isinstance(name, str)}
+    similarity = {
+        own: max((SequenceMatcher(None, name, _stem(own)).ratio() for name in given), default=0.0)
+        for own in _BY_SOURCE_CLASS
+    }
+    similar = sorted((own for own in similarity if similarity[own] >= _SIMILAR), key=lambda own: -similarity[own])
+    if similar:
+        return f", which resembles {' and '.join(similar[:2])} by name"
+    fitting = next((family for family in FAMILIES if _fits(family, config)), None)
+    return "" if fitting is None else f", whose config.json has what {fitting.source_classes[0]} needs"
+
+
+def _stem(name: str) -> str:
+    """What of a class or model type tells the family."""
+    return re.sub(r"for\w+$|lmheadmodel$|model$|[\W_]", "", name.lower())
+
+
+def _fits(family: Decoder, config: Mapping[str, Any]) -> bool:
+    try:
+        family.check(config)
+    except (ArchitectureError, AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def family_named(gguf_name: str) -> Decoder | None:

@@ -22,7 +22,12 @@ from lieq_gguf.sources.published import find_format
 from lieq_gguf.sources.published.weights import PublishedWeights
 from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, WEIGHTS_FILE, WeightFiles
-from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer, read_vocabulary
+from lieq_gguf.tokenizers import (
+    SourceTokenizer,
+    adds_bos_unlike_transformers,
+    load_source_tokenizer,
+    read_vocabulary,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +187,7 @@ class ModelDirectory:
         return load_source_tokenizer(self.path)
 
     def transformers_ids(self, text: str, add_special_tokens: bool) -> list[int] | None:
-        """Token ids that transformers makes of a text; None if it cannot load the tokenizer."""
+        """Token ids that transformers makes of a text; None if it cannot load the tokenizer or leaves out BOS."""
         tokenizer = self._transformers_tokenizer
         return None if tokenizer is None else list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
@@ -190,6 +195,8 @@ class ModelDirectory:
     def _transformers_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        if adds_bos_unlike_transformers(self.path):
+            return None
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception:  # as for the configuration; our own reading of the files then stands alone
