@@ -20,7 +20,10 @@ _CODE_LLAMA_VOCAB_SIZE = 32016
 _CODE_LLAMA_EOT = 32010
 _GRANITE_VOCAB_SIZE = 49152
 # roles by architecture, for what no file says: GLM-4 ends its turn with the token that begins the user's
-_FAMILY_ROLES = {"glm4": {"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>", "bos": "<|endoftext|>"}}
+_FAMILY_ROLES = {
+    "glm4": {"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>", "bos": "<|endoftext|>"},
+    "chatglm": {"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"},
+}
 
 
 def read_special_tokens(
