@@ -511,6 +511,21 @@ def test_llama_cpp_sees_the_inputs_that_transformers_sees(
         )
 
 
+@pytest.mark.parametrize("name", ["lfm2", "qwen35", "gemma4", "ministral3"])
+def test_importance_of_other_mixers_is_llama_cpps(name: str, calibration_text: Path, tmp_path: Path) -> None:
+    """Also in the order of the file's columns, and of the tokens that share keys and values with earlier layers."""
+    file = convert_plainly(TINY_MODELS[name].write(tmp_path / "model", torch.float16), tmp_path / "model.gguf")
+    key = f"{TINY_MODELS[name].family}.unheard_of"
+    odd = GgufSource(rewrite(file, tmp_path / "odd.gguf", lambda values: values.update({key: 1})))
+    assert not odd.has_transformers_model
+    options, exact = on_text(calibration_text, 512), ComputeOptions(n_threads=2, in_float32=True)
+    expected, found = (measured(s, (), options, exact, scores=False).importance for s in (GgufSource(file), odd))
+    assert expected is not None and found is not None
+    assert found.in_sum2.keys() == expected.in_sum2.keys()
+    for matrix, sums in expected.in_sum2.items():
+        assert np.abs(found.in_sum2[matrix] - sums).sum() < 0.01 * sums.sum(), matrix
+
+
 def test_unknown_architecture_is_planned_and_written(
     gemma_file: Path, calibration_text: Path, tmp_path: Path, run_cli: RunCli
 ) -> None:

@@ -148,11 +148,11 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
     ),
     "lfm2": TinyModel(
-        "lfm2", "lfm2", "LFM2, LFM2.5", fixtures.write_llama_3,
+        "lfm2", "lfm2", "LFM2, LFM2.5", fixtures.write_lfm2,
         {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]},
     ),
     "qwen35": TinyModel(
-        "qwen35", "qwen3_5_text", "Qwen3.5", fixtures.write_qwen3,
+        "qwen35", "qwen3_5_text", "Qwen3.5", fixtures.write_qwen3_5,
         {
             "num_hidden_layers": 4, "head_dim": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
             "linear_num_key_heads": 2, "linear_num_value_heads": 4, "tie_word_embeddings": True,
@@ -160,14 +160,14 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         converter_options=("--no-mtp",),
     ),
     "ministral3": TinyModel(
-        "mistral3", "ministral3", "Ministral 3", fixtures.write_tekken,
+        "mistral3", "ministral3", "Ministral 3", fixtures.write_ministral_3,
         {
             "head_dim": 128, "tie_word_embeddings": True,
             "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
         },
     ),
     "gemma4": TinyModel(
-        "gemma4", "gemma4_text", "Gemma 4 E2B, E4B", fixtures.write_gemma,
+        "gemma4", "gemma4_text", "Gemma 4 E2B, E4B", fixtures.write_gemma_4,
         {
             "num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
             "head_dim": 64, "global_head_dim": 128, "num_kv_shared_layers": 3, "sliding_window": 32,
@@ -183,41 +183,41 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
     ),
     "exaone4-32b": TinyModel(  # at 64 layers the graph has windows
-        "exaone4", "exaone4", "EXAONE 4 32B", fixtures.write_llama_3,
+        "exaone4", "exaone4", "EXAONE 4 32B", fixtures.write_exaone_4,
         {"num_hidden_layers": 64, "hidden_size": 128, "intermediate_size": 128, "sliding_window": 32},
     ),
     "exaone4": TinyModel(
-        "exaone4", "exaone4", "EXAONE 4 1.2B", fixtures.write_llama_3,
+        "exaone4", "exaone4", "EXAONE 4 1.2B", fixtures.write_exaone_4,
         {
             "sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA_3_ROPE,
             "tie_word_embeddings": True,
         },
     ),
     "ernie4_5": TinyModel(
-        "ernie4_5", "ernie4_5", "ERNIE 4.5 (dense)", fixtures.write_llama_2, {"head_dim": 128}
+        "ernie4_5", "ernie4_5", "ERNIE 4.5 (dense)", fixtures.write_ernie_4_5, {"head_dim": 128}
     ),
     "arcee": TinyModel("arcee", "arcee", "AFM 4.5B", fixtures.write_smollm2, {"rope_parameters": YARN_ROPE}),
-    "seed-oss": TinyModel("seed_oss", "seed_oss", "Seed-OSS", fixtures.write_qwen2, {"head_dim": 128}),
+    "seed-oss": TinyModel("seed_oss", "seed_oss", "Seed-OSS", fixtures.write_seed_oss, {"head_dim": 128}),
     "hunyuan": TinyModel(
-        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan without long contexts", fixtures.write_smollm3,
+        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan without long contexts", fixtures.write_hunyuan_dense,
         {"head_dim": 64, "eod_token_id": None},
     ),
     "hunyuan-long": TinyModel(
-        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan 0.5B to 7B", fixtures.write_smollm3,
+        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan 0.5B to 7B", fixtures.write_hunyuan_dense,
         {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
             "head_dim": 128, "max_position_embeddings": 32768, "eod_token_id": None, "tie_word_embeddings": True,
         },
     ),
-    "glm4": TinyModel("glm4", "glm4", "GLM-4-0414", fixtures.write_phi_4_mini, {"head_dim": 128}),
+    "glm4": TinyModel("glm4", "glm4", "GLM-4-0414", fixtures.write_glm_4, {"head_dim": 128}),
     "glm": TinyModel(
-        "chatglm", "glm", "GLM-4-9B, GLM-Edge", fixtures.write_phi_4_mini,
+        "chatglm", "glm", "GLM-4-9B, GLM-Edge", fixtures.write_glm_4,
         {
             "head_dim": 64, "attention_bias": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
         },
     ),
-    "apertus": TinyModel("apertus", "apertus", "Apertus", fixtures.write_tekken),
+    "apertus": TinyModel("apertus", "apertus", "Apertus", fixtures.write_apertus),
     "granite_swa": TinyModel(
         "granite_swa", "granite_swa", "Granite with windows", fixtures.write_granite,
         {
