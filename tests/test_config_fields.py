@@ -1,4 +1,4 @@
-"""A field of ``config.json`` that changes what transformers computes is in the file or refused, whatever it is called."""
+"""A field of ``config.json`` that changes what transformers computes is told by the file, or refused."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from lieq_gguf.errors import LieqError
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 ONE_OF_EACH_FAMILY = list({tiny.family: name for name, tiny in TINY_MODELS.items()}.values())
-# llama.cpp computes no such window, which a warning says; of tied matrices, the files decide; special tokens are compared
-# with the tokenizer
+# llama.cpp computes no such window, which a warning says; of tied matrices, the files decide
 TOLD_OTHERWISE = ("sliding_window", "use_sliding_window", "tie_word_embeddings", "use_cache")
 
 
 def other_values(key: str, value: Any) -> Iterator[Any]:
     """Values that differ from one in ``config.json``, as another model could have them."""
-    if key.endswith("token_id") or key in TOLD_OTHERWISE:
+    if key.endswith("token_id") or key in TOLD_OTHERWISE:  # ids are compared with the tokenizer
         return
     if isinstance(value, bool):
         yield not value
@@ -67,7 +66,8 @@ def test_no_field_that_counts_is_overlooked(name: str, tmp_path: Path) -> None:
                 n_told += 1
                 continue
             try:
-                changed = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+                settings = AutoConfig.from_pretrained(path)
+                changed = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)  # type: ignore[no-untyped-call]
                 changed.load_state_dict(model.state_dict())
                 with torch.inference_mode():
                     found = changed.eval()(ids, use_cache=False).logits

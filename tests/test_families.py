@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from support import converter
-from support.families import SIZES, TINY_MODELS, edit_config
+from support.families import ON_PURPOSE, SIZES, TINY_MODELS, edit_config
 from support.reports import edit_weights
 from support.requests import convert_plainly, on_text, request_of
 from support.shared import made_once
@@ -142,23 +142,6 @@ def test_same_file_as_llama_cpps_converter(name: str, written: Callable[[str], W
     assert on_purpose.keys() <= result.keys.keys()
     assert result.n_tensors == len(ModelDirectory(written(name).path).spec.tensors)
     assert result.n_keys > 20
-
-
-_OLDER_FORM = "the converter reads the keys of an older form of config.json"
-ON_PURPOSE = {
-    "gemma4": {
-        "tokenizer.ggml.token_type": "added tokens without a role are ordinary for the converter, and not found in texts"
-    },
-    "glm": {
-        "chatglm.context_length": _OLDER_FORM,
-        "chatglm.attention.layer_norm_rms_epsilon": _OLDER_FORM,
-        "chatglm.rope.freq_base": _OLDER_FORM,
-        "chatglm.attention.key_length": "the usual width, which the converter leaves out",
-        "chatglm.attention.value_length": "the usual width, which the converter leaves out",
-        "tokenizer.ggml.add_bos_token": "llama.cpp's default, which is left out",
-    },
-}
-"""Model to keys of metadata in which its file differs from the converter's, and why."""
 
 
 @pytest.fixture(scope="module")

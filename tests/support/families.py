@@ -236,6 +236,20 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     ),
 }  # fmt: skip
 
+_OLDER_FORM = "the converter reads the keys of an older form of config.json"
+ON_PURPOSE = {
+    "gemma4": {"tokenizer.ggml.token_type": "added tokens without a role are ordinary for the converter"},
+    "glm": {
+        "chatglm.context_length": _OLDER_FORM,
+        "chatglm.attention.layer_norm_rms_epsilon": _OLDER_FORM,
+        "chatglm.rope.freq_base": _OLDER_FORM,
+        "chatglm.attention.key_length": "the usual width, which the converter leaves out",
+        "chatglm.attention.value_length": "the usual width, which the converter leaves out",
+        "tokenizer.ggml.add_bos_token": "llama.cpp's default, which is left out",
+    },
+}
+"""Model to keys of metadata in which its file differs from the converter's, and why."""
+
 
 def edit_config(path: Path, **changes: Any) -> None:
     """Change keys of a model's ``config.json``; None removes one."""
