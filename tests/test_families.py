@@ -221,6 +221,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no windows at 64 layers": ("exaone4", {"num_hidden_layers": 64}, "sliding_window is null at 64 layers"),
     "heads": ("exaone4", {"head_dim": 32}, "head_dim is 32"),
     "biases": ("ernie4_5", {"use_bias": True}, "use_bias is set, but llama.cpp runs ernie4_5 models without"),
+    "biases of Ministral": (
+        "ministral3",
+        {"attention_bias": True},
+        "attention_bias is set, but llama.cpp runs mistral3",
+    ),
     "gate": ("arcee", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
     "bias of the output": ("seed-oss", {"attention_out_bias": True}, "attention_out_bias is set"),
     "stretched by length": (

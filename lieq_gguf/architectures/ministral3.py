@@ -22,7 +22,7 @@ class Ministral3(Llama):
     model_type = "ministral3"
     source_classes: ClassVar[tuple[str, ...]] = ("Ministral3ForCausalLM", "Mistral3ForCausalLM")
     rope_types: ClassVar[tuple[str, ...]] = ("default", "yarn")
-    has_biases: ClassVar[bool] = False
+    biases: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {
         "head_dim": 128, "max_position_embeddings": 262144, "num_attention_heads": 32, "num_key_value_heads": 8,
         "rms_norm_eps": 1e-5, "vocab_size": 131072,

@@ -184,7 +184,7 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     ),
     "exaone4-32b": TinyModel(  # at 64 layers the graph has windows
         "exaone4", "exaone4", "EXAONE 4 32B", fixtures.write_exaone_4,
-        {"num_hidden_layers": 64, "hidden_size": 128, "intermediate_size": 128, "sliding_window": 32},
+        {"num_hidden_layers": 64, "intermediate_size": 256, "sliding_window": 32},
     ),
     "exaone4": TinyModel(
         "exaone4", "exaone4", "EXAONE 4 1.2B", fixtures.write_exaone_4,
