@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import converter
-from support.families import ON_PURPOSE, SIZES, TINY_MODELS, edit_config
+from support.families import ON_PURPOSE, SIZES, TEXT_PARTS, TINY_MODELS, TinyModel, edit_config
 from support.requests import convert_plainly
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -49,8 +49,12 @@ class Wrapper:
     vision: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def tiny(self) -> TinyModel:
+        return {**TINY_MODELS, **TEXT_PARTS}[self.text]
+
     def write(self, path: Path) -> Path:
-        tiny = TINY_MODELS[self.text]
+        tiny = self.tiny
         path.mkdir(parents=True)
         n_vocab = tiny.write_tokenizer(path)
         sizes = {"vocab_size": n_vocab, "vocab_size_per_layer_input": n_vocab}
@@ -76,6 +80,7 @@ WRAPPERS = {
     "Gemma3ForConditionalGeneration": Wrapper("gemma3", "gemma3", SIGLIP, {"mm_tokens_per_image": 4}),
     "Gemma4ForConditionalGeneration": Wrapper("gemma4", "gemma4", GEMMA_4, {"audio_config": None}),
     "Mistral3ForConditionalGeneration": Wrapper("mistral3", "ministral3", PIXTRAL, {"image_token_index": 10}),
+    "Qwen3VLForConditionalGeneration": Wrapper("qwen3_vl", "qwen3vl", QWEN | {"deepstack_visual_indexes": [0]}),
     "Qwen3_5ForConditionalGeneration": Wrapper("qwen3_5", "qwen35", QWEN),
     "Lfm2VlForConditionalGeneration": Wrapper("lfm2_vl", "lfm2", SIGLIP_2, {"image_token_id": 10}),
 }
@@ -87,11 +92,12 @@ def text_alone(wrapper: Path, name: str, path: Path) -> Path:
     """The language model of a wrapper as a model of its own."""
     config = json.loads((wrapper / "config.json").read_text())
     path.mkdir()
-    TINY_MODELS[WRAPPERS[name].text].write_tokenizer(path)
+    WRAPPERS[name].tiny.write_tokenizer(path)
     source = ModelDirectory(wrapper)
     tensors = {t.source_name: source.read(t).clone() for t in source.spec.tensors if t.source_name}
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    text = config["text_config"] | {"architectures": source.spec.config["architectures"]}
+    own = {key: source.spec.config[key] for key in ("architectures", "n_deepstack_layers") if key in source.spec.config}
+    text = config["text_config"] | own
     (path / "config.json").write_text(json.dumps(text | {"tie_word_embeddings": config["tie_word_embeddings"]}))
     return path
 
@@ -131,9 +137,7 @@ def test_the_converter_makes_the_same_of_wrappers(llama_cpp: Path, tmp_path: Pat
     paths = {name: wrapper.write(tmp_path / name) for name, wrapper in wrappers.items()}
     files = {name: convert_plainly(path, tmp_path / f"{name}.gguf") for name, path in paths.items()}
     jobs = [
-        converter.Job(
-            paths[name], files[name], tmp_path / f"{name}-theirs.gguf", TINY_MODELS[wrapper.text].converter_options
-        )
+        converter.Job(paths[name], files[name], tmp_path / f"{name}-theirs.gguf", wrapper.tiny.converter_options)
         for name, wrapper in wrappers.items()
     ]
     converter.run_converter(jobs, llama_cpp)

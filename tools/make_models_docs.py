@@ -8,11 +8,11 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from lieq_gguf.architectures import FAMILIES
+from lieq_gguf.architectures import FAMILIES, language_model_config
 from lieq_gguf.tokenizers.pre_tokenizers import TABLE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from support.families import TINY_MODELS
+from support.families import TEXT_PARTS, TINY_MODELS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
@@ -24,9 +24,64 @@ These families are read from a model directory, or by their name on the hub, wit
 file of any other architecture that llama.cpp knows is taken too ([formats.md](formats.md#from-a-gguf-file)). To add a
 family, see [CONTRIBUTING.md](../CONTRIBUTING.md#a-model-family).
 
-| in llama.cpp | `architectures` in `config.json` | what is different | tiny models of the tests: what they stand for |
-|---|---|---|---|
+| in llama.cpp | `architectures` in `config.json` | what is different | tiny models: what they stand for | lines |
+|---|---|---|---|---|
 """
+SMALL = """
+The last column counts the lines of the family's module, all that it takes beside a tiny model of the tests and a place
+in the list.
+
+## Small models of today
+
+| model | `architectures` | what is done with it |
+|---|---|---|
+"""
+# names that people look for, and the class in their config.json
+MODELS = (
+    ("Qwen3.5 0.8B to 9B", "Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    ("Gemma 4 E2B, E4B", "Gemma4ForConditionalGeneration", "gemma4_text"),
+    ("Gemma 3 270M, 1B", "Gemma3ForCausalLM", ""),
+    ("Gemma 3 4B, 12B", "Gemma3ForConditionalGeneration", "gemma3_text"),
+    ("Gemma 3n E2B, E4B", "Gemma3nForConditionalGeneration", "gemma3n_text"),
+    ("Qwen3 0.6B to 8B", "Qwen3ForCausalLM", ""),
+    ("Qwen3-VL 2B to 8B", "Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
+    ("Qwen2.5 0.5B to 7B, DeepSeek-R1-Distill-Qwen", "Qwen2ForCausalLM", ""),
+    ("Llama 3.2 1B, 3B, Llama 3.1 8B, TinyLlama, SmolLM2", "LlamaForCausalLM", ""),
+    ("Ministral 3 3B to 14B", "Mistral3ForConditionalGeneration", "ministral3"),
+    ("Mistral 7B, Nemo", "MistralForCausalLM", ""),
+    ("LFM2 and LFM2.5 350M to 2.6B", "Lfm2ForCausalLM", ""),
+    ("LFM2-VL", "Lfm2VlForConditionalGeneration", "lfm2"),
+    ("LFM2-8B-A1B", "Lfm2MoeForCausalLM", ""),
+    ("Phi-3, Phi-4-mini, Phi-4", "Phi3ForCausalLM", ""),
+    ("SmolLM3 3B", "SmolLM3ForCausalLM", ""),
+    ("Granite 3 2B, 8B", "GraniteForCausalLM", ""),
+    ("Granite 4 350M to H-Tiny", "GraniteMoeHybridForCausalLM", ""),
+    ("Falcon-H1 0.5B to 7B", "FalconH1ForCausalLM", ""),
+    ("Nemotron-H, Nemotron 3 Nano", "NemotronHForCausalLM", ""),
+    ("EXAONE 4 1.2B", "Exaone4ForCausalLM", ""),
+    ("ERNIE 4.5 0.3B", "Ernie4_5ForCausalLM", ""),
+    ("Hunyuan 0.5B to 7B", "HunYuanDenseV1ForCausalLM", ""),
+    ("OLMo 2 1B, 7B", "Olmo2ForCausalLM", ""),
+    ("Olmo 3 7B", "Olmo3ForCausalLM", ""),
+    ("AFM 4.5B", "ArceeForCausalLM", ""),
+    ("GLM-4-0414 9B", "Glm4ForCausalLM", ""),
+    ("Apertus 8B", "ApertusForCausalLM", ""),
+    ("MiniCPM 4 0.5B, 8B", "MiniCPMForCausalLM", ""),
+    ("gpt-oss 20B", "GptOssForCausalLM", ""),
+)
+MATRICES = """
+## What counts as a layer's matrix
+Scores, importance and error feedback see every matrix of a layer that llama-quantize would quantise. In a plain decoder
+that is query, key, value and output of attention, gate, up and down of the feed-forward network. Others have:
+
+"""
+TWIN = """
+The untrained twin, against which LieQ measures what training did, is drawn layer by layer by the initialiser of
+transformers' own class, whatever the layer is made of. What a token gives to all layers of Gemma 4 is drawn once for
+each kind of layer. Matrices of experts take part in all but LieQ's spectra and error feedback, since each sees few
+tokens.
+"""
+USUAL = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"})
 TESTED = """
 Each of the tiny models has random weights, rows that K types fit, and a tokenizer with the structure of the real one,
 trained on the tests' texts. For each one, `tests/test_families.py` shows four things:
@@ -56,10 +111,40 @@ def render() -> str:
     for family in FAMILIES:
         about = (inspect.getdoc(inspect.getmodule(type(family))) or "").partition("\n")[0].partition(": ")[2]
         classes = ", ".join(f"`{name}`" for name in family.source_classes)
-        models = [f"`{name}`: {m.stands_for}" for name, m in TINY_MODELS.items() if m.family == family.gguf_name]
-        rows.append(f"| `{family.gguf_name}` | {classes} | {about.rstrip('.')} | {'; '.join(models)} |\n")
+        models = [
+            f"`{name}`: {m.stands_for}"
+            for name, m in {**TINY_MODELS, **TEXT_PARTS}.items()
+            if m.family == family.gguf_name
+        ]
+        n_lines = len(inspect.getsource(inspect.getmodule(type(family))).splitlines())  # type: ignore[arg-type]
+        cells = (f"`{family.gguf_name}`", classes, about.rstrip("."), "; ".join(models), str(n_lines))
+        rows.append(f"| {' | '.join(cells)} |\n")
     names = ", ".join(f"`{name}`" for name, _ in groupby(sorted(row.name for row in TABLE)))
-    return HEAD + "".join(rows) + TESTED + names + ". For others say `--pre-tokenizer NAME`.\n"
+    small = "".join(f"| {name} | `{kind}` | {treatment(kind, text)} |\n" for name, kind, text in MODELS)
+    page = HEAD + "".join(rows) + SMALL + small + MATRICES + unusual_matrices() + TWIN + TESTED
+    return page + names + ". For others say `--pre-tokenizer NAME`.\n"
+
+
+def treatment(kind: str, text: str) -> str:
+    """What is done with a model, by its class and the type of its text part."""
+    config = {"architectures": [kind]} | ({"text_config": {"model_type": text}} if text else {})
+    classes = language_model_config(config)["architectures"]
+    names = [family.gguf_name for family in FAMILIES if classes[0] in family.source_classes]
+    if not names:
+        return "from an F16 GGUF of llama.cpp's converter; types by the weighted error of the weights"
+    inside = "its language model, " if text else ""
+    return f"{inside}from the directory, with all scores and error feedback (`{'`, `'.join(names)}`)"
+
+
+def unusual_matrices() -> str:
+    """A line for every family that has other matrices in its layers than a plain decoder."""
+    lines = []
+    for family in FAMILIES:
+        roles = dict.fromkeys(m.role for m in family.modules if len(m.shape) > 1 and not m.is_fixed)
+        others = ", ".join(f"`{role}`" for role in roles if role not in USUAL)
+        if others:
+            lines.append(f"* `{family.gguf_name}`: {others}\n")
+    return "".join(lines)
 
 
 def main() -> None:

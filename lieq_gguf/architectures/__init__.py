@@ -29,6 +29,7 @@ from lieq_gguf.architectures.phi3 import Phi3
 from lieq_gguf.architectures.qwen2 import Qwen2
 from lieq_gguf.architectures.qwen3 import Qwen3
 from lieq_gguf.architectures.qwen3moe import Qwen3Moe
+from lieq_gguf.architectures.qwen3vl import Qwen3Vl
 from lieq_gguf.architectures.qwen35 import Qwen35
 from lieq_gguf.architectures.seed_oss import SeedOss
 from lieq_gguf.architectures.smollm3 import SmolLM3
@@ -43,7 +44,7 @@ __all__ = [
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
     Qwen35(), Ministral3(), Gemma4(), Exaone4(), Ernie45(), Arcee(), SeedOss(), HunyuanDense(), Glm4(), Glm(),
-    Apertus(), GraniteSwa(), MiniCpm3(),
+    Apertus(), GraniteSwa(), MiniCpm3(), Qwen3Vl(),
 )  # fmt: skip
 _BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
 _SIMILAR = 0.6  # of 1: qwen2moe and qwen2 are, mamba and gemma2 are not

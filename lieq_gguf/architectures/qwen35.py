@@ -96,11 +96,11 @@ class Qwen35(Decoder):
         self._check_sections(config)
 
     def _check_sections(self, config: Config) -> None:
-        """Refuse sections that give some dimensions the position of nothing."""
+        """Refuse sections that give some dimensions the position of nothing: each goes up to three times its number."""
         sections = self.rope_sections(config)
-        n_sections = sum(sections)
+        n_pairs = sum(sections)
         for pair in range(self.rotary_dims(config) // 2):
-            if pair % n_sections >= 3 * sections[pair % n_sections % 3]:
+            if pair % n_pairs >= 3 * sections[pair % n_pairs % 3]:
                 raise ArchitectureError(f"mrope_section {sections} leaves dimensions of a head without a rotation")
 
     def sizes(self, config: Config) -> dict[str, int]:
@@ -181,8 +181,7 @@ class Qwen35(Decoder):
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
         """The common parameters, and which dimensions are rotated."""
         n_rotated = stored.count("rope.dimension_count", head_dim)
-        sections = stored.per_layer("rope.dimension_sections")
         return super().source_rope(stored, n_rotated) | {
             "partial_rotary_factor": n_rotated / head_dim,
-            "mrope_section": list(sections[:3]),
+            "mrope_section": list(stored.per_layer("rope.dimension_sections")[:3]),
         }

@@ -13,6 +13,7 @@ _TEXT_PARTS: Mapping[str, Mapping[str, str]] = {
     "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
     "Lfm2VlForConditionalGeneration": {"lfm2": "Lfm2ForCausalLM"},
     "Mistral3ForConditionalGeneration": {"ministral3": "Ministral3ForCausalLM", "mistral": "Mistral3ForCausalLM"},
+    "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3VLTextModel"},
     "Qwen3_5ForConditionalGeneration": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
 }
 """Class of the whole model to transformers' name of the text part to the class of that part alone."""
@@ -41,6 +42,9 @@ def language_model_config(config: Config) -> Config:
         )
     tied = [settings["tie_word_embeddings"] for settings in (config, text) if "tie_word_embeddings" in settings]
     shared: dict[str, Any] = {"architectures": [part]}
+    seen = config.get("vision_config")
+    if isinstance(seen, Mapping) and seen.get("deepstack_visual_indexes"):
+        shared["n_deepstack_layers"] = len(seen["deepstack_visual_indexes"])
     if tied:  # the two often contradict each other; an output matrix in the files is used in any case
         shared["tie_word_embeddings"] = any(tied)
     return {**text, **shared}

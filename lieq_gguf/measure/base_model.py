@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from lieq_gguf.measure.experts import separate_experts
 
@@ -66,7 +66,9 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     small = type(config).from_dict(values | sizes | changes | special_ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        # a text part that is no model of its own has no class with a head
+        auto = AutoModelForCausalLM if type(small) in AutoModelForCausalLM._model_mapping else AutoModel
+        model = auto.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
     base: nn.Module = model.eval().base_model
     separate_experts(base)
     return base

@@ -251,6 +251,18 @@ ON_PURPOSE = {
 """Model to keys of metadata in which its file differs from the converter's, and why."""
 
 
+TEXT_PARTS: Mapping[str, TinyModel] = {
+    "qwen3vl": TinyModel(
+        "qwen3vl", "qwen3_vl_text", "Qwen3-VL", fixtures.write_qwen3,
+        {
+            "head_dim": 128, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+        },
+    ),
+}  # fmt: skip
+"""Families that transformers has only inside a model of images."""
+
+
 def edit_config(path: Path, **changes: Any) -> None:
     """Change keys of a model's ``config.json``; None removes one."""
     file = path / "config.json"
