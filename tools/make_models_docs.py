@@ -107,15 +107,11 @@ Byte-level BPE is recognised by the steps in `tokenizer.json`: """
 
 def render() -> str:
     """The page."""
-    rows = []
+    rows, tiny = [], {**TINY_MODELS, **TEXT_PARTS}
     for family in FAMILIES:
         about = (inspect.getdoc(inspect.getmodule(type(family))) or "").partition("\n")[0].partition(": ")[2]
         classes = ", ".join(f"`{name}`" for name in family.source_classes)
-        models = [
-            f"`{name}`: {m.stands_for}"
-            for name, m in {**TINY_MODELS, **TEXT_PARTS}.items()
-            if m.family == family.gguf_name
-        ]
+        models = [f"`{name}`: {m.stands_for}" for name, m in tiny.items() if m.family == family.gguf_name]
         n_lines = len(inspect.getsource(inspect.getmodule(type(family))).splitlines())  # type: ignore[arg-type]
         cells = (f"`{family.gguf_name}`", classes, about.rstrip("."), "; ".join(models), str(n_lines))
         rows.append(f"| {' | '.join(cells)} |\n")
