@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import pytest
 from support.command import CliResult, RunCli, run_apart
+from support.families import TINY_MODELS
 from support.models import write_model
 from support.tokenizer_fixtures import CHATML, write_smollm2
 from typer.main import get_command
@@ -463,3 +464,11 @@ def test_run_is_the_same_every_time(run_cli: RunCli, converted: Path) -> None:
         for _ in range(2)
     )
     assert first == second
+
+
+def test_transformers_says_nothing_of_its_own(tmp_path: Path) -> None:
+    """It would advise on kernels for GPUs, of which the short convolutions of this model have some."""
+    model = TINY_MODELS["lfm2"].write(tmp_path / "model")
+    arguments = ["score", str(model), "--n-tokens", "128", "--no-cache", "-o", str(tmp_path / "scores.json")]
+    result, _ = run_apart(arguments)
+    assert (result.exit_code, "[transformers]" in result.stderr) == (0, False), result.stderr

@@ -35,6 +35,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: a LieqError is one line and exit code 1, wrong usage exit code 2, Ctrl-C 130."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, which removes temporary files
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is loaded; it advises on kernels for GPUs
     try:
         app(args=with_new_spellings(sys.argv[1:]))
     except LieqError as error:
