@@ -172,6 +172,7 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
             "head_dim": 64, "global_head_dim": 128, "num_kv_shared_layers": 3, "sliding_window": 32,
             "hidden_size_per_layer_input": 256, "use_double_wide_mlp": True, "final_logit_softcapping": 30.0,
+            "pad_token_id": 0,
         },
         head_norms=1 / 3,
     ),
