@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lieq_gguf.architectures.decoder import Decoder
 from lieq_gguf.architectures.gemma2 import Gemma2
 from lieq_gguf.architectures.gemma3 import Gemma3
 from lieq_gguf.architectures.granite import Granite
+from lieq_gguf.architectures.granite_hybrid import GraniteHybrid, GraniteWithoutMamba
 from lieq_gguf.architectures.lfm2 import Lfm2
 from lieq_gguf.architectures.llama import Llama
 from lieq_gguf.architectures.olmo2 import Olmo2
@@ -25,10 +26,9 @@ __all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_fami
 
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
-    Qwen35(),
+    Qwen35(), GraniteHybrid(), GraniteWithoutMamba(),
 )  # fmt: skip
-_BY_GGUF_NAME = {family.gguf_name: family for family in FAMILIES}
-_BY_SOURCE_CLASS = {name: family for family in FAMILIES for name in family.source_classes}
+_SOURCE_CLASSES = dict.fromkeys(name for family in FAMILIES for name in family.source_classes)
 
 
 def find_family(config: Mapping[str, Any]) -> Decoder:
@@ -40,14 +40,20 @@ def find_family(config: Mapping[str, Any]) -> Decoder:
     given = config.get("architectures") or []
     names = [str(name) for name in (given if isinstance(given, list) else [given])]
     for name in names:
-        if name in _BY_SOURCE_CLASS:
-            return _BY_SOURCE_CLASS[name]
+        for family in FAMILIES:
+            if name in family.source_classes and family.has_model(config):
+                return family
     architecture = ", ".join(names) or f"model_type {config.get('model_type', 'missing')}"
     raise ArchitectureError(
-        f"unsupported architecture {architecture}; supported architectures: {', '.join(_BY_SOURCE_CLASS)}"
+        f"unsupported architecture {architecture}; supported architectures: {', '.join(_SOURCE_CLASSES)}"
     )
 
 
-def family_named(gguf_name: str) -> Decoder | None:
-    """The family with llama.cpp's name of the architecture, or None if it is not supported."""
-    return _BY_GGUF_NAME.get(gguf_name)
+def family_named(gguf_name: str, keys: Collection[str] = ()) -> Decoder | None:
+    """The family with llama.cpp's name of the architecture, or None if it is not supported.
+
+    Args:
+        gguf_name: The name.
+        keys: Keys of the file, without the name, if it is to be told from other families of the same name.
+    """
+    return next((f for f in FAMILIES if f.gguf_name == gguf_name and f.has_file(keys)), None)

@@ -6,7 +6,7 @@ refuses what a graph cannot express: it would run and give other numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import gguf
@@ -62,6 +62,14 @@ class Decoder:
     has_biases: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
+
+    def has_model(self, config: Config) -> bool:  # noqa: ARG002
+        """Whether a model of one of ``source_classes`` belongs to the family; ``config`` is as it was read."""
+        return True
+
+    def has_file(self, keys: Collection[str]) -> bool:  # noqa: ARG002
+        """Whether a file of the architecture belongs to the family, by its keys without the architecture."""
+        return True
 
     def completed(self, config: Config) -> Config:
         """The configuration with what it leaves out and this family needs."""
@@ -136,6 +144,7 @@ class Decoder:
         n_kv_heads = int(config.get("num_key_value_heads") or n_heads)
         head_dim = self.head_dim(config)
         return {
+            "one": 1,
             "width": int(config["hidden_size"]),
             "n_ff": int(config["intermediate_size"]),
             "n_vocab": int(config["vocab_size"]),
@@ -239,7 +248,7 @@ class Decoder:
             column_order=column_order,
             offset=self.norm_offset if adds_one else 0.0,
             is_negated_exp=module.is_negated_exp,
-            is_convolution=module.is_convolution,
+            stored_shape=tuple(sizes[name] for name in module.stored_shape) or None,
             is_fixed=module.is_fixed,
             active_share=sizes["n_experts_used"] / sizes["n_experts"] if of_expert else 1.0,
         )

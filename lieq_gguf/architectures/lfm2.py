@@ -23,7 +23,9 @@ ATTENTION_LAYER = (
 )
 CONVOLUTION_LAYER = (
     LayerModule("shortconv.in_proj", "conv.in_proj", ("three_widths", "width"), bias="conv_bias"),
-    LayerModule("shortconv.conv", "conv.conv", ("width", "n_kernel"), is_fixed=True, is_convolution=True),
+    LayerModule(
+        "shortconv.conv", "conv.conv", ("width", "n_kernel"), is_fixed=True, stored_shape=("width", "one", "n_kernel")
+    ),
     LayerModule("shortconv.out_proj", "conv.out_proj", ("width", "width")),
 )
 LAYER_NORMS = (LayerModule("attn_norm", "operator_norm", ("width",)), LayerModule("ffn_norm", "ffn_norm", ("width",)))

@@ -9,7 +9,7 @@ import gguf
 
 from lieq_gguf.architectures.checks import Config
 from lieq_gguf.architectures.decoder import Decoder
-from lieq_gguf.architectures.modules import FEED_FORWARD, INTERLEAVED_ATTENTION, NORMS
+from lieq_gguf.architectures.modules import FEED_FORWARD, INTERLEAVED_ATTENTION, NORMS, LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
@@ -23,7 +23,7 @@ class Llama(Decoder):
     gguf_name = "llama"
     model_type = "llama"
     source_classes: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM", "MistralForCausalLM")
-    modules = (NORMS[0], *INTERLEAVED_ATTENTION, NORMS[1], *FEED_FORWARD)
+    modules: ClassVar[tuple[LayerModule, ...]] = (NORMS[0], *INTERLEAVED_ATTENTION, NORMS[1], *FEED_FORWARD)
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
     has_biases: ClassVar[bool] = True
 

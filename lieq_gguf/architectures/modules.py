@@ -20,7 +20,7 @@ class LayerModule:
         suffixes: What follows the names in the file and in the source; a parameter without a module has none.
         has_own_scale: Whether it is a norm that multiplies by its weight alone where the family's others add one.
         is_negated_exp: Whether the file has ``-exp(w)``.
-        is_convolution: Whether it convolves every channel by itself.
+        stored_shape: Shape of its weight in the source, if that has the same numbers in another shape.
     """
 
     role: str
@@ -33,7 +33,7 @@ class LayerModule:
     suffixes: tuple[str, str] = (".weight", ".weight")
     has_own_scale: bool = False
     is_negated_exp: bool = False
-    is_convolution: bool = False
+    stored_shape: tuple[str, ...] = ()
 
 
 NORMS = (

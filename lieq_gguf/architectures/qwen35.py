@@ -28,7 +28,7 @@ _DELTA_RULE = (
     LayerModule("attn_gate", "linear_attn.in_proj_z", ("value_width", "width"), rows="values"),
     LayerModule(
         "ssm_conv1d", "linear_attn.conv1d", ("n_channels", "n_kernel"), rows="values_of_qkv", is_fixed=True,
-        is_convolution=True,
+        stored_shape=("n_channels", "one", "n_kernel"),
     ),
     LayerModule("ssm_dt", "linear_attn.dt_bias", ("n_value_heads",), rows="value_heads", suffixes=(".bias", "")),
     LayerModule(

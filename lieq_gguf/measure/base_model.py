@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lieq_gguf.measure.experts import separate_experts
+from lieq_gguf.measure.experts import separate_matrices
 
 _LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry per layer
 
@@ -39,7 +39,7 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
     base: nn.Module = model.eval().base_model
-    separate_experts(base)
+    separate_matrices(base)
     return base
 
 

@@ -18,9 +18,9 @@ from lieq_gguf.measure.base_model import given_to_layers, initialised, layer_kin
 _POSITIONS = (0, 1, 2, 5, 20, 100, 500, 2000, 10_000, 50_000)  # whose rotations are compared
 _ANGLE = 0.02
 _SMALL = 32  # neurons of the feed-forward network, whose width the shapes of the tensors tell
-# numbers for training or generation, and sizes, which the shapes of the tensors tell
+# numbers for training or generation, tokens that are computed together, and sizes, which the shapes of the tensors tell
 _NOT_COMPARED = re.compile(
-    r"training|.*dropout.*|padding_idx|_.*|max_seq_len_cached|original_max_seq_len|layer_idx|(in|out)_features"
+    r"training|.*dropout.*|padding_idx|_.*|chunk_size|max_seq_len_cached|original_max_seq_len|layer_idx|(in|out)_features"
 )
 
 

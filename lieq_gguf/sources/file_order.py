@@ -42,7 +42,7 @@ def in_model_form(tensor: TensorSpec, stored: torch.Tensor) -> torch.Tensor:
         result = result.float() - tensor.offset
     if tensor.is_negated_exp:
         result = (-result.float()).log()
-    return result.reshape(tensor.source_shape) if tensor.is_convolution else result
+    return result if tensor.stored_shape is None else result.reshape(tensor.stored_shape)
 
 
 def file_rows(tensor: TensorSpec, loaded: torch.Tensor) -> Iterator[FloatArray]:

@@ -233,8 +233,8 @@ def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
         details = config["quantization_config"]
         method = details.get("quant_method", "unnamed") if isinstance(details, dict) else "unnamed"
         raise SourceError(f"{path} is already quantised ({method}); expected the original BF16, F16 or F32 weights")
-    family = find_family(config)
     with _complete_config(path):
+        family = find_family(config)
         config = family.completed(config)
         family.check(config)
     return config, family

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -27,12 +27,22 @@ _DTYPES = ("BF16", "F16", "F32")
 _SAMPLE_BYTES = 1024
 _COMPARED_BYTES = 1 << 24  # of two tensors at a time
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")  # transformers 5: one tensor for all experts
+_RENAMED = (  # names in published files, and in transformers' models
+    (re.compile(r"\bbackbone\.embeddings\."), "backbone.embed_tokens."),
+    (re.compile(r"\.block_sparse_moe\.input_linear\.weight"), ".block_sparse_moe.experts.gate_up_proj"),
+    (re.compile(r"\.block_sparse_moe\.output_linear\.weight"), ".block_sparse_moe.experts.down_proj"),
+    (re.compile(r"\.router\.layer\."), ".router."),
+    (re.compile(r"\.shared_mlp\.input_linear\."), ".shared_mlp.gate_up_proj."),
+    (re.compile(r"\.shared_mlp\.output_linear\."), ".shared_mlp.down_proj."),
+)
+_STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|up_proj|down_proj)")  # one tensor for all experts
+_FUSED = re.compile(r"(.*\.shared_mlp)\.gate_up_proj\.weight")
+_HALVES = {"gate_proj": 0, "up_proj": 1}
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is stored: a whole tensor of a file, or some rows of one of the matrices stacked in it."""
+    """Where a tensor is stored: a tensor of a file, a matrix of those stacked in it, or half of the rows of either."""
 
     shard: Path
     stored_name: str
@@ -44,7 +54,7 @@ class WeightFiles:
     """Reads tensors, memory-mapped and not copied where a whole stored tensor is asked for.
 
     Names are those of a model with a head on top, ``model.layers.…`` and ``lm_head.weight``, whatever prefix the files
-    have, and one matrix per expert.
+    have, with one matrix per expert, and gates by themselves.
 
     Attributes:
         names: All names.
@@ -60,10 +70,10 @@ class WeightFiles:
         self._headers: dict[Path, Any] = {}
         shard_of, self.notes = _find_shards(path)
         self._shards = sorted(set(shard_of.values()))
-        places, prefix = _with_usual_names({name: _Place(shard, name) for name, shard in shard_of.items()})
-        if prefix not in ("model.", ""):
+        places, prefix = _with_usual_names({_renamed(name): _Place(shard, name) for name, shard in shard_of.items()})
+        if prefix not in ("model.", "backbone.", ""):
             self.notes += (f"the names of the tensors begin with {prefix}: only those of the language model are used",)
-        self._places = dict(self._with_single_experts(places))
+        self._places = dict(self._with_single_matrices(places))
         self.names = frozenset(self._places)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -95,8 +105,8 @@ class WeightFiles:
         result: torch.Tensor
         if place.expert is None:
             result = file.get_tensor(place.stored_name)
-            return result
-        result = file.get_slice(place.stored_name)[place.expert]
+        else:
+            result = file.get_slice(place.stored_name)[place.expert]
         return result if place.half is None else result.chunk(2)[place.half]
 
     def are_equal(self, name: str, other: str) -> bool:
@@ -127,18 +137,21 @@ class WeightFiles:
                             file.seek(first + offset)
                             digest.update(file.read(_SAMPLE_BYTES))
 
-    def _with_single_experts(self, places: Mapping[str, _Place]) -> Iterable[tuple[str, _Place]]:
-        """Replace a tensor of all experts ``[n_experts, …]`` by its matrices."""
+    def _with_single_matrices(self, places: Mapping[str, _Place]) -> Iterable[tuple[str, _Place]]:
+        """Replace a tensor of all experts ``[n_experts, …]``, and one of gate and up, by its matrices."""
         for name, place in places.items():
-            fused = _FUSED.fullmatch(name)
-            if fused is None:
+            stacked, fused = _STACKED.fullmatch(name), _FUSED.fullmatch(name)
+            if stacked is not None:
+                n_experts = self._header(place).get_shape()[0]
+                halves = _HALVES if stacked[2] == "gate_up_proj" else {stacked[2]: None}
+                for expert in range(n_experts):
+                    for part, half in halves.items():
+                        yield f"{stacked[1]}.{expert}.{part}.weight", replace(place, expert=expert, half=half)
+            elif fused is not None:
+                for part, half in _HALVES.items():
+                    yield f"{fused[1]}.{part}.weight", replace(place, half=half)
+            else:
                 yield name, place
-                continue
-            n_experts = self._header(place).get_shape()[0]
-            halves = {"gate_proj": 0, "up_proj": 1} if fused[2] == "gate_up_proj" else {"down_proj": None}
-            for expert in range(n_experts):
-                for part, half in halves.items():
-                    yield f"{fused[1]}.{expert}.{part}.weight", _Place(place.shard, place.stored_name, expert, half)
 
     def _bytes(self, place: _Place) -> npt.NDArray[np.uint8]:
         with place.shard.open("rb") as file:
@@ -215,6 +228,13 @@ def _open_shard(shard: Path) -> Any:
             f"{shard} is damaged or incomplete ({size:,} bytes: {error}); expected a safetensors file: "
             "download it again"
         ) from None
+
+
+def _renamed(name: str) -> str:
+    """The name in transformers' model of a tensor in a file, but for the prefix."""
+    for published, own in _RENAMED:
+        name = published.sub(own, name)
+    return name
 
 
 def _with_usual_names(places: Mapping[str, _Place]) -> tuple[Mapping[str, _Place], str]:

@@ -43,6 +43,25 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+GRANITE_4 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "position_embedding_type": "nope",
+    "shared_intermediate_size": 512,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 64,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.02,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 8.0,
+    "tie_word_embeddings": True,
+}
+
+
+def write_granite_in_eights(path: Path) -> int:
+    """A vocabulary whose size is a multiple of 8, as llama.cpp's converter wants it beside Mamba-2 layers."""
+    return -(-fixtures.write_granite(path) // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,7 @@ class TinyModel:
         write_tokenizer: Writes the tokenizer's files and gives the size of the vocabulary.
         settings: What differs from ``SIZES``.
         converter_options: What llama.cpp's converter has to be told.
+        published: Keys of ``config.json`` as in published files, where transformers writes others; None removes one.
     """
 
     family: str
@@ -64,6 +84,7 @@ class TinyModel:
     write_tokenizer: Callable[[Path], int]
     settings: Mapping[str, Any] = field(default_factory=dict)
     converter_options: tuple[str, ...] = ()
+    published: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
         """Write the model directory; ``settings`` overrules."""
@@ -83,6 +104,8 @@ class TinyModel:
                 elif name.endswith(".bias"):
                     parameter.normal_(0, 0.5)
         model.save_pretrained(path)
+        if self.published:
+            edit_config(path, **self.published)
         return path
 
 
@@ -161,6 +184,24 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "embedding_multiplier": 12.0, "attention_multiplier": 0.02, "residual_multiplier": 0.3,
             "logits_scaling": 8.0, "tie_word_embeddings": True,
         },
+    ),
+    "granite-h": TinyModel(
+        "granitehybrid", "granitemoehybrid", "Granite 4 H-Micro, H-350M, H-1B", write_granite_in_eights,
+        GRANITE_4 | {"num_local_experts": 0, "num_experts_per_tok": 0},
+        published={"layer_types": ["mamba", "attention", "mamba"]},
+    ),
+    "granite-h-moe": TinyModel(
+        "granitehybrid", "granitemoehybrid", "Granite 4 H-Tiny, H-Small", write_granite_in_eights,
+        GRANITE_4 | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256},
+        published={"layer_types": ["mamba", "attention", "mamba"]},
+    ),
+    "granite-4": TinyModel(
+        "granite", "granitemoehybrid", "Granite 4 Micro, 350M, 1B", write_granite_in_eights,
+        GRANITE_4 | {
+            "layer_types": ["full_attention"] * 3, "num_local_experts": 0, "num_experts_per_tok": 0,
+            "position_embedding_type": "rope",
+        },
+        published={"layer_types": ["attention"] * 3},
     ),
 }  # fmt: skip
 
