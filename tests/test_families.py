@@ -135,7 +135,7 @@ def test_cache_and_bytes_of_a_token_are_those_of_the_model(name: str, written: C
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = inspect(written(name).f16_file)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    n_attending = sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
+    n_attending = sum(kind in ("full_attention", "sliding_attention", "hybrid") for kind in kinds)
     width = 2 * config.num_key_value_heads * head_dim * n_attending
     n_ctx = 4096 if name in WITHOUT_POSITIONS else 1024
     assert (found.n_ctx, found.kv_cache_bytes) == (n_ctx, 2 * width * n_ctx)
@@ -207,6 +207,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "bias": ("granite-h", {"mamba_proj_bias": True}, "mamba_proj_bias is set"),
     "time steps": ("granite-h", {"time_step_limit": [0.0, 0.1]}, "time_step_limit is 0 to 0.1"),
     "groups": ("granite-h", {"mamba_n_groups": 3}, "mamba_n_heads is 8; expected a multiple of mamba_n_groups, 3"),
+    "norm before the gate": ("falcon-h1-34b", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate is set"),
+    "width of heads": ("falcon-h1", {"mamba_d_ssm": 512}, "mamba_d_ssm is 512; expected 8 heads of width 32"),
+    "bias of a projection": ("falcon-h1", {"projectors_bias": True}, "projectors_bias is set"),
+    "number of multipliers": (
+        "falcon-h1",
+        {"ssm_multipliers": [1.0]},
+        r"ssm_multipliers .* is \[1.0\]; expected 5 numbers",
+    ),
     "experts without Mamba-2": (
         "granite-4",
         {"num_local_experts": 8, "num_experts_per_tok": 2},
@@ -239,6 +247,8 @@ DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "layers of Mamba-2": ("granite-h", {"layer_types": 5}),
     "number of layers": ("granite-h", {"layer_types": None, "num_hidden_layers": "x"}),
     "time steps": ("granite-h", {"time_step_limit": [0.0, "x"]}),
+    "factor": ("falcon-h1", {"key_multiplier": "x"}),
+    "factors of Mamba-2": ("falcon-h1", {"ssm_multipliers": "x"}),
     "number of experts": ("granite-h-moe", {"num_local_experts": None, "num_experts_per_tok": 9}),
 }
 
@@ -251,6 +261,12 @@ def test_damaged_configuration_is_refused_in_one_line(case: str, tmp_path: Path)
     with pytest.raises(LieqError) as refusal:
         ModelDirectory(path)
     assert "\n" not in str(refusal.value)
+
+
+def test_one_matrix_with_two_factors_is_refused(tmp_path: Path) -> None:
+    path = TINY_MODELS["falcon-h1"].write(tmp_path / "falcon", tie_word_embeddings=True)
+    with pytest.raises(ArchitectureError, match=r"embedding_multiplier is 5\.65 and lm_head_multiplier 0\.04"):
+        ModelDirectory(path)
 
 
 def test_a_bias_that_is_missing_is_refused_from_the_headers(tmp_path: Path) -> None:

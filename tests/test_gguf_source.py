@@ -103,7 +103,8 @@ def logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_a_file_is_the_model_it_was_made_from(name: str, tmp_path: Path) -> None:
     directory = TINY_MODELS[name].write(tmp_path / "model", torch.float16)
-    file = convert_plainly(directory, tmp_path / "model.gguf")
+    # weights of F16 times a factor are no longer F16's
+    file = convert_plainly(directory, tmp_path / "model.gguf", "F32" if name.startswith("falcon") else "F16")
     expected, found = ModelDirectory(directory), open_source(file)
     assert isinstance(found, GgufSource)
     assert found.why_not_supported == ""

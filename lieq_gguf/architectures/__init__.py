@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.falcon_h1 import FalconH1
 from lieq_gguf.architectures.gemma2 import Gemma2
 from lieq_gguf.architectures.gemma3 import Gemma3
 from lieq_gguf.architectures.granite import Granite
@@ -26,7 +27,7 @@ __all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_fami
 
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
-    Qwen35(), GraniteHybrid(), GraniteWithoutMamba(),
+    Qwen35(), GraniteHybrid(), GraniteWithoutMamba(), FalconH1(),
 )  # fmt: skip
 _SOURCE_CLASSES = dict.fromkeys(name for family in FAMILIES for name in family.source_classes)
 

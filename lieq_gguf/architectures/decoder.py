@@ -6,7 +6,7 @@ refuses what a graph cannot express: it would run and give other numbers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import gguf
@@ -43,6 +43,8 @@ class Decoder:
         has_windows: Whether the graph supports layers that look back only some tokens.
         has_biases: Whether the graph adds the biases that keys of ``config.json`` switch on.
         defaults: What transformers' configuration has where ``config.json`` has nothing.
+        folded_settings: Settings of transformers' configuration that the graph has no place for, and their values once
+            :meth:`factors` are in the weights.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
     """
 
@@ -61,6 +63,7 @@ class Decoder:
     has_windows: ClassVar[bool] = False
     has_biases: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
+    folded_settings: ClassVar[Mapping[str, Any]] = {}
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
 
     def has_model(self, config: Config) -> bool:  # noqa: ARG002
@@ -264,6 +267,10 @@ class Decoder:
     def _order(self, config: Config, name: str) -> HeadOrder | None:
         order = self.orders(config)[name] if name else None
         return None if order is None or order.changes_nothing else order
+
+    def factors(self, config: Config, name: str) -> Sequence[tuple[slice, float]]:  # noqa: ARG002
+        """By what the rows of a tensor of the source are multiplied in the file, one factor after the other."""
+        return ()
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Write the keys that llama.cpp needs to build the graph, as its converter does."""

@@ -30,11 +30,13 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     """A base model with one layer of each kind and a small vocabulary, filled by the model's own initialiser."""
     kinds = layer_kinds(config)
     examples = [kinds.index(kind) for kind in sorted(set(kinds))]
-    lists = {key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))}
+    settings = config.to_dict()
+    stored = (*_LAYER_LISTS, "layers_block_type")  # the older name of the first; some families compute it
+    lists = {key: [values[i] for i in examples] for key in stored if (values := settings.get(key))}
     # the ids of special tokens lie outside the small vocabulary
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
-    small = type(config).from_dict(config.to_dict() | sizes | lists | special_ids)
+    small = type(config).from_dict(settings | sizes | lists | special_ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.directory_metadata import directory_metadata
-from lieq_gguf.sources.file_order import FloatArray, file_rows
+from lieq_gguf.sources.file_order import FloatArray, file_rows, multiplied
 from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, WEIGHTS_FILE, WeightFiles
 from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer, read_vocabulary
@@ -114,7 +114,7 @@ class ModelDirectory:
         """Check nothing: no file of the directory is a GGUF file."""
 
     def transformers_config(self) -> PretrainedConfig:
-        """The configuration that transformers reads, for float32.
+        """The configuration that transformers reads, for float32, without factors that are folded into the weights.
 
         Raises:
             SourceError: if transformers cannot read it.
@@ -132,6 +132,8 @@ class ModelDirectory:
             ) from None
         config.dtype = torch.float32
         config.tie_word_embeddings = self.spec.has_tied_embeddings
+        for key, value in self.family.folded_settings.items():
+            setattr(config, key, value)
         return config
 
     def load_tokenizer(self) -> SourceTokenizer:
@@ -195,7 +197,8 @@ class ModelDirectory:
 
     def _stored(self, name: str) -> torch.Tensor:
         loaded = self._weights.read(name)
-        return loaded if self.adapter is None else self.adapter.merged(name, loaded)
+        loaded = loaded if self.adapter is None else self.adapter.merged(name, loaded)
+        return multiplied(loaded, self.family.factors(self.spec.config, name))
 
     def _names_in_use(self, config: Mapping[str, Any]) -> frozenset[str]:
         """Names of the tensors, without an output matrix that is the embedding once more.

@@ -57,6 +57,23 @@ GRANITE_4 = {
     "logits_scaling": 8.0,
     "tie_word_embeddings": True,
 }
+FALCON_H1 = {
+    "head_dim": 64,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_ssm": 256,
+    "mamba_d_state": 64,
+    "attention_in_multiplier": 0.9,
+    "attention_out_multiplier": 0.6,
+    "embedding_multiplier": 5.65,
+    "key_multiplier": 0.4,
+    "lm_head_multiplier": 0.04,
+    "mlp_multipliers": [0.9, 0.6],
+    "ssm_in_multiplier": 1.2,
+    "ssm_multipliers": [0.4, 0.5, 0.35, 0.7, 0.3],
+    "ssm_out_multiplier": 0.5,
+    "tie_word_embeddings": False,
+}
 
 
 def write_granite_in_eights(path: Path) -> int:
@@ -103,6 +120,8 @@ class TinyModel:
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
                 elif name.endswith(".bias"):
                     parameter.normal_(0, 0.5)
+                elif name.endswith((".D", ".dt_bias")):  # which begin as ones
+                    parameter.add_(torch.empty_like(parameter).normal_(0, 0.5))
         model.save_pretrained(path)
         if self.published:
             edit_config(path, **self.published)
@@ -202,6 +221,13 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "position_embedding_type": "rope",
         },
         published={"layer_types": ["attention"] * 3},
+    ),
+    "falcon-h1": TinyModel(
+        "falcon-h1", "falcon_h1", "Falcon-H1 0.5B to 7B", fixtures.write_llama_3, FALCON_H1 | {"mamba_rms_norm": False}
+    ),
+    "falcon-h1-34b": TinyModel(
+        "falcon-h1", "falcon_h1", "Falcon-H1 34B", fixtures.write_llama_3,
+        FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 2},
     ),
 }  # fmt: skip
 
