@@ -26,6 +26,7 @@ from lieq_gguf.architectures import FAMILIES, family_named
 from lieq_gguf.errors import ArchitectureError, LieqError, SourceError
 from lieq_gguf.evaluation.inspection import inspect
 from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.measure.base_model import without_time_limits
 from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.passes import PassOptions
@@ -36,7 +37,8 @@ from lieq_gguf.records.measurement import measured
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_TOKENS = 128  # more than the windows of the tiny models
-WITHOUT_POSITIONS = ("granite-h", "granite-h-moe")  # llama.cpp's converter gives them any length
+# llama.cpp's converter gives them any length
+WITHOUT_POSITIONS = ("granite-h", "granite-h-moe", "nemotron-h", "nemotron-3", "nemotron-3-super")
 ONE_OF_EACH_CLASS = pytest.mark.parametrize(
     "name", {(model.family, model.model_type): name for name, model in TINY_MODELS.items()}.values()
 )
@@ -67,6 +69,7 @@ def written(shared: Path) -> Callable[[str], Written]:
         folder = made_once(shared / "families" / name, make)
         path = folder / name
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        without_time_limits(model)  # which transformers alone has
         n_vocab = model.config.vocab_size
         ids = np.random.default_rng(0).integers(8, n_vocab - 8, (2, N_TOKENS))
         with torch.inference_mode():
@@ -162,7 +165,13 @@ def converted(written: Callable[[str], Written], llama_cpp: Path, shared: Path) 
 
     def make(folder: Path) -> None:
         jobs = [
-            converter.Job(written(n).path, written(n).f16_file, folder / f"{n}.gguf", tiny.converter_options)
+            converter.Job(
+                written(n).path,
+                written(n).f16_file,
+                folder / f"{n}.gguf",
+                tiny.converter_options,
+                tiny.without_defaults,
+            )
             for n, tiny in TINY_MODELS.items()
         ]
         converter.run_converter(jobs, llama_cpp)
@@ -215,6 +224,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"ssm_multipliers": [1.0]},
         r"ssm_multipliers .* is \[1.0\]; expected 5 numbers",
     ),
+    "networks beside experts": ("nemotron-3", {"hybrid_override_pattern": "ME*-"}, "has 'mlp'; expected linear_attent"),
+    "letter": ("nemotron-h", {"hybrid_override_pattern": "M-*X"}, "has 'X'; expected"),
+    "activation of networks": ("nemotron-h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu', .* with 'relu2'"),
+    "least time step": ("nemotron-h", {"time_step_limit": [0.01, float("inf")]}, "time_step_limit is 0.01 to inf"),
+    "chosen groups": ("nemotron-3", {"n_group": 3}, "8 experts in 3 groups, of which 1 are used"),
+    "too many experts": ("nemotron-3-super", {"num_experts_per_tok": 5}, "is 5, more than the 4 experts"),
     "experts without Mamba-2": (
         "granite-4",
         {"num_local_experts": 8, "num_experts_per_tok": 2},
@@ -247,6 +262,9 @@ DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "layers of Mamba-2": ("granite-h", {"layer_types": 5}),
     "number of layers": ("granite-h", {"layer_types": None, "num_hidden_layers": "x"}),
     "time steps": ("granite-h", {"time_step_limit": [0.0, "x"]}),
+    "no pattern": ("nemotron-h", {"hybrid_override_pattern": None}),
+    "pattern": ("nemotron-h", {"hybrid_override_pattern": 5}),
+    "latent width": ("nemotron-3-super", {"moe_latent_size": "x"}),
     "factor": ("falcon-h1", {"key_multiplier": "x"}),
     "factors of Mamba-2": ("falcon-h1", {"ssm_multipliers": "x"}),
     "number of experts": ("granite-h-moe", {"num_local_experts": None, "num_experts_per_tok": 9}),

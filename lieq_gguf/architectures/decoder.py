@@ -281,11 +281,15 @@ class Decoder:
         writer.add_feed_forward_length(sizes["n_ff"])
         writer.add_head_count(sizes["n_heads"])
         writer.add_head_count_kv(self.kv_heads(config))
-        writer.add_layer_norm_rms_eps(config[self.norm_epsilon])
+        self.add_norm_epsilon(config, writer)
         if config.get("head_dim") is not None or self.default_head_dim is not None:
             writer.add_key_length(sizes["head_dim"])
             writer.add_value_length(sizes["head_dim"])
         self.add_rope(config, writer)
+
+    def add_norm_epsilon(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """Write the number that norms add to the mean square."""
+        writer.add_layer_norm_rms_eps(config[self.norm_epsilon])
 
     def kv_heads(self, config: Config) -> int | list[int]:
         """Heads of keys and values as the file counts them, one number or one for each layer."""
@@ -326,19 +330,23 @@ class Decoder:
             "model_type": self.model_type,
             "vocab_size": n_vocab,
             "hidden_size": stored.count("embedding_length"),
-            "intermediate_size": stored.count("feed_forward_length"),
+            "intermediate_size": stored.most("feed_forward_length"),
             "num_hidden_layers": stored.count("block_count"),
             "num_attention_heads": n_heads,
             "num_key_value_heads": stored.most("attention.head_count_kv", n_heads),
             "head_dim": head_dim,
             "max_position_embeddings": stored.count("context_length"),
-            self.norm_epsilon: stored.number("attention.layer_norm_rms_epsilon"),
+            self.norm_epsilon: self.source_epsilon(stored),
             "tie_word_embeddings": "output.weight" not in stored.shapes,
         }
         for module in self.modules:
             if module.bias not in ("", "always"):
                 config[module.bias] = any(name.endswith(f".{module.role}.bias") for name in stored.shapes)
         return config | {"rope_parameters": self.source_rope(stored, head_dim)}
+
+    def source_epsilon(self, stored: StoredParameters) -> float:
+        """The number of :meth:`add_norm_epsilon`."""
+        return stored.number("attention.layer_norm_rms_epsilon")
 
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
         """Rotary parameters made from the keys of :meth:`add_rope`."""

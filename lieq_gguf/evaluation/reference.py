@@ -77,8 +77,11 @@ def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageM
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from lieq_gguf.measure.base_model import without_time_limits
+
     disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr has our own progress bar
     torch.set_num_threads(n_threads)
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     loaded.train(False)
+    without_time_limits(loaded)
     yield TransformersModel(loaded, load_source_tokenizer(path), spec.architecture)

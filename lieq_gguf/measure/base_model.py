@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -42,7 +43,19 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
     base: nn.Module = model.eval().base_model
     separate_matrices(base)
+    without_time_limits(base)
     return base
+
+
+def without_time_limits(model: nn.Module) -> None:
+    """Let Mamba-2 layers keep every time step, as llama.cpp does and the code that Nemotron-H was published with.
+
+    transformers has those of Nemotron-H at 0.001 or more, which changes the published models (a divergence of 0.03 is
+    reported in huggingface/transformers, pull request 48989). Other limits are refused before.
+    """
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, math.inf)  # type: ignore[assignment]
 
 
 def given_to_layers(model: nn.Module, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:

@@ -28,7 +28,7 @@ _SAMPLE_BYTES = 1024
 _COMPARED_BYTES = 1 << 24  # of two tensors at a time
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _RENAMED = (  # names in published files, and in transformers' models
-    (re.compile(r"\bbackbone\.embeddings\."), "backbone.embed_tokens."),
+    (re.compile(r"\b(backbone|model)\.embeddings\."), r"\1.embed_tokens."),
     (re.compile(r"\.block_sparse_moe\.input_linear\.weight"), ".block_sparse_moe.experts.gate_up_proj"),
     (re.compile(r"\.block_sparse_moe\.output_linear\.weight"), ".block_sparse_moe.experts.down_proj"),
     (re.compile(r"\.router\.layer\."), ".router."),

@@ -74,11 +74,29 @@ FALCON_H1 = {
     "ssm_out_multiplier": 0.5,
     "tie_word_embeddings": False,
 }
+NEMOTRON_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 512,
+    "routed_scaling_factor": 2.5,
+}
+NEMOTRON = NEMOTRON_EXPERTS | {
+    "head_dim": 128,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 64,
+    "n_groups": 2,
+    "ssm_state_size": 64,
+}
+# transformers writes the numbers of experts whether there are any or not, and a list of layers
+NEMOTRON_PUBLISHED = dict.fromkeys(
+    [*NEMOTRON_EXPERTS, "layers_block_type", "n_shared_experts", "n_group", "topk_group"]
+)
 
 
-def write_granite_in_eights(path: Path) -> int:
-    """A vocabulary whose size is a multiple of 8, as llama.cpp's converter wants it beside Mamba-2 layers."""
-    return -(-fixtures.write_granite(path) // 8) * 8
+def in_eights(write_tokenizer: Callable[[Path], int]) -> Callable[[Path], int]:
+    """A tokenizer with a vocabulary in eights, as llama.cpp's converter wants it beside Mamba-2 layers."""
+    return lambda path: -(-write_tokenizer(path) // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,7 @@ class TinyModel:
         write_tokenizer: Writes the tokenizer's files and gives the size of the vocabulary.
         settings: What differs from ``SIZES``.
         converter_options: What llama.cpp's converter has to be told.
+        without_defaults: Whether the converter may not see what transformers' configuration has by default.
         published: Keys of ``config.json`` as in published files, where transformers writes others; None removes one.
     """
 
@@ -101,6 +120,7 @@ class TinyModel:
     write_tokenizer: Callable[[Path], int]
     settings: Mapping[str, Any] = field(default_factory=dict)
     converter_options: tuple[str, ...] = ()
+    without_defaults: bool = False
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
@@ -122,6 +142,9 @@ class TinyModel:
                     parameter.normal_(0, 0.5)
                 elif name.endswith((".D", ".dt_bias")):  # which begin as ones
                     parameter.add_(torch.empty_like(parameter).normal_(0, 0.5))
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(0, 0.1)
         model.save_pretrained(path)
         if self.published:
             edit_config(path, **self.published)
@@ -205,17 +228,17 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
     ),
     "granite-h": TinyModel(
-        "granitehybrid", "granitemoehybrid", "Granite 4 H-Micro, H-350M, H-1B", write_granite_in_eights,
+        "granitehybrid", "granitemoehybrid", "Granite 4 H-Micro, H-350M, H-1B", in_eights(fixtures.write_granite),
         GRANITE_4 | {"num_local_experts": 0, "num_experts_per_tok": 0},
         published={"layer_types": ["mamba", "attention", "mamba"]},
     ),
     "granite-h-moe": TinyModel(
-        "granitehybrid", "granitemoehybrid", "Granite 4 H-Tiny, H-Small", write_granite_in_eights,
+        "granitehybrid", "granitemoehybrid", "Granite 4 H-Tiny, H-Small", in_eights(fixtures.write_granite),
         GRANITE_4 | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256},
         published={"layer_types": ["mamba", "attention", "mamba"]},
     ),
     "granite-4": TinyModel(
-        "granite", "granitemoehybrid", "Granite 4 Micro, 350M, 1B", write_granite_in_eights,
+        "granite", "granitemoehybrid", "Granite 4 Micro, 350M, 1B", in_eights(fixtures.write_granite),
         GRANITE_4 | {
             "layer_types": ["full_attention"] * 3, "num_local_experts": 0, "num_experts_per_tok": 0,
             "position_embedding_type": "rope",
@@ -228,6 +251,27 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     "falcon-h1-34b": TinyModel(
         "falcon-h1", "falcon_h1", "Falcon-H1 34B", fixtures.write_llama_3,
         FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 2},
+    ),
+    "nemotron-h": TinyModel(
+        "nemotron_h", "nemotron_h", "Nemotron-H, Nemotron Nano 2", in_eights(fixtures.write_tekken),
+        NEMOTRON | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+        published=NEMOTRON_PUBLISHED | {"hybrid_override_pattern": "M-*-", "num_hidden_layers": 4},
+        without_defaults=True,  # which has experts, and the converter then takes the graph with experts
+    ),
+    "nemotron-3": TinyModel(
+        "nemotron_h_moe", "nemotron_h", "Nemotron 3 Nano", in_eights(fixtures.write_tekken),
+        NEMOTRON | {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+        published=NEMOTRON_PUBLISHED | NEMOTRON_EXPERTS | {
+            "hybrid_override_pattern": "ME*E", "norm_eps": 1e-5, "rope_theta": 10000,
+        },
+    ),
+    "nemotron-3-super": TinyModel(
+        "nemotron_h_moe", "nemotron_h", "Nemotron 3 Super", in_eights(fixtures.write_tekken),
+        NEMOTRON | {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "moe_latent_size": 256,
+            "hidden_size": 512, "n_group": 2,
+        },
+        published=NEMOTRON_PUBLISHED | NEMOTRON_EXPERTS | {"hybrid_override_pattern": "ME*E", "n_group": 2},
     ),
 }  # fmt: skip
 
