@@ -230,6 +230,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "least time step": ("nemotron-h", {"time_step_limit": [0.01, float("inf")]}, "time_step_limit is 0.01 to inf"),
     "chosen groups": ("nemotron-3", {"n_group": 3}, "8 experts in 3 groups, of which 1 are used"),
     "too many experts": ("nemotron-3-super", {"num_experts_per_tok": 5}, "is 5, more than the 4 experts"),
+    "shares as they are": ("lfm2moe", {"norm_topk_prob": False}, "norm_topk_prob is off"),
+    "scaled shares": ("lfm2moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5"),
     "experts without Mamba-2": (
         "granite-4",
         {"num_local_experts": 8, "num_experts_per_tok": 2},
@@ -265,6 +267,7 @@ DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "no pattern": ("nemotron-h", {"hybrid_override_pattern": None}),
     "pattern": ("nemotron-h", {"hybrid_override_pattern": 5}),
     "latent width": ("nemotron-3-super", {"moe_latent_size": "x"}),
+    "dense layers": ("lfm2moe", {"num_dense_layers": "x"}),
     "factor": ("falcon-h1", {"key_multiplier": "x"}),
     "factors of Mamba-2": ("falcon-h1", {"ssm_multipliers": "x"}),
     "number of experts": ("granite-h-moe", {"num_local_experts": None, "num_experts_per_tok": 9}),

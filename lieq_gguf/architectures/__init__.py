@@ -12,6 +12,7 @@ from lieq_gguf.architectures.gemma3 import Gemma3
 from lieq_gguf.architectures.granite import Granite
 from lieq_gguf.architectures.granite_hybrid import GraniteHybrid, GraniteWithoutMamba
 from lieq_gguf.architectures.lfm2 import Lfm2
+from lieq_gguf.architectures.lfm2moe import Lfm2Moe
 from lieq_gguf.architectures.llama import Llama
 from lieq_gguf.architectures.nemotron_h import NemotronH, NemotronHMoe
 from lieq_gguf.architectures.olmo2 import Olmo2
@@ -29,7 +30,7 @@ __all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_fami
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
     Qwen35(), GraniteHybrid(), GraniteWithoutMamba(), FalconH1(),
-    NemotronH(), NemotronHMoe(),
+    NemotronH(), NemotronHMoe(), Lfm2Moe(),
 )  # fmt: skip
 _SOURCE_CLASSES = dict.fromkeys(name for family in FAMILIES for name in family.source_classes)
 

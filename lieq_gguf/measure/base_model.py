@@ -16,14 +16,20 @@ from lieq_gguf.measure.experts import separate_matrices
 
 _LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry per layer
 
+_N_DENSE = "num_dense_layers"  # how many layers have no experts, the first ones
+
 LayerKind: TypeAlias = tuple[str, ...]
-"""Entries of ``_LAYER_LISTS`` for a layer; layers of the same kind differ only in their weights."""
+"""Whether a layer has experts, if not all have, and its entries of ``_LAYER_LISTS``; layers of the same kind differ only
+in their weights."""
 
 
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
-    """The kind of every layer: attention over all tokens or a window, with or without rotation."""
+    """The kind of every layer: without experts first, attention over all tokens or a window, with rotation or not."""
     n_layers: int = config.num_hidden_layers
+    n_dense = getattr(config, _N_DENSE, 0)
     lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
+    if n_dense:
+        lists.insert(0, ["dense" if i < n_dense else "experts" for i in range(n_layers)])
     return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
 
 
@@ -37,6 +43,8 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     # the ids of special tokens lie outside the small vocabulary
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
+    if hasattr(config, _N_DENSE):
+        sizes[_N_DENSE] = sum(i < getattr(config, _N_DENSE) for i in examples)
     small = type(config).from_dict(settings | sizes | lists | special_ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

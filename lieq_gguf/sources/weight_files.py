@@ -34,6 +34,9 @@ _RENAMED = (  # names in published files, and in transformers' models
     (re.compile(r"\.router\.layer\."), ".router."),
     (re.compile(r"\.shared_mlp\.input_linear\."), ".shared_mlp.gate_up_proj."),
     (re.compile(r"\.shared_mlp\.output_linear\."), ".shared_mlp.down_proj."),
+    (re.compile(r"\.experts\.(\d+)\.w1\."), r".experts.\1.gate_proj."),
+    (re.compile(r"\.experts\.(\d+)\.w2\."), r".experts.\1.down_proj."),
+    (re.compile(r"\.experts\.(\d+)\.w3\."), r".experts.\1.up_proj."),
 )
 _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|up_proj|down_proj)")  # one tensor for all experts
 _FUSED = re.compile(r"(.*\.shared_mlp)\.gate_up_proj\.weight")

@@ -143,7 +143,7 @@ class TinyModel:
                 elif name.endswith((".D", ".dt_bias")):  # which begin as ones
                     parameter.add_(torch.empty_like(parameter).normal_(0, 0.5))
             for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):
+                if name.endswith(("e_score_correction_bias", "expert_bias")):
                     buffer.normal_(0, 0.1)
         model.save_pretrained(path)
         if self.published:
@@ -211,6 +211,13 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     "lfm2": TinyModel(
         "lfm2", "lfm2", "LFM2, LFM2.5", fixtures.write_llama_3,
         {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]},
+    ),
+    "lfm2moe": TinyModel(
+        "lfm2moe", "lfm2_moe", "LFM2-8B-A1B", fixtures.write_llama_3,
+        {
+            "num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_dense_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+        },
     ),
     "qwen35": TinyModel(
         "qwen35", "qwen3_5_text", "Qwen3.5", fixtures.write_qwen3,
