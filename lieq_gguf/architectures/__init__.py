@@ -21,6 +21,7 @@ from lieq_gguf.architectures.qwen2 import Qwen2
 from lieq_gguf.architectures.qwen3 import Qwen3
 from lieq_gguf.architectures.qwen3moe import Qwen3Moe
 from lieq_gguf.architectures.qwen35 import Qwen35
+from lieq_gguf.architectures.qwen35moe import Qwen35Moe
 from lieq_gguf.architectures.smollm3 import SmolLM3
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
@@ -30,7 +31,7 @@ __all__ = ["FAMILIES", "Decoder", "StoredParameters", "family_named", "find_fami
 FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
     Qwen35(), GraniteHybrid(), GraniteWithoutMamba(), FalconH1(),
-    NemotronH(), NemotronHMoe(), Lfm2Moe(),
+    NemotronH(), NemotronHMoe(), Lfm2Moe(), Qwen35Moe(),
 )  # fmt: skip
 _SOURCE_CLASSES = dict.fromkeys(name for family in FAMILIES for name in family.source_classes)
 

@@ -42,6 +42,7 @@ class Decoder:
         norm_offset: Added to the weights of norms, since the graph multiplies by the weight alone.
         has_windows: Whether the graph supports layers that look back only some tokens.
         has_biases: Whether the graph adds the biases that keys of ``config.json`` switch on.
+        has_network: Whether there is a feed-forward network besides experts.
         defaults: What transformers' configuration has where ``config.json`` has nothing.
         folded_settings: Settings of transformers' configuration that the graph has no place for, and their values once
             :meth:`factors` are in the weights.
@@ -62,6 +63,7 @@ class Decoder:
     norm_offset: ClassVar[float] = 0.0
     has_windows: ClassVar[bool] = False
     has_biases: ClassVar[bool] = False
+    has_network: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {}
     folded_settings: ClassVar[Mapping[str, Any]] = {}
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
@@ -80,8 +82,8 @@ class Decoder:
 
     def check(self, config: Config) -> None:
         """Raise ArchitectureError for what llama.cpp's graph cannot express, and KeyError for a missing key."""
-        for key in ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
-                    "num_hidden_layers", "vocab_size"):  # fmt: skip
+        for key in ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size",
+                    *(("intermediate_size",) if self.has_network else ())):  # fmt: skip
             require_count(key, config[key])
         for key in ("num_key_value_heads", "head_dim", "sliding_window"):
             if config.get(key) is not None:
@@ -149,7 +151,7 @@ class Decoder:
         return {
             "one": 1,
             "width": int(config["hidden_size"]),
-            "n_ff": int(config["intermediate_size"]),
+            "n_ff": int(config["intermediate_size"]) if self.has_network else 0,
             "n_vocab": int(config["vocab_size"]),
             "n_heads": n_heads,
             "n_kv_heads": n_kv_heads,
@@ -278,7 +280,8 @@ class Decoder:
         writer.add_block_count(config["num_hidden_layers"])
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(sizes["width"])
-        writer.add_feed_forward_length(sizes["n_ff"])
+        if self.has_network:
+            writer.add_feed_forward_length(sizes["n_ff"])
         writer.add_head_count(sizes["n_heads"])
         writer.add_head_count_kv(self.kv_heads(config))
         self.add_norm_epsilon(config, writer)
@@ -330,7 +333,6 @@ class Decoder:
             "model_type": self.model_type,
             "vocab_size": n_vocab,
             "hidden_size": stored.count("embedding_length"),
-            "intermediate_size": stored.most("feed_forward_length"),
             "num_hidden_layers": stored.count("block_count"),
             "num_attention_heads": n_heads,
             "num_key_value_heads": stored.most("attention.head_count_kv", n_heads),
@@ -339,6 +341,10 @@ class Decoder:
             self.norm_epsilon: self.source_epsilon(stored),
             "tie_word_embeddings": "output.weight" not in stored.shapes,
         }
+        if self.has_network:
+            config["intermediate_size"] = stored.most("feed_forward_length")
+        else:
+            stored.per_layer("feed_forward_length", None)  # nothing has this width
         for module in self.modules:
             if module.bias not in ("", "always"):
                 config[module.bias] = any(name.endswith(f".{module.role}.bias") for name in stored.shapes)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import gguf
 
-from lieq_gguf.architectures.checks import Config, require_count, require_kinds
+from lieq_gguf.architectures.checks import Config, require_count, require_experts, require_kinds
 from lieq_gguf.architectures.granite import Granite
 from lieq_gguf.architectures.mamba2 import Mamba2, mamba_modules
 from lieq_gguf.architectures.modules import INTERLEAVED_ATTENTION, NORMS, LayerModule
@@ -70,12 +70,7 @@ class GraniteHybrid(Mamba2, Granite):
         require_count("shared_intermediate_size", config["shared_intermediate_size"])
         require_count("num_local_experts", config["num_local_experts"], least=0)
         if config["num_local_experts"]:
-            require_count("num_experts_per_tok", config["num_experts_per_tok"])
-            if config["num_experts_per_tok"] > config["num_local_experts"]:
-                raise ArchitectureError(
-                    f"num_experts_per_tok is {config['num_experts_per_tok']}, more than the "
-                    f"{config['num_local_experts']} experts"
-                )
+            require_experts(config, "num_local_experts")
         sizes = self.sizes(config)
         if sizes["ssm_width"] != 2 * sizes["width"]:
             raise ArchitectureError(

@@ -43,7 +43,7 @@ class Lfm2(Decoder):
     gguf_name = "lfm2"
     model_type = "lfm2"
     source_classes: ClassVar[tuple[str, ...]] = ("Lfm2ForCausalLM", "LFM2ForCausalLM")
-    modules = (*LAYER_NORMS, *ATTENTION_LAYER, *CONVOLUTION_LAYER, *FEED_FORWARD)
+    modules: ClassVar[tuple[LayerModule, ...]] = (*LAYER_NORMS, *ATTENTION_LAYER, *CONVOLUTION_LAYER, *FEED_FORWARD)
     final_norm = ("token_embd_norm", "embedding_norm")
     norm_epsilon = "norm_eps"
     default_theta = 1_000_000.0

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import gguf
 
-from lieq_gguf.architectures.checks import Config, require_count
+from lieq_gguf.architectures.checks import Config, require_count, require_experts
 from lieq_gguf.architectures.lfm2 import ATTENTION_LAYER, CONVOLUTION_LAYER, FEED_FORWARD, LAYER_NORMS, Lfm2
 from lieq_gguf.architectures.modules import LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
@@ -39,13 +39,9 @@ class Lfm2Moe(Lfm2):
     def check(self, config: Config) -> None:
         """Refuse also numbers of experts that cannot be, and shares that the graph does not compute."""
         super().check(config)
-        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-            require_count(key, config[key])
+        require_experts(config, "num_experts")
+        require_count("moe_intermediate_size", config["moe_intermediate_size"])
         require_count("num_dense_layers", config["num_dense_layers"], least=0)
-        if config["num_experts_per_tok"] > config["num_experts"]:
-            raise ArchitectureError(
-                f"num_experts_per_tok is {config['num_experts_per_tok']}, more than the {config['num_experts']} experts"
-            )
         for key in ("norm_topk_prob", "use_expert_bias"):
             if not config[key]:
                 raise ArchitectureError(f"{key} is off, but llama.cpp runs {self.gguf_name} models only with it")

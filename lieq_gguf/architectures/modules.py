@@ -61,6 +61,12 @@ FEED_FORWARD = (
     LayerModule("ffn_up", "mlp.up_proj", ("n_ff", "width"), bias="mlp_bias"),
     LayerModule("ffn_down", "mlp.down_proj", ("width", "n_ff"), bias="mlp_bias"),
 )
+EXPERTS = (
+    LayerModule("ffn_gate_inp", "mlp.gate", ("n_experts", "width"), is_fixed=True),
+    LayerModule("ffn_gate_exps", "mlp.experts.{}.gate_proj", ("n_experts", "n_expert_ff", "width")),
+    LayerModule("ffn_up_exps", "mlp.experts.{}.up_proj", ("n_experts", "n_expert_ff", "width")),
+    LayerModule("ffn_down_exps", "mlp.experts.{}.down_proj", ("n_experts", "width", "n_expert_ff")),
+)
 SANDWICH_NORMS = (
     LayerModule("attn_norm", "input_layernorm", ("width",)),
     LayerModule("post_attention_norm", "post_attention_layernorm", ("width",)),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import gguf
 
-from lieq_gguf.architectures.checks import Config, require_count, require_kinds, require_number
+from lieq_gguf.architectures.checks import Config, require_count, require_experts, require_kinds, require_number
 from lieq_gguf.architectures.mamba2 import Mamba2, mamba_modules
 from lieq_gguf.architectures.modules import LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
@@ -175,7 +175,7 @@ class NemotronHMoe(NemotronH):
     def check(self, config: Config) -> None:
         """Refuse also numbers of experts that cannot be."""
         super().check(config)
-        for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group",
+        for key in ("n_routed_experts", "moe_intermediate_size", "n_group", "topk_group",
                     "moe_shared_expert_intermediate_size"):  # fmt: skip
             require_count(key, config[key])
         if config["moe_latent_size"] is not None:
@@ -186,11 +186,7 @@ class NemotronHMoe(NemotronH):
             raise ArchitectureError(
                 f"{n_experts} experts in {n_groups} groups, of which {config['topk_group']} are used"
             )
-        n_chosen_from = n_experts // n_groups * config["topk_group"]
-        if config["num_experts_per_tok"] > n_chosen_from:
-            raise ArchitectureError(
-                f"num_experts_per_tok is {config['num_experts_per_tok']}, more than the {n_chosen_from} experts"
-            )
+        require_experts(config, "n_routed_experts", n_chosen_from=n_experts // n_groups * config["topk_group"])
 
     def sizes(self, config: Config) -> dict[str, int]:
         """The common sizes, and those of experts."""

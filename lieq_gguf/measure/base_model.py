@@ -19,8 +19,8 @@ _LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurati
 _N_DENSE = "num_dense_layers"  # how many layers have no experts, the first ones
 
 LayerKind: TypeAlias = tuple[str, ...]
-"""Whether a layer has experts, if not all have, and its entries of ``_LAYER_LISTS``; layers of the same kind differ only
-in their weights."""
+"""Whether a layer has experts, if not all have, and its entries of ``_LAYER_LISTS``. Layers of a kind differ only in
+their weights."""
 
 
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:

@@ -227,6 +227,16 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
         converter_options=("--no-mtp",),
     ),
+    "qwen35moe": TinyModel(
+        "qwen35moe", "qwen3_5_moe_text", "Qwen3.5-35B-A3B", fixtures.write_qwen3,
+        {
+            "num_hidden_layers": 4, "head_dim": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
+        },
+        converter_options=("--no-mtp",),
+        published={"intermediate_size": None},
+    ),
     "granite": TinyModel(
         "granite", "granite", "Granite 3", fixtures.write_granite,
         {
