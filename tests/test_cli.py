@@ -9,13 +9,14 @@ import gguf
 import pytest
 from support.command import CliResult, RunCli, run_apart
 from support.models import write_model
-from support.tokenizer_fixtures import write_smollm2
+from support.tokenizer_fixtures import CHATML, write_smollm2
 from typer.main import get_command
 
 import lieq_gguf
 from lieq_gguf import pipeline
 from lieq_gguf.cli.commands import app
 from lieq_gguf.evaluation import bench_types
+from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.measure import forward_pass
 from lieq_gguf.measure.passes import PassResult
 from lieq_gguf.quant_types import parse_types
@@ -411,6 +412,26 @@ def test_run_uses_the_chat_template_unless_raw(run_cli: RunCli, converted: Path)
         for options in ([], ["--raw"])
     )
     assert chat != raw
+
+
+def test_run_needs_none_of_the_other_templates(run_cli: RunCli, cheap: list[object], tmp_path: Path) -> None:
+    """Named ones may be for programs that know more tags than llama.cpp."""
+    model = write_model(tmp_path / "model", write_tokenizer=write_tokenizer_with_a_template_of_transformers)
+    output = tmp_path / "out.gguf"
+    succeed(run_cli("convert", model, "--bits", 3.4, "-o", output, *cheap))
+    assert GgufFile(output).value("tokenizer.chat_templates") == ["training"]
+    result = succeed(run_cli("run", output, "The quick brown", "-n", 8, "--threads", 1))
+    assert result.stdout.strip()
+    assert result.stderr == ""
+
+
+def write_tokenizer_with_a_template_of_transformers(path: Path) -> int:
+    vocab_size = write_smollm2(path)
+    (path / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    (path / "additional_chat_templates").mkdir()
+    training = "{% generation %}" + CHATML + "{% endgeneration %}"
+    (path / "additional_chat_templates" / "training.jinja").write_text(training, encoding="utf-8")
+    return vocab_size
 
 
 def test_run_of_a_file_without_chat_template_continues_the_text(

@@ -78,6 +78,10 @@ WRITERS_FAULTS: dict[str, tuple[str, dict[str, Any], Patch, str]] = {
         "gemma2", {}, lambda m: m.setattr(HeaderWriter, "add_sliding_window", _wider_window),
         "sliding_window is 64, not 32",
     ),
+    "numbers of activations": (
+        "apertus", {}, lambda m: m.setattr(HeaderWriter, "add_xielu_alpha_n", _same_in_all_layers),
+        "mlp.act_fn.alpha_n has other numbers",
+    ),
     "an expert transposed": (
         "qwen3moe", {}, lambda m: m.setattr(ModelDirectory, "rows", transposed_rows),
         "blk.1.ffn_gate_exps.weight has other weights",
@@ -113,6 +117,10 @@ def _plain(module: Any) -> Any:
 
 def _other_epsilon(self: HeaderWriter, value: float) -> None:
     self.add_float32(f"{self.arch}.attention.layer_norm_rms_epsilon", 10 * value)
+
+
+def _same_in_all_layers(self: HeaderWriter, values: list[float]) -> None:
+    self.add_array("xielu.alpha_n", [values[0]] * len(values))
 
 
 def _wider_window(self: HeaderWriter, value: int) -> None:
@@ -275,12 +283,12 @@ def test_of_a_model_that_llama_cpp_runs_the_weights_are_compared(
 ) -> None:
     exact = convert_plainly(tiny_model, tmp_path / "exact.gguf")
     file = convert_plainly(exact, tmp_path / "out.gguf", "Q4_K")
-    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda _name: None)
+    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda *_: None)
     assert check_equality(open_source(exact), file, TEXT, ComputeOptions()) is None
     changed = Path(shutil.copytree(tiny_model, tmp_path / "changed"))
     edit_weights(negate_up)(changed)
     monkeypatch.undo()
     other = convert_plainly(changed, tmp_path / "other.gguf")
-    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda _name: None)
+    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda *_: None)
     with pytest.raises(VerificationError, match=r"blk\.1\.ffn_up\.weight has other weights"):
         check_equality(open_source(other, SourceOptions()), file, TEXT, ComputeOptions())

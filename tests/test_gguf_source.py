@@ -92,7 +92,7 @@ def logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
     layer = LayerModel(source.transformers_config(), torch.device("cpu"))
     tensors = {t.name: t for t in source.spec.tensors}
     with torch.inference_mode():
-        hidden = layer.embed(source.read(source.spec.embedding)[ids])
+        hidden = layer.embed(source, ids.numpy())
         for index in range(source.spec.n_layers):
             layer.load(source, index)
             hidden = layer.forward(hidden)
@@ -510,6 +510,21 @@ def test_llama_cpp_sees_the_inputs_that_transformers_sees(
         assert errors == pytest.approx({q: expected.scores.type_errors[name][q] for q in errors}, rel=0.15, abs=1e-3), (
             name
         )
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen35", "gemma4", "ministral3", "granite-h", "falcon-h1"])
+def test_importance_of_other_mixers_is_llama_cpps(name: str, calibration_text: Path, tmp_path: Path) -> None:
+    """Also in the order of the file's columns, and of the tokens that share keys and values with earlier layers."""
+    file = convert_plainly(TINY_MODELS[name].write(tmp_path / "model", torch.float16), tmp_path / "model.gguf")
+    key = f"{TINY_MODELS[name].family}.unheard_of"
+    odd = GgufSource(rewrite(file, tmp_path / "odd.gguf", lambda values: values.update({key: 1})))
+    assert not odd.has_transformers_model
+    options, exact = on_text(calibration_text, 512), ComputeOptions(n_threads=2, in_float32=True)
+    expected, found = (measured(s, (), options, exact, scores=False).importance for s in (GgufSource(file), odd))
+    assert expected is not None and found is not None
+    assert found.in_sum2.keys() == expected.in_sum2.keys()
+    for matrix, sums in expected.in_sum2.items():
+        assert np.abs(found.in_sum2[matrix] - sums).sum() < 0.01 * sums.sum(), matrix
 
 
 def test_unknown_architecture_is_planned_and_written(

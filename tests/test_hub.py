@@ -16,6 +16,7 @@ import gguf
 import pytest
 from support.hub_server import TOKEN, HubServer, ServedModel, serving
 from support.models import write_model
+from support.published import Published, fp8, write_both
 
 import lieq_gguf
 from lieq_gguf.formats.imatrix_file import load_importance
@@ -30,6 +31,7 @@ CARD = "---\nlicense: mit\nlanguage:\n- en\n---\n# A tiny model\n"
 NOT_NEEDED = (
     "pytorch_model.bin", "original/consolidated.00.pth", "original/tokenizer.model", "onnx/model.onnx",
     "tiny-q4_k_m.gguf", "consolidated.safetensors", "vocab.json", ".gitattributes", "figure.png",
+    "tekken.json",
 )  # fmt: skip
 
 
@@ -355,8 +357,8 @@ def test_model_without_safetensors(home: Path, hub: HubServer, folder: Path, tmp
 
 
 def test_model_without_tokenizer(home: Path, hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    only(hub, folder, tmp_path, tokenizer__json="")
-    assert_refused(plan(home, hub, "lab/changed"), "has no tokenizer.json or tokenizer.model")
+    only(hub, folder, tmp_path, tokenizer__json="", tekken__json="")
+    assert_refused(plan(home, hub, "lab/changed"), "has no tokenizer.json or tokenizer.model or tekken.json")
     assert hub.sent == []
 
 
@@ -367,10 +369,21 @@ def test_unsupported_architecture(home: Path, hub: HubServer, folder: Path, tmp_
 
 
 def test_quantized_model(home: Path, hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "eetq"}}
     only(hub, folder, tmp_path, config__json=json.dumps(config))
-    assert_refused(plan(home, hub, "lab/changed"), "already quantised (gptq)")
+    assert_refused(plan(home, hub, "lab/changed"), "is quantised with eetq, which cannot be read")
     assert weights_sent(hub) == []
+
+
+def test_model_published_in_fp8(home: Path, hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    """Its scales are in the files of its weights, so nothing else is downloaded."""
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    path, _ = write_both(folder, Published(settings, fp8((128, 128))), tmp_path)
+    hub.models["lab/fp8"] = ServedModel(path)
+    done = plan(home, hub, "lab/fp8")
+    assert "the weights are published in fp8" in done.stderr
+    assert document(done)["layer_bpw"] == 4.5
+    assert weights_sent(hub) == ["lab/fp8/model.safetensors"]
 
 
 def test_index_that_names_what_is_not_there(home: Path, hub: HubServer, sharded: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from support.tolerances import F16_LOGITS, assert_logits_close, distance
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lieq_gguf.architectures import FAMILIES, find_family
 from lieq_gguf.errors import ArchitectureError
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -309,10 +311,7 @@ def test_spec_needs_neither_torch_nor_transformers(convert: Callable[[str], Conv
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, "rope type 'su'"),
-        (
-            {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel; supported architectures: LlamaForCausalLM, MistralForCausalLM",
-        ),
+        ({"architectures": ["GPT2LMHeadModel"]}, "unsupported architecture GPT2LMHeadModel"),
         ({"architectures": None, "model_type": "qwen3"}, "model_type qwen3"),
     ],
 )
@@ -322,3 +321,31 @@ def test_refuses_what_the_graph_does_not_compute(tmp_path: Path, change: dict[st
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArchitectureError, match=words):
         ModelDirectory(source)
+
+
+LLAMA_KEYS = {
+    "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64, "num_attention_heads": 2,
+    "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "vocab_size": 100,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "resemblance"),
+    [
+        (["Qwen3TurboForCausalLM"], {}, ", which resembles Qwen3"),
+        (["Zz9ForCausalLM"], {"model_type": "gemma_2"}, ", which resembles Gemma2ForCausalLM and Gemma"),
+        (["Zz9ForCausalLM"], {"model_type": "zz9"}, ";"),
+        (["Zz9ForCausalLM"], LLAMA_KEYS, ", whose config.json has what LlamaForCausalLM needs;"),
+        (["Zz9ForCausalLM"], LLAMA_KEYS | {"rms_norm_eps": []}, ";"),
+        ([{}], {"model_type": []}, ";"),
+    ],
+)
+def test_an_unknown_family(names: list[Any], config: dict[str, Any], resemblance: str) -> None:
+    with pytest.raises(ArchitectureError) as caught:
+        find_family({"architectures": names, **config})
+    message = str(caught.value)
+    assert message.startswith(f"unsupported architecture {names[0]}{resemblance}")
+    assert "convert_hf_to_gguf.py --outtype f16" in message and "docs/models.md" in message
+    assert "\n" not in message
+    words = re.findall(r"\w+", message)
+    assert sum(name in words for family in FAMILIES for name in family.source_classes) <= 2

@@ -35,7 +35,8 @@ trained on the tests' texts. For each one, `tests/test_families.py` shows four t
   computes.
 * A conversion to 2.7 bits per weight with scores and error feedback loads and runs.
 * llama.cpp's own converter makes the same F16 file: every tensor is equal in name, shape, type and bytes, and every
-  metadata key but for `lieq.*`. The converter recognises pre-tokenizers of published vocabularies only, so it is told
+  metadata key but for `lieq.*`; of `GlmForCausalLM` it reads the keys of an older form, so that some of its numbers are
+  not transformers'. The converter recognises pre-tokenizers of published vocabularies only, so it is told
   the name that we have recognised.
 
 `tools/compare_with_converter.py` prints these figures for them, or for a model directory of your own. Those of one day

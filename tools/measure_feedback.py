@@ -50,12 +50,11 @@ def main() -> None:
     source = ModelDirectory(Path(sys.argv[1]))
     layers = [int(arg) for arg in sys.argv[4:]] or [3, 12, 20]
     tokenizer = load_source_tokenizer(source.path)
-    embedding = source.read(source.spec.embedding)
     ids = []
     for file, n_tokens in zip(sys.argv[2:4], N_TOKENS, strict=True):
-        ids.append(torch.from_numpy(tokenize(read_calibration_text(Path(file)), tokenizer, n_tokens).ids))
+        ids.append(tokenize(read_calibration_text(Path(file)), tokenizer, n_tokens).ids)
     layer = LayerModel.of(source, ComputeOptions(n_threads=N_THREADS))
-    hidden = [layer.embed(embedding[some]) for some in ids]
+    hidden = [layer.embed(source, some) for some in ids]
     left: dict[str, list[list[float]]] = {name: [] for name in TYPES}
     for index in range(max(layers) + 1):
         layer.load(source, index)

@@ -1,6 +1,7 @@
-"""Llama models of any size with random weights, for measuring memory; the text they generate means nothing.
+"""Models of any size with random weights, for measuring memory; the text they generate means nothing.
 
-Usage: random_models.py FOLDER N_VOCAB [CONFIG]      CONFIG as JSON, for example '{"hidden_size": 2048}'
+Usage: random_models.py FOLDER N_VOCAB [CONFIG]      CONFIG as JSON, for example '{"hidden_size": 2048}'; a Llama, if it
+has no model_type
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def write_random_model(path: Path, n_vocab: int, **config: Any) -> None:
-    """Write a Llama in BF16, with a byte-level vocabulary filled up with words that never occur.
+    """Write a model in BF16, with a byte-level vocabulary filled up with words that never occur.
 
     Args:
         path: Folder to write, with shards of at most 500 MB.
@@ -38,9 +39,9 @@ def write_random_model(path: Path, n_vocab: int, **config: Any) -> None:
     }  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=n_vocab, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, **(sizes | config))
-    )
+    tokens = {"vocab_size": n_vocab, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    settings: dict[str, Any] = {"model_type": "llama", "tie_word_embeddings": True} | sizes | tokens | config
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))  # type: ignore[no-untyped-call]
     model.save_pretrained(path, max_shard_size="500MB")
 
 

@@ -166,7 +166,7 @@ def _check_fit(tensor: TensorSpec, quant_type: QuantType) -> None:
 
 def _is_output(tensor: TensorSpec, spec: ModelSpec) -> bool:
     """Whether an outer matrix gives the logits: the output matrix, or an embedding that is the output matrix too."""
-    return tensor.name == "output.weight" or spec.has_tied_embeddings
+    return tensor.name == "output.weight" or (spec.has_tied_embeddings and tensor is spec.embedding)
 
 
 def _requested_outer_type(tensor: TensorSpec, spec: ModelSpec, options: AllocationOptions) -> QuantType | None:

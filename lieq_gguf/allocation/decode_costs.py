@@ -42,8 +42,8 @@ class DecodeCosts:
     is_own: bool = False
 
     def matrix_seconds(self, tensor: TensorSpec, quant_type: QuantType, is_tied: bool) -> float:
-        """Time that a matrix adds to a token: zero for an embedding that is not the output matrix too."""
-        if tensor.name == "token_embd.weight" and not is_tied:
+        """Time that a matrix adds to a token: zero if it reads a single row."""
+        if tensor.is_looked_up(is_tied):
             return 0.0
         return self._per_weight(quant_type) * tensor.n_weights * tensor.active_share
 

@@ -12,8 +12,10 @@ Config = Mapping[str, Any]
 """``config.json``."""
 
 
-def check_yarn(rope: Config) -> None:
+def check_yarn(rope: Config, takes_all_dims: bool = False) -> None:
     """Refuse a scaling of attention other than yarn's own, by which llama.cpp always scales.
+
+    Where it ``takes_all_dims``, it divides its own by that of ``mscale_all_dim``.
 
     Source: ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``.
     """
@@ -25,6 +27,8 @@ def check_yarn(rope: Config) -> None:
             require_number(key, rope[key])
     given, scale, scale_all = (rope.get(key) for key in keys)
     own = _yarn_scale(rope["factor"], 1.0)
+    if takes_all_dims and scale_all:
+        own /= _yarn_scale(rope["factor"], scale_all)
     if given is None:
         given = own
         if scale and scale_all:
@@ -81,6 +85,16 @@ def require_experts(config: Config, key: str, n_chosen_from: int | None = None) 
     n_experts = config[key] if n_chosen_from is None else n_chosen_from
     if n_used > n_experts:
         raise ArchitectureError(f"num_experts_per_tok is {n_used}, more than the {n_experts} experts")
+
+
+def require_usual_heads(config: Config, head_dim: int, gguf_name: str) -> None:
+    """Refuse heads whose widths do not add up to the model's, where the graph or the format knows of no others."""
+    usual = config["hidden_size"] // config["num_attention_heads"]
+    if head_dim != usual:
+        raise ArchitectureError(
+            f"head_dim is {head_dim}, but llama.cpp runs {gguf_name} only with hidden_size / num_attention_heads = "
+            f"{usual}"
+        )
 
 
 def require_count(key: str, value: object, least: int = 1) -> None:

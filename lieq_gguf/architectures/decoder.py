@@ -41,9 +41,11 @@ class Decoder:
         tied_by_default: Whether the embedding is also the output matrix, if ``config.json`` does not say.
         norm_offset: Added to the weights of norms, since the graph multiplies by the weight alone.
         has_windows: Whether the graph supports layers that look back only some tokens.
-        has_biases: Whether the graph adds the biases that keys of ``config.json`` switch on.
+        biases: Keys of ``config.json`` that switch on biases which the graph adds.
         has_network: Whether there is a feed-forward network besides experts.
         defaults: What transformers' configuration has where ``config.json`` has nothing.
+        header_parameters: Names in the source's layers of single numbers that the file keeps in its header. A
+            configuration has them by these names, one number for each layer.
         folded_settings: Settings of transformers' configuration that the graph has no place for, and their values once
             :meth:`factors` are in the weights.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
@@ -62,9 +64,10 @@ class Decoder:
     tied_by_default: ClassVar[bool] = False
     norm_offset: ClassVar[float] = 0.0
     has_windows: ClassVar[bool] = False
-    has_biases: ClassVar[bool] = False
+    biases: ClassVar[tuple[str, ...]] = ()
     has_network: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {}
+    header_parameters: ClassVar[tuple[str, ...]] = ()
     folded_settings: ClassVar[Mapping[str, Any]] = {}
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
 
@@ -76,7 +79,7 @@ class Decoder:
         """Whether a file of the architecture belongs to the family, by its keys without the architecture."""
         return True
 
-    def completed(self, config: Config) -> Config:
+    def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with what it leaves out and this family needs."""
         return {**self.defaults, **config}
 
@@ -125,7 +128,7 @@ class Decoder:
     def check_biases(self, config: Config) -> None:
         """Refuse biases that the graph does not add."""
         for key in dict.fromkeys(m.bias for m in self.modules if m.bias not in ("", "always")):
-            if config.get(key) and not self.has_biases:
+            if config.get(key) and key not in self.biases:
                 raise ArchitectureError(
                     f"{key} is set, but llama.cpp runs {self.gguf_name} models without these biases"
                 )
@@ -164,6 +167,14 @@ class Decoder:
         """The modules of one layer."""
         return self.modules
 
+    def layer_sizes(self, config: Config, layer: int, sizes: dict[str, int]) -> dict[str, int]:  # noqa: ARG002
+        """The sizes of one layer, from those of all."""
+        return sizes
+
+    def outer_tensors(self, config: Config) -> Iterator[TensorSpec]:  # noqa: ARG002
+        """Tensors outside the layers, besides the usual ones."""
+        return iter(())
+
     def orders(self, config: Config) -> Mapping[str, HeadOrder]:
         """Orders of rows and columns in the file, by the names that modules have for them."""
         sizes = self.sizes(config)
@@ -174,7 +185,7 @@ class Decoder:
 
     def head_dim(self, config: Config) -> int:
         """Width of an attention head."""
-        given = config.get("head_dim") or self.default_head_dim
+        given = config.get("head_dim", self.default_head_dim)  # null is not missing: it is the width over the heads
         return int(given or config["hidden_size"] // config["num_attention_heads"])
 
     def rope(self, config: Config, layer_type: str = "full_attention") -> dict[str, Any]:
@@ -217,9 +228,11 @@ class Decoder:
         yield TensorSpec("token_embd.weight", "model.embed_tokens.weight", matrix)
         for name, length in self.computed_lengths(config).items():
             yield TensorSpec(name, None, (length,))
+        yield from self.outer_tensors(config)
         for layer in range(config["num_hidden_layers"]):
+            of_layer = self.layer_sizes(config, layer, sizes)
             for module in self.layer_modules(config, layer):
-                yield from self._module_tensors(config, source_names, sizes, layer, module)
+                yield from self._module_tensors(config, source_names, of_layer, layer, module)
         name, source = self.final_norm
         yield TensorSpec(f"{name}.weight", f"model.{source}.weight", matrix[1:], offset=self.norm_offset)
         has_own = "lm_head.weight" in source_names or not config.get("tie_word_embeddings", self.tied_by_default)
@@ -281,7 +294,7 @@ class Decoder:
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(sizes["width"])
         if self.has_network:
-            writer.add_feed_forward_length(sizes["n_ff"])
+            writer.add_feed_forward_length(self.feed_forward_lengths(config))
         writer.add_head_count(sizes["n_heads"])
         writer.add_head_count_kv(self.kv_heads(config))
         self.add_norm_epsilon(config, writer)
@@ -297,6 +310,10 @@ class Decoder:
     def kv_heads(self, config: Config) -> int | list[int]:
         """Heads of keys and values as the file counts them, one number or one for each layer."""
         return self.sizes(config)["n_kv_heads"]
+
+    def feed_forward_lengths(self, config: Config) -> int | list[int]:
+        """Widths of the feed-forward network as the file has them, one number or one for each layer."""
+        return self.sizes(config)["n_ff"]
 
     def add_rope(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Write the rotary keys."""

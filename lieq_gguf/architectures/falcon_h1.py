@@ -49,7 +49,7 @@ class FalconH1(Mamba2):
         "vocab_size": 128_000,
     }  # fmt: skip
 
-    def completed(self, config: Config) -> Config:
+    def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with the widths of all heads, and without factors that are null."""
         given = {key: value for key, value in config.items() if value is not None or key not in self.folded_settings}
         result = {**self.defaults, **given}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import gguf
 
@@ -31,6 +32,11 @@ class Gemma3(Decoder):
     default_head_dim = 256
     tied_by_default = True
     norm_offset = 1.0
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "head_dim": 256, "hidden_size": 2304, "intermediate_size": 9216, "max_position_embeddings": 131072,
+        "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6, "sliding_window": 4096, "vocab_size": 262208,
+    }  # fmt: skip
 
     def check(self, config: Config) -> None:
         """Refuse also values other than those built into the graph: order of windows, attention scale."""

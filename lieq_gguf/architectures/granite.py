@@ -7,10 +7,9 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.checks import Config, require_number
+from lieq_gguf.architectures.checks import Config, require_number, require_usual_heads
 from lieq_gguf.architectures.llama import Llama
 from lieq_gguf.architectures.stored_parameters import StoredParameters
-from lieq_gguf.errors import ArchitectureError
 
 _FACTORS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 
@@ -31,12 +30,7 @@ class Granite(Llama):
         super().check(config)
         for key in _FACTORS:
             require_number(key, config.get(key, 1.0))
-        usual = config["hidden_size"] // config["num_attention_heads"]
-        if self.head_dim(config) != usual:
-            raise ArchitectureError(
-                f"head_dim is {self.head_dim(config)}, but llama.cpp runs Granite only with hidden_size / "
-                f"num_attention_heads = {usual}"
-            )
+        require_usual_heads(config, self.head_dim(config), self.gguf_name)
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The common keys and the factors."""

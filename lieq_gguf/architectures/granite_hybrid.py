@@ -48,7 +48,7 @@ class GraniteHybrid(Mamba2, Granite):
         "num_local_experts": 8, "rms_norm_eps": 1e-6, "shared_intermediate_size": 1024, "vocab_size": 32000,
     }  # fmt: skip
 
-    def completed(self, config: Config) -> Config:
+    def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with the kind of every layer, and the width of a Mamba-2 head."""
         result = dict(super().completed(config))
         if result.get("mamba_d_head", "auto") == "auto":

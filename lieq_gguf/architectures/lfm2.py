@@ -53,7 +53,7 @@ class Lfm2(Decoder):
         "conv_bias": False, "max_position_embeddings": 128_000, "norm_eps": 1e-5,
     }  # fmt: skip
 
-    def completed(self, config: Config) -> Config:
+    def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with the names that it has in later files."""
         renamed = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
         result = super().completed(config) | {new: config[old] for old, new in renamed.items() if old in config}
@@ -80,7 +80,7 @@ class Lfm2(Decoder):
         """The common sizes, with the width of the feed-forward network as transformers adjusts it."""
         sizes = super().sizes(config)
         n_ff = sizes["n_ff"]
-        if config["block_auto_adjust_ff_dim"]:
+        if config.get("block_auto_adjust_ff_dim"):
             n_ff, multiple = int(2 * n_ff / 3), int(config["block_multiple_of"])
             if config["block_ffn_dim_multiplier"] is not None:
                 n_ff = int(config["block_ffn_dim_multiplier"] * n_ff)

@@ -30,10 +30,11 @@ class Lfm2Moe(Lfm2):
     source_classes: ClassVar[tuple[str, ...]] = ("Lfm2MoeForCausalLM",)
     modules = (*LAYER_NORMS, *ATTENTION_LAYER, *CONVOLUTION_LAYER, *FEED_FORWARD, *_EXPERTS)
     defaults: ClassVar[Mapping[str, Any]] = {
-        **Lfm2.defaults, "block_auto_adjust_ff_dim": False, "hidden_size": 2048, "intermediate_size": 7168,
-        "moe_intermediate_size": 1792, "norm_topk_prob": True, "num_attention_heads": 32, "num_dense_layers": 2,
-        "num_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": 32, "num_key_value_heads": 8,
-        "routed_scaling_factor": 1.0, "use_expert_bias": True, "vocab_size": 65536,
+        "conv_L_cache": 3, "conv_bias": False, "hidden_size": 2048, "intermediate_size": 7168,
+        "max_position_embeddings": 128_000, "moe_intermediate_size": 1792, "norm_eps": 1e-5, "norm_topk_prob": True,
+        "num_attention_heads": 32, "num_dense_layers": 2, "num_experts": 32, "num_experts_per_tok": 4,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "routed_scaling_factor": 1.0, "use_expert_bias": True,
+        "vocab_size": 65536,
     }  # fmt: skip
 
     def check(self, config: Config) -> None:

@@ -81,7 +81,7 @@ class NemotronH(Mamba2):
         """Whether no layer has experts; transformers' configuration has experts by default, also where none has."""
         return _MOE_KIND not in _kinds(config)
 
-    def completed(self, config: Config) -> Config:
+    def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with the kind of every layer, whose number is the model's, and with newer keys."""
         renamed = {_OLDER_KEYS.get(key, key): value for key, value in config.items()}
         kinds = _kinds(config)
@@ -109,14 +109,13 @@ class NemotronH(Mamba2):
         n_kv_heads = self.sizes(config)["n_kv_heads"]
         return [n_kv_heads if kind == _ATTENTION_KIND else 0 for kind in config["layer_types"]]
 
-    def network_widths(self, config: Config) -> list[int]:
+    def feed_forward_lengths(self, config: Config) -> list[int]:
         """Widths of the feed-forward networks, 0 in a layer without."""
         return [int(config["intermediate_size"]) if kind == _MLP_KIND else 0 for kind in config["layer_types"]]
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
-        """The common keys, and the width of the feed-forward network of every layer."""
+        """The common keys, and the size of the vocabulary."""
         super().add_hyper_parameters({**config, "max_position_embeddings": _ANY_LENGTH}, writer)
-        writer.add_feed_forward_length(self.network_widths(config))
         writer.add_vocab_size(config["vocab_size"])
 
     def add_norm_epsilon(self, config: Config, writer: gguf.GGUFWriter) -> None:
@@ -205,7 +204,7 @@ class NemotronHMoe(NemotronH):
         is_narrow = config["layer_types"][layer] == _MOE_KIND and config["moe_latent_size"] is not None
         return (*modules, *_LATENT) if is_narrow else modules
 
-    def network_widths(self, config: Config) -> list[int]:
+    def feed_forward_lengths(self, config: Config) -> list[int]:
         """Widths of an expert, 0 in a layer without."""
         return [int(config["moe_intermediate_size"]) if kind == _MOE_KIND else 0 for kind in config["layer_types"]]
 

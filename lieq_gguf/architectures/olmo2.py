@@ -6,7 +6,7 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.checks import Config, windowed_layers
+from lieq_gguf.architectures.checks import Config, require_kinds, windowed_layers
 from lieq_gguf.architectures.decoder import Decoder
 from lieq_gguf.architectures.modules import ATTENTION, FEED_FORWARD, LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
@@ -41,10 +41,18 @@ class Olmo2(Decoder):
         """OLMo 3 has another."""
         return _OLMO_3_THETA if _has_windows(config) else self.default_theta
 
+    def completed(self, config: Config) -> dict[str, Any]:
+        """The configuration with the attention type of every layer of OLMo 3."""
+        if not _has_windows(config) or config.get("layer_types") is not None:
+            return super().completed(config)
+        types = list(windowed_layers(config["num_hidden_layers"], _PERIOD))
+        return {**super().completed(config), "layer_types": types}
+
     def check(self, config: Config) -> None:
         """Refuse also layers with different rotations."""
         super().check(config)
         if _has_windows(config):
+            require_kinds(config, ("full_attention", "sliding_attention"))
             local = self.rope(config, "sliding_attention")
             theta = self.rope(config)["rope_theta"]
             if local["rope_theta"] != theta:
@@ -57,11 +65,8 @@ class Olmo2(Decoder):
         """The common keys, and for OLMo 3 which layers have a window."""
         super().add_hyper_parameters(config, writer)
         if _has_windows(config):
-            types = config.get("layer_types")
-            if types is None:
-                types = windowed_layers(config["num_hidden_layers"], _PERIOD)
             writer.add_sliding_window(config["sliding_window"])
-            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in types])
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """The common keys. A file with a window is OLMo 3, whose layers with a window have no rotary scaling."""
@@ -69,19 +74,13 @@ class Olmo2(Decoder):
         window = stored.value("attention.sliding_window", None)
         if window is None:
             return config
-        pattern = stored.per_layer("attention.sliding_window_pattern")
-        if isinstance(pattern, list):
-            types = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern]
-        else:
-            period = stored.count("attention.sliding_window_pattern")
-            types = list(windowed_layers(config["num_hidden_layers"], period))
         rope = config["rope_parameters"]
         local = {"rope_type": "default", "rope_theta": stored.number("rope.freq_base_swa", rope["rope_theta"])}
         return config | {
             "architectures": ["Olmo3ForCausalLM"],
             "model_type": "olmo3",
             "sliding_window": window,
-            "layer_types": types,
+            "layer_types": stored.layer_types(config["num_hidden_layers"]),
             "rope_parameters": {"full_attention": rope, "sliding_attention": local},
         }
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _ORIGINAL_CONTEXT = 4096
-_FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
+ROPE_FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
 
 
 class Phi3(Decoder):
@@ -54,11 +54,7 @@ class Phi3(Decoder):
     def check_rope(self, rope: Config) -> None:
         """Refuse also factors that do not fit the heads."""
         super().check_rope(rope)
-        expected = rope["n_dimensions"] // 2 if rope["rope_type"] == "longrope" else 0
-        for key in ("long_factor", "short_factor"):
-            factors = rope.get(key) or []
-            if len(factors) != expected or not all(isinstance(f, float | int) for f in factors):
-                raise ArchitectureError(f"{key} in config.json has {len(factors)} numbers; expected {expected}")
+        check_rope_factors(rope)
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The common keys and the window, which is 0 where there is none."""
@@ -73,7 +69,9 @@ class Phi3(Decoder):
         writer.add_rope_freq_base(rope["rope_theta"])
         writer.add_rope_scaling_orig_ctx_len(original)
         if rope["rope_type"] == "longrope":
-            writer.add_rope_scaling_attn_factors(_attention_factor(rope, config["max_position_embeddings"], original))
+            writer.add_rope_scaling_attn_factors(
+                longrope_attention_factor(rope, config["max_position_embeddings"], original)
+            )
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """The common keys, the window, and the context for which the short factors are made."""
@@ -102,17 +100,29 @@ class Phi3(Decoder):
     def computed_lengths(self, config: Config) -> dict[str, int]:
         """The two sets of factors."""
         rope = self.rope(config)
-        return dict.fromkeys(_FACTORS, rope["n_dimensions"] // 2) if rope["rope_type"] == "longrope" else {}
+        return dict.fromkeys(ROPE_FACTORS, rope["n_dimensions"] // 2) if rope["rope_type"] == "longrope" else {}
 
     def computed_tensor(self, config: Config, name: str) -> torch.Tensor:
         """One set of factors, as ``config.json`` has it."""
         import torch
 
-        return torch.tensor(self.rope(config)[_FACTORS[name]], dtype=torch.float32)
+        return torch.tensor(self.rope(config)[ROPE_FACTORS[name]], dtype=torch.float32)
 
 
-def _attention_factor(rope: Config, context: int, original: int) -> float:
-    """Source: ``_compute_longrope_parameters`` in transformers' ``modeling_rope_utils``."""
+def check_rope_factors(rope: Config) -> None:
+    """Require a factor for every pair of ``n_dimensions`` in both sets; none where the type is not ``longrope``."""
+    expected = rope["n_dimensions"] // 2 if rope["rope_type"] == "longrope" else 0
+    for key in ROPE_FACTORS.values():
+        factors = rope.get(key) or []
+        if len(factors) != expected or not all(isinstance(f, float | int) for f in factors):
+            raise ArchitectureError(f"{key} in config.json has {len(factors)} numbers; expected {expected}")
+
+
+def longrope_attention_factor(rope: Config, context: int, original: int) -> float:
+    """By what attention is scaled for a context.
+
+    Source: ``_compute_longrope_parameters`` in transformers' ``modeling_rope_utils``.
+    """
     for key in ("factor", "attention_factor"):
         if rope.get(key) is not None:
             require_number(key, rope[key])

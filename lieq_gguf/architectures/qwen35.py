@@ -65,9 +65,9 @@ class Qwen35(Decoder):
         "num_hidden_layers": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "vocab_size": 248320,
     }  # fmt: skip
 
-    def completed(self, config: Config) -> Config:
+    def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with the kind of every layer."""
-        result = dict(super().completed(config))
+        result = super().completed(config)
         if result.get("layer_types") is None:
             interval = int(result.get("full_attention_interval") or _USUAL_INTERVAL)
             n_layers = int(result["num_hidden_layers"])

@@ -31,9 +31,9 @@ class Qwen35Moe(Qwen35):
     network = _NETWORK
     has_network = False
     defaults: ClassVar[Mapping[str, Any]] = {
-        **Qwen35.defaults, "hidden_size": 2048, "moe_intermediate_size": 512, "num_experts": 256,
-        "num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 2,
-        "shared_expert_intermediate_size": 512,
+        **{key: value for key, value in Qwen35.defaults.items() if key != "intermediate_size"}, "hidden_size": 2048,
+        "moe_intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 40,
+        "num_key_value_heads": 2, "shared_expert_intermediate_size": 512,
     }  # fmt: skip
 
     def check(self, config: Config) -> None:

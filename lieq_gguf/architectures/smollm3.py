@@ -16,7 +16,7 @@ class SmolLM3(Llama):
     model_type = "smollm3"
     source_classes = ("SmolLM3ForCausalLM",)
     rope_types = ("default", "linear", "yarn")
-    has_biases = False
+    biases = ()
     default_theta = 2_000_000.0
     tied_by_default = True
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lieq_gguf.architectures.checks import windowed_layers
 from lieq_gguf.errors import ArchitectureError
 
 _REQUIRED = object()
@@ -70,7 +71,7 @@ class StoredParameters:
         """
         counts = self.per_layer(key, default)
         if isinstance(counts, list) and counts and all(isinstance(n, int) for n in counts):
-            return max(counts)
+            return int(max(counts))
         return self.count(key, default)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
@@ -80,9 +81,9 @@ class StoredParameters:
             ArchitectureError: as :meth:`value`, or if it is not a finite number.
         """
         number = self.value(key, default)
-        if not isinstance(number, float | int) or isinstance(number, bool) or not math.isfinite(number):
+        if not _is_number(number):
             raise ArchitectureError(f"{key} is {number!r}; expected a number")
-        return number
+        return float(number)
 
     def per_layer(self, key: str, default: Any = _REQUIRED) -> Any:
         """The value as stored, a list if there is one per layer.
@@ -96,6 +97,34 @@ class StoredParameters:
             raise ArchitectureError(f"{key} is missing")
         return value
 
+    def numbers(self, key: str, n_layers: int) -> list[float]:
+        """One finite number for each layer; the file can have one for all.
+
+        Raises:
+            ArchitectureError: if they are missing, or no such numbers.
+        """
+        stored = self.per_layer(key)
+        numbers = stored if isinstance(stored, list) else [stored] * n_layers
+        if len(numbers) != n_layers or not all(_is_number(number) for number in numbers):
+            raise ArchitectureError(f"{key} holds no number for each of {n_layers} layers")
+        return [float(number) for number in numbers]
+
+    def layer_types(self, n_layers: int) -> list[str]:
+        """Attention types of the layers, as transformers names them: windows by layer, or but for every n-th layer.
+
+        Raises:
+            ArchitectureError: if the file does not say.
+        """
+        key = "attention.sliding_window_pattern"
+        pattern = self.per_layer(key)
+        if not isinstance(pattern, list):
+            return list(windowed_layers(n_layers, self.count(key)))
+        return ["sliding_attention" if has_window else "full_attention" for has_window in pattern]
+
     def vector(self, name: str) -> list[float]:
         """The weights of a tensor of one dimension."""
         return [float(weight) for weight in self._vector(name)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)

@@ -29,7 +29,7 @@ def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]
     content = GgufFile(file)
     uses_template = content.value("tokenizer.chat_template") is not None and not options.raw
     api = llama_cpp()
-    model_class = api.Llama if uses_template else _without_templates(api.Llama)
+    model_class = _with_one_template(api.Llama, uses_template)
     n_ctx = min(_CONTEXT, int(content.value(f"{content.architecture}.context_length", _CONTEXT)))
     try:
         n_threads = options.n_threads
@@ -53,10 +53,17 @@ def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]
         ) from None
 
 
-def _without_templates(model_class: Any) -> Any:
-    """The class of models with metadata left out, whose templates it would compile, right or wrong."""
+def _with_one_template(model_class: Any, uses_template: bool) -> Any:
+    """The class of models with metadata left out, whose templates it would compile, needed or not, right or wrong."""
 
-    class Plain(model_class):  # type: ignore[misc]
-        metadata = property(lambda _model: {}, lambda _model, _read: None)
+    class Model(model_class):  # type: ignore[misc]
+        @property
+        def metadata(self) -> dict[str, str]:
+            return self._metadata
 
-    return Plain
+        @metadata.setter
+        def metadata(self, values: dict[str, str]) -> None:
+            others = "tokenizer.chat_template."
+            self._metadata = {key: values[key] for key in values if uses_template and not key.startswith(others)}
+
+    return Model

@@ -94,13 +94,12 @@ def inspect(file: Path) -> Inspection:
         },
         kv_cache_bytes=2 * _cache_width(content) * n_ctx,
         n_ctx=n_ctx,
-        # Each token reads all matrices, except the embedding if there is a separate output matrix, and except experts
-        # that are not chosen.
+        # each token reads all matrices, except tables of tokens and experts that are not chosen
         bytes_per_token=round(
             sum(
                 t.data.nbytes * t.spec.active_share
                 for t in content.tensors
-                if t.spec.name != "token_embd.weight" or "output.weight" not in content.types
+                if not t.spec.is_looked_up("output.weight" not in content.types)
             )
         ),
     )
@@ -119,8 +118,19 @@ def _cache_width(content: GgufFile) -> int:
 
     heads = attention("head_count", 0)
     kv_heads = attention("head_count_kv", heads)
-    n_attending = content.n_layers - sum(_list(attention("recurrent_layers", 0)))
-    n_kv_heads = sum(kv_heads) if isinstance(kv_heads, list) else kv_heads * n_attending
+    n_layers = content.n_layers
+    counts = kv_heads if isinstance(kv_heads, list) else [kv_heads] * n_layers
+    is_recurrent = _list(attention("recurrent_layers", 0)) or [False] * n_layers
+    has_window = _list(attention("sliding_window_pattern", 0)) or [False] * n_layers
     n_heads = max(heads) if isinstance(heads, list) else heads
     usual = content.value(f"{content.architecture}.embedding_length", 0) // max(1, n_heads)
-    return int(n_kv_heads * (attention("key_length", usual) + attention("value_length", usual)))
+    width = attention("key_length", usual) + attention("value_length", usual)
+    in_window = attention("key_length_swa", 0) + attention("value_length_swa", 0) or width
+    n_with_cache = n_layers - attention("shared_kv_layers", 0)  # the others use that of earlier layers
+    return int(
+        sum(
+            counts[layer] * (in_window if has_window[layer] else width)
+            for layer in range(min(n_with_cache, len(counts), len(is_recurrent), len(has_window)))
+            if not is_recurrent[layer]
+        )
+    )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer
+from lieq_gguf.tokenizers import SourceTokenizer
 
 
 class LanguageModel(Protocol):
@@ -40,7 +40,7 @@ class TransformersModel:
         self.architecture = architecture
         self._model = model
         self._tokenizer = tokenizer
-        self.n_vocab: int = model.config.vocab_size
+        self.n_vocab: int = model.config.get_text_config().vocab_size
 
     def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids by the model's own tokenizer."""
@@ -71,17 +71,16 @@ def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageM
         with open_model(path, n_ctx=n_ctx, n_threads=n_threads) as model:
             yield model
         return
-    spec = ModelDirectory(path).spec  # raises a LieqError for an incomplete model
+    source = ModelDirectory(path)  # raises a LieqError for an incomplete model
 
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     from lieq_gguf.measure.base_model import without_time_limits
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr has our own progress bar
     torch.set_num_threads(n_threads)
-    loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    loaded = source.load_model()
     loaded.train(False)
     without_time_limits(loaded)
-    yield TransformersModel(loaded, load_source_tokenizer(path), spec.architecture)
+    yield TransformersModel(loaded, source.load_tokenizer(), source.spec.architecture)

@@ -6,46 +6,69 @@ import math
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lieq_gguf.measure.experts import separate_matrices
 
-_LAYER_LISTS = ("layer_types", "no_rope_layers")  # in transformers' configurations, one entry per layer
+_ROTATED = ("no_rope_layers", "layer_rope_theta")  # 0 for a layer without rotation
+_LAYER_LISTS = ("layer_types", *_ROTATED)  # in transformers' configurations, one entry per layer
+_SHARING = "kv_sharing_modes"
+_REUSE = "reuse"
 
 _N_DENSE = "num_dense_layers"  # how many layers have no experts, the first ones
 
 LayerKind: TypeAlias = tuple[str, ...]
-"""Whether a layer has experts, if not all have, and its entries of ``_LAYER_LISTS``. Layers of a kind differ only in
-their weights."""
+"""What mixes the tokens in a layer, whether it is rotated, whether it uses the keys and values of an earlier one, and
+whether it has experts where not all have; layers of the same kind differ only in their weights."""
 
 
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
-    """The kind of every layer: without experts first, attention over all tokens or a window, with rotation or not."""
+    """The kind of every layer: attention over all tokens or a window, another mixer, with or without rotation."""
     n_layers: int = config.num_hidden_layers
-    n_dense = getattr(config, _N_DENSE, 0)
-    lists = [getattr(config, key, None) or [""] * n_layers for key in _LAYER_LISTS]
-    if n_dense:
-        lists.insert(0, ["dense" if i < n_dense else "experts" for i in range(n_layers)])
-    return [tuple(str(values[i]) for values in lists) for i in range(n_layers)]
+    types = getattr(config, "layer_types", None) or [""] * n_layers
+    lists = [values for key in _ROTATED if (values := getattr(config, key, None))]
+    rotated = ["rotated" if all(values[i] for values in lists) else "" for i in range(n_layers)]
+    sharing = [_REUSE if mode == _REUSE else "" for mode in sharing_modes(config)]
+    dense = ["dense" if i < getattr(config, _N_DENSE, 0) else "" for i in range(n_layers)]
+    return [(str(types[i]), rotated[i], sharing[i], dense[i]) for i in range(n_layers)]
+
+
+def sharing_modes(config: PretrainedConfig) -> list[str | None]:
+    """Whether a layer stores its keys and values for later ones, or reuses those of an earlier layer."""
+    modes: list[str | None] = getattr(config, _SHARING, None) or [None] * config.num_hidden_layers
+    return modes
+
+
+def examples_of_kinds(config: PretrainedConfig) -> list[int]:
+    """The first layer of each kind, in the model's order."""
+    kinds = layer_kinds(config)
+    return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
 
 
 def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     """A base model with one layer of each kind and a small vocabulary, filled by the model's own initialiser."""
-    kinds = layer_kinds(config)
-    examples = [kinds.index(kind) for kind in sorted(set(kinds))]
-    settings = config.to_dict()
+    examples = examples_of_kinds(config)
+    values = config.to_dict()
     stored = (*_LAYER_LISTS, "layers_block_type")  # the older name of the first; some families compute it
-    lists = {key: [values[i] for i in examples] for key in stored if (values := settings.get(key))}
+    changes: dict[str, Any] = {key: [values[key][i] for i in examples] for key in stored if values.get(key)}
+    if hasattr(config, _SHARING):
+        modes = sharing_modes(config)
+        changes["num_kv_shared_layers"] = sum(modes[i] == _REUSE for i in examples)
+    by_layer = {int(layer): settings for layer, settings in (values.get("per_layer_config") or {}).items()}
+    if by_layer:
+        changes["per_layer_config"] = {new: by_layer[old] for new, old in enumerate(examples) if old in by_layer}
+    if hasattr(config, _N_DENSE):
+        changes[_N_DENSE] = sum(i < getattr(config, _N_DENSE) for i in examples)
+    sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
+    if hasattr(config, "vocab_size_per_layer_input"):
+        sizes["vocab_size_per_layer_input"] = n_vocab
     # the ids of special tokens lie outside the small vocabulary
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
-    if hasattr(config, _N_DENSE):
-        sizes[_N_DENSE] = sum(i < getattr(config, _N_DENSE) for i in examples)
-    small = type(config).from_dict(settings | sizes | lists | special_ids)
+    if hasattr(config, "scale_depth"):  # divided by the root of the number of layers
+        changes["scale_depth"] = config.scale_depth * (len(examples) / config.num_hidden_layers) ** 0.5
+    small = type(config).from_dict(values | sizes | changes | special_ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
@@ -67,24 +90,24 @@ def without_time_limits(model: nn.Module) -> None:
 
 
 def given_to_layers(model: nn.Module, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-    """Run a model without its layers, and catch the hidden states and arguments that each layer would get."""
+    """Run a model without its layers, and catch the hidden states and arguments that each layer would get.
+
+    What depends on tokens or on other layers is not among the arguments: ``CarriedAlong`` has it.
+    """
     caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
-    def catch(hidden: torch.Tensor, **around: Any) -> torch.Tensor:
+    def catch(hidden: torch.Tensor, *_token_inputs: Any, **around: Any) -> torch.Tensor:
         caught.append((hidden, around))
         return hidden
 
+    layers = list(model.get_submodule("layers").children())
+    n_token_inputs = getattr(model, "hidden_size_per_layer_input", None)
+    if n_token_inputs and "inputs_embeds" in inputs:  # without them, the model would look for the tokens' ids
+        shape = (*inputs["inputs_embeds"].shape[:-1], len(layers), n_token_inputs)
+        inputs["per_layer_inputs"] = inputs["inputs_embeds"].new_zeros(shape)
     with ExitStack() as stack:
-        for module in model.get_submodule("layers").children():
+        for module in layers:
             module.forward = catch  # shadows the class's method
             stack.callback(delattr, module, "forward")
         model(use_cache=False, **inputs)
     return caught
-
-
-def twin_embedding(config: PretrainedConfig, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:
-    """Rows of a fresh embedding for the tokens that occur; other rows would only take memory."""
-    used, positions = np.unique(ids, return_inverse=True)
-    embedding = initialised(config, n_vocab=len(used), seed=seed).get_input_embeddings()  # type: ignore[operator]
-    rows: torch.Tensor = embedding.weight.detach()[torch.from_numpy(positions.reshape(ids.shape))]
-    return rows

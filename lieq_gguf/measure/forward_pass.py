@@ -97,7 +97,7 @@ def _stream(
     """Run all tokens through one layer after the other, and call the observers."""
     spec = source.spec
     tensor_named = {t.name: t for t in spec.tensors}
-    hidden = layer.embed(source.read(spec.embedding)[torch.from_numpy(ids)])
+    hidden = layer.embed(source, ids)
     output = torch.empty_like(hidden)
     keep_freed_memory()
     watching = [observer for observer in observers if observer.sees_inputs]
@@ -113,7 +113,7 @@ def _stream(
                 for rows, result in layer.outputs(hidden):
                     output[rows] = result
                     for observer in observers:
-                        observer.see_output(hidden[rows], output[rows])
+                        observer.see_output(layer.hidden_part(hidden[rows]), layer.hidden_part(output[rows]))
             if not bool(output.sum().isfinite()):  # one infinite or NaN value makes the sum not finite
                 raise CalibrationError(f"the output of layer {index} is not finite; the model's weights are damaged")
             for observer in observers:

@@ -21,9 +21,11 @@ _WIDTHS = (
     "intermediate_size", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
 )  # fmt: skip
 _SMALL = 32  # neurons of the feed-forward network, whose width the shapes of the tensors tell
-# numbers for training or generation, tokens that are computed together, and sizes, which the shapes of the tensors tell
+# numbers for training or generation, that no forward pass reads, tokens computed together, and sizes, which the shapes
+# of the tensors tell
 _NOT_COMPARED = re.compile(
     r"training|.*dropout.*|padding_idx|_.*|chunk_size|max_seq_len_cached|original_max_seq_len|layer_idx|(in|out)_features"
+    r"|sliding_window_pattern"
 )
 
 

@@ -7,12 +7,16 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import takewhile
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from lieq_gguf.architectures import family_named
 from lieq_gguf.errors import SourceError
 from lieq_gguf.measure.base_model import given_to_layers, initialised, layer_kinds
+from lieq_gguf.measure.carried_along import CarriedAlong, TokenInputs
 from lieq_gguf.measure.output_head import OutputHead
 from lieq_gguf.measure.torch_setup import has_fast_bfloat16, torch_device
 from lieq_gguf.records.options import ComputeOptions
@@ -36,12 +40,17 @@ class Weights(Protocol):
         """Free memory used for reading."""
 
 
+RowsOf: TypeAlias = Callable[[TensorSpec, torch.Tensor], torch.Tensor]
+"""Rows ``[n_tokens, n_in]`` of a table of all tokens, by their ids."""
+
 Recording: TypeAlias = dict[str, list[Any]]
 """Name of a module to its outputs, one per batch; in the order in which the modules finish."""
 
 
 class LayerModel:
     """transformers' own model with one decoder layer: input and output are hidden states.
+
+    Where layers need more than that, it is carried along behind the hidden states of every token (``CarriedAlong``).
 
     If layers differ in more than their weights (a sliding window, no rotation, no attention), there is one module for
     each kind, and they share the weights that they have in common. Until weights are loaded the layer has random ones.
@@ -55,6 +64,7 @@ class LayerModel:
         modules: Quantised tensor of the layer to the names of the linear modules whose weights it holds: one module, or
             one for every expert.
         config: The configuration of the whole model.
+        state_width: Numbers of a token between two layers: ``d_model``, and what is carried along.
         device: Where it runs.
         in_bfloat16: Whether its matrices are multiplied in bfloat16.
     """
@@ -69,6 +79,11 @@ class LayerModel:
         self._model.get_input_embeddings().weight.fill_(1)  # type: ignore[operator]  # so embed sees the scale
         self._init_weights = self._model._init_weights
         self.config = config
+        self._d_model: int = config.hidden_size
+        self._carried = CarriedAlong(config)
+        self.state_width: int = self._d_model + self._carried.width
+        self._token_inputs: TokenInputs | None = None
+        self._of_tokens: torch.Tensor | None = None  # what they give to the current layer
         self._layers: Sequence[nn.Module] = list(self._model.get_submodule("layers").children())
         for index, module in enumerate(self._layers):
             for other in self._layers[:index]:
@@ -94,12 +109,77 @@ class LayerModel:
         in_bfloat16 = not compute.in_float32 and has_fast_bfloat16(device)
         return cls(config or source.transformers_config(), device, in_bfloat16=in_bfloat16)
 
-    def embed(self, rows: torch.Tensor) -> torch.Tensor:
-        """Hidden states before the first layer from embedding rows ``[…, d_model]``, which some models scale."""
+    def embed(self, source: Weights, ids: npt.NDArray[np.int64], rows_of: RowsOf | None = None) -> torch.Tensor:
+        """States before the first layer ``[n_chunks, chunk_size, state_width]``.
+
+        Args:
+            source: The model.
+            ids: Token ids ``[n_chunks, chunk_size]``.
+            rows_of: Rows of its tables; None for those of the source.
+        """
+        rows_of = rows_of or (lambda tensor, used: source.read(tensor)[used])
+        outer = {t.name: t for t in source.spec.tensors if t.layer is None}
+        used = torch.from_numpy(np.unique(ids))
+        embedded = rows_of(source.spec.embedding, used).float() * self._scales()
+        if "per_layer_token_embd.weight" in outer:
+            norm = self._model.get_submodule("per_layer_projection_norm")
+            norm.load_state_dict({"weight": source.read(outer["per_layer_proj_norm.weight"])})
+            table, projection = (
+                rows_of(outer["per_layer_token_embd.weight"], used),
+                outer["per_layer_model_proj.weight"],
+            )
+            self._token_inputs = TokenInputs(
+                self._model, embedded.to(self.device), table, source.read(projection).to(self.device)
+            )
+        return self._states(ids, embedded)
+
+    def embed_untrained(self, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:
+        """The same of an untrained twin, whose tables have only the tokens that occur; others would take memory.
+
+        Layers of a kind share what a token gives to them.
+        """
+        fresh: Any = initialised(self.config, n_vocab=len(np.unique(ids)), seed=seed).requires_grad_(False)
+        embedded = fresh.get_input_embeddings().weight.detach() * self._scales()
+        if self._carried.has_tokens:
+            slots = [list(dict.fromkeys(self._kinds)).index(kind) for kind in self._kinds]
+            width: int = fresh.hidden_size_per_layer_input
+            columns = torch.tensor([slot * width + i for slot in slots for i in range(width)])
+            self._token_inputs = TokenInputs(
+                fresh.to(self.device),
+                embedded.to(self.device),
+                fresh.embed_tokens_per_layer.weight.detach()[:, columns],
+                fresh.per_layer_model_projection.weight.detach()[columns],
+            )
+        return self._states(ids, embedded)
+
+    def _states(self, ids: npt.NDArray[np.int64], embedded: torch.Tensor) -> torch.Tensor:
+        _, positions = np.unique(ids, return_inverse=True)
+        tokens = torch.from_numpy(positions.reshape(ids.shape))
+        return self._joined(embedded[tokens], self._carried.start(tokens))
+
+    def _scales(self) -> torch.Tensor:
+        """The factors ``[d_model]`` by which the model multiplies its embedding."""
         [(scales, _), *_] = given_to_layers(
             self._model, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)
         )
-        return rows.float() * scales.cpu()[0, 0]
+        return scales.cpu()[0, 0]
+
+    def hidden_part(self, states: torch.Tensor) -> torch.Tensor:
+        """The hidden states ``[…, d_model]``, without what is carried along."""
+        return states[..., : self._d_model]
+
+    def relative_change(self, intact: torch.Tensor, changed: torch.Tensor) -> float:
+        """Mean over tokens of ``‖h' − h‖² / ‖h‖²``, for the hidden states in the states before and after a change."""
+        before = self.hidden_part(intact).double()
+        change = (self.hidden_part(changed).double() - before).square().sum(dim=-1)
+        return float((change / before.square().sum(dim=-1)).mean())
+
+    def with_hidden(self, states: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The same states with other hidden states."""
+        return self._joined(hidden, states[..., self._d_model :])
+
+    def _joined(self, hidden: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+        return torch.cat([hidden, carried], dim=-1) if self._carried.width else hidden
 
     def initialise(self, seed: int, index: int) -> None:
         """Fill the layer with the model's own random initial weights, as layer ``index`` of an untrained twin."""
@@ -116,6 +196,7 @@ class LayerModel:
         for tensor in (t for t in source.spec.tensors if t.layer == index):
             stored = source.read(tensor)
             weights |= zip(tensor.names_in_layer, stored if tensor.of_experts else (stored,), strict=True)
+        weights |= self._header_parameters(source.spec, index)
         result = self.layer.load_state_dict(weights, strict=False)
         if result.missing_keys or result.unexpected_keys:
             raise SourceError(f"a layer's tensors do not match transformers' model: {result}")
@@ -168,6 +249,19 @@ class LayerModel:
             yield
         self._rounded_weights.pop(module, None)
 
+    @property
+    def token_table(self) -> torch.Tensor | None:
+        """Rows ``[n_tokens, n_in]`` of the second table of tokens that occur; None if the model has one table only."""
+        return None if self._token_inputs is None else self._token_inputs.table
+
+    @contextmanager
+    def replaced_token_table(self, table: torch.Tensor) -> Iterator[None]:
+        """Replace these rows for the length of a ``with``."""
+        assert self._token_inputs is not None
+        before, self._of_tokens = self._of_tokens, self._token_inputs.of_layer(self.index, table)
+        yield
+        self._of_tokens = before
+
     @contextmanager
     def recording(self) -> Iterator[Recording]:
         """For the length of a ``with``, record the output of each module inside the layer."""
@@ -205,7 +299,7 @@ class LayerModel:
         """Run the layer in batches.
 
         Args:
-            hidden: ``[n_chunks, chunk_size, d_model]``.
+            hidden: States ``[n_chunks, chunk_size, state_width]``.
             exact: Whether to multiply in float32 even if bfloat16 is in use.
 
         Returns:
@@ -224,10 +318,13 @@ class LayerModel:
         in_bfloat16 = self.in_bfloat16 and not exact
         with self._rounded() if in_bfloat16 else nullcontext():
             for rows in self.batches(hidden):
-                around = self._around_layers(hidden[rows].shape)[self._layers.index(self.layer)]
+                states, carried = self.hidden_part(hidden[rows]), hidden[rows][..., self._d_model :]
+                around = self._around_layers(states.shape)[self._layers.index(self.layer)]
+                around = around | self._carried.arguments(carried, self.device, self._of_tokens)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
-                    output = self.layer(hidden[rows].to(self.device), **around)
-                yield rows, (output[0] if isinstance(output, tuple) else output).float().cpu()
+                    output = self.layer(states.to(self.device), **around)
+                after = (output[0] if isinstance(output, tuple) else output).float().cpu()
+                yield rows, self._joined(after, self._carried.after(self.index, carried, around))
 
     def batches(self, hidden: torch.Tensor) -> Iterator[slice]:
         """Rows of ``hidden`` for each batch."""
@@ -275,10 +372,17 @@ class LayerModel:
     def _as_in_model(self, module: str, columns: torch.Tensor) -> torch.Tensor:
         return columns[..., self._columns[module][1].to(columns.device)] if module in self._columns else columns
 
+    def _header_parameters(self, spec: ModelSpec, index: int) -> dict[str, torch.Tensor]:
+        """Parameters of the layer that no file of llama.cpp has as a tensor."""
+        family, own = family_named(spec.architecture), self.layer.state_dict()
+        names = () if family is None else family.header_parameters
+        return {name: torch.full_like(own[name], spec.config[name][index]) for name in names}
+
     def _prepare(self, index: int) -> None:
         """Select the module for the layer of an index, and make room for its weights."""
         self.index = index
-        self.layer = self._layers[sorted(set(self._kinds)).index(self._kinds[index])]
+        self.layer = self._layers[list(dict.fromkeys(self._kinds)).index(self._kinds[index])]
+        self._of_tokens = None if self._token_inputs is None else self._token_inputs.of_layer(index)
         self.forget_rounded()
         with torch.inference_mode(mode=False):
             for parameter, shape in self._forgotten:

@@ -68,7 +68,8 @@ class OutputHead:
         return max(0.0, float((gap / total - total.log() + other_total.log()).mean()))
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self._norm(hidden.to(self._device))
+        states = hidden[..., : self._matrix.shape[1]]  # without what is carried along between layers
+        result: torch.Tensor = self._norm(states.to(self._device))
         return result
 
     def _products(self, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

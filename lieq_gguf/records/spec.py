@@ -127,6 +127,11 @@ class TensorSpec:
         """Whether a plan chooses the type of this tensor."""
         return len(self.shape) > 1 and not self.is_fixed
 
+    def is_looked_up(self, is_tied: bool) -> bool:
+        """Whether a token reads a single row of it: tables of tokens, but for one that ``is_tied`` to the output."""
+        is_embedding = self.name == "token_embd.weight"
+        return self.name == "per_layer_token_embd.weight" or (is_embedding and not is_tied)
+
     @property
     def names_in_layer(self) -> tuple[str, ...]:
         """Source names inside the layer: ``model.layers.3.mlp.up_proj.weight`` to ``mlp.up_proj.weight``."""

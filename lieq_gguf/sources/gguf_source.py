@@ -39,6 +39,7 @@ _SAMPLE_BYTES = 1024
 _BUILDER_KEYS = ("split.", "quantize.imatrix.", "lieq.")
 _MODEL_KEYS = ("lieq.adapter", INITIALIZER_RANGE)  # under a prefix of _BUILDER_KEYS, but about the model
 _FILE_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
+_OF_ANY_ARCHITECTURE = ("xielu.",)  # keys of hyper-parameters without the architecture before them
 _IN_TEXT = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
 
 
@@ -267,7 +268,7 @@ class GgufSource:
         """A digest of hyper-parameters, names, shapes, types and some bytes of every tensor."""
         digest = hashlib.sha256()
         for key, content in self.metadata.values.items():
-            if key.startswith(f"{self.spec.architecture}."):
+            if _is_hyper_parameter(key, self.spec.architecture):
                 digest.update(key.encode() + content)
         digest.update(str(self.spec.config.get("initializer_range")).encode())
         for name, place in sorted(self._places.items()):
@@ -315,7 +316,7 @@ class GgufSource:
     ) -> tuple[Decoder | None, dict[str, Any], str]:
         """Family and configuration, or neither and the reason."""
         name = first.architecture
-        values = {k.removeprefix(f"{name}."): first.value(k) for k in first.keys if k.startswith(f"{name}.")}
+        values = {k.removeprefix(f"{name}."): first.value(k) for k in first.keys if _is_hyper_parameter(k, name)}
         family = family_named(name, values.keys())
         if family is None:
             return None, {}, f"the architecture {name} has no forward pass here"
@@ -371,6 +372,10 @@ def _layers_in_order(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
     outside = [t for t in tensors[first:] if t.layer is None]
     inside = sorted((t for t in tensors if t.layer is not None), key=lambda t: t.layer or 0)
     return [*tensors[:first], *inside, *outside]
+
+
+def _is_hyper_parameter(key: str, architecture: str) -> bool:
+    return key.startswith((f"{architecture}.", *_OF_ANY_ARCHITECTURE))
 
 
 def _tells_of_model(key: str) -> bool:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _CONFIG = "config.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
 _SMALL_FILES = (
     _CONFIG, *_TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
-    "README.md",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "processor_config.json",
+    "generation_config.json", "README.md",
 )  # fmt: skip
 _PART = r"\w(?:[\w.-]*\w)?"
 _NAME = re.compile(rf"(?!.*(?:--|\.\.)){_PART}/{_PART}", re.ASCII)
@@ -87,8 +87,10 @@ def fetch(name: str, revision: str | None, progress: Progress) -> Path:
             missing = [shard for shard in weights if shard not in files]
             if missing:
                 raise SourceError(f"{name} lacks {_some(missing)}, named in its {INDEX_FILE}; ask its owner")
+            # which is read only where there is no tokenizer.json, and as large
+            unread = "tekken.json" if "tokenizer.json" in files else ""
             for file in files:
-                if any(fnmatchcase(file, pattern) for pattern in _SMALL_FILES):
+                if file != unread and any(fnmatchcase(file, pattern) for pattern in _SMALL_FILES):
                     model.get(file, commit)
             n_bytes = sum(model.missing_bytes(shard, commit) for shard in weights)
         if n_bytes:

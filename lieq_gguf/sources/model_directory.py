@@ -11,20 +11,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lieq_gguf.architectures import Decoder, find_family
+from lieq_gguf.architectures import Decoder, find_family, is_wrapper, language_model_config
 from lieq_gguf.errors import SourceError
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.directory_metadata import directory_metadata
 from lieq_gguf.sources.file_order import FloatArray, file_rows, multiplied
+from lieq_gguf.sources.published import find_format
+from lieq_gguf.sources.published.weights import PublishedWeights
 from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, WEIGHTS_FILE, WeightFiles
-from lieq_gguf.tokenizers import SourceTokenizer, load_source_tokenizer, read_vocabulary
+from lieq_gguf.tokenizers import (
+    SourceTokenizer,
+    adds_bos_unlike_transformers,
+    load_source_tokenizer,
+    read_vocabulary,
+)
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[0-9a-f]{40}")
@@ -38,11 +45,12 @@ class ModelDirectory:
         repository: Its name on the hub, ``owner/name``, if it is a snapshot in the hub's cache.
         spec: Tensors and structure of the model.
         family: The functions of its architecture.
+        is_wrapper: Whether it is the language model inside a model of images or sound.
         adapter: The adapter merged into its tensors when they are read, or None.
 
     Raises:
-        SourceError: if something is missing, damaged, or not stored as plain weights, or if the adapter cannot be
-            merged.
+        SourceError: if something is missing, damaged, or stored in a format that cannot be read, or if the adapter
+            cannot be merged.
         ArchitectureError: if the architecture is not supported.
     """
 
@@ -53,7 +61,11 @@ class ModelDirectory:
         self.path = path
         self.repository = repository_of(path)
         config, self.family = read_supported_config(path)
-        self._weights = WeightFiles(path)
+        whole = _read_config(path)
+        self.is_wrapper = is_wrapper(whole)
+        stored_as, files = find_format(path, whole), WeightFiles(path)
+        self._weights = files if stored_as is None else PublishedWeights(files, stored_as)
+        config = {**config, **self._header_parameters(config["num_hidden_layers"])}
         with _complete_config(path):
             tensors = self.family.tensors(config, self._names_in_use(config))
         self._weights.require({name: t.source_shape for t in tensors for name in t.source_names})
@@ -75,7 +87,16 @@ class ModelDirectory:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user may want to know, less important than a warning."""
-        return self._weights.notes + (() if self.adapter is None else self.adapter.notes)
+        notes, weights = [*self._weights.notes], self._weights
+        if weights.prefix not in ("model.", "backbone.", "") and not self.is_wrapper:
+            notes.append(
+                f"the names of the tensors begin with {weights.prefix}: only those of the language model are used"
+            )
+        used = {name for tensor in self.spec.tensors for name in tensor.source_names}
+        in_header = self.family.header_parameters
+        used |= {f"model.layers.{layer}.{name}" for layer in range(self.spec.n_layers) for name in in_header}
+        notes += weights.left_out(used)
+        return tuple(notes) + (() if self.adapter is None else self.adapter.notes)
 
     @property
     def notes_on_scores(self) -> tuple[str, ...]:
@@ -85,7 +106,8 @@ class ModelDirectory:
     def read(self, tensor: TensorSpec) -> torch.Tensor:
         """The tensor in the source's own type and row order, mapped and not copied; float32 if an adapter changes it.
 
-        Matrices of experts are stacked, ``[n_experts, n_out, n_in]``.
+        A matrix that is published quantised is decoded, in the type that transformers gives it. Matrices of experts are
+        stacked, ``[n_experts, n_out, n_in]``.
         """
         if tensor.source_name is None:
             return self.family.computed_tensor(self.spec.config, tensor.name)
@@ -130,18 +152,51 @@ class ModelDirectory:
             raise SourceError(
                 f"transformers cannot read {self.path / 'config.json'}: {' '.join(str(error).split())}"
             ) from None
-        config.dtype = torch.float32
-        config.tie_word_embeddings = self.spec.has_tied_embeddings
+        text: PretrainedConfig = config.get_text_config()
+        text.__dict__.pop("quantization_config", None)  # weights are decoded here
+        text.dtype = torch.float32
+        text.tie_word_embeddings = self.spec.has_tied_embeddings
         for key, value in self.family.folded_settings.items():
-            setattr(config, key, value)
-        return config
+            setattr(text, key, value)
+        return text
+
+    def load_model(self) -> PreTrainedModel:
+        """The whole model in transformers, in float32, without the adapter.
+
+        Raises:
+            SourceError: if transformers cannot make it.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+        options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+        model: PreTrainedModel
+        if isinstance(self._weights, WeightFiles):
+            auto = AutoModelForImageTextToText if self.is_wrapper else AutoModelForCausalLM
+            model = auto.from_pretrained(self.path, **options)
+            return model
+        # transformers needs a library for each format, and some of them a GPU; so it gets decoded weights
+        config = self.transformers_config()
+        for key in self.family.folded_settings:  # the weights are read without factors here
+            setattr(config, key, self.spec.config[key])
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+        names = {name for tensor in self.spec.tensors for name in tensor.source_names} | {HEAD}
+        if any(self._weights.is_renamed(name) for name in names & self._weights.names):
+            raise SourceError(
+                f"{self.path} has decoded weights under names that transformers does not read; make an F16 GGUF of it "
+                "(convert --types F16) and compare with that"
+            )
+        decoded = {name: self._weights.read(name) for name in names & self._weights.names}
+        model = kind.from_pretrained(None, config=config, state_dict=decoded, **options)
+        return model
 
     def load_tokenizer(self) -> SourceTokenizer:
         """The tokenizer of the directory's files."""
         return load_source_tokenizer(self.path)
 
     def transformers_ids(self, text: str, add_special_tokens: bool) -> list[int] | None:
-        """Token ids that transformers makes of a text; None if it cannot load the tokenizer."""
+        """Token ids that transformers makes of a text; None if it cannot load the tokenizer or leaves out BOS."""
         tokenizer = self._transformers_tokenizer
         return None if tokenizer is None else list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
@@ -149,6 +204,8 @@ class ModelDirectory:
     def _transformers_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        if adds_bos_unlike_transformers(self.path):
+            return None
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception:  # as for the configuration; our own reading of the files then stands alone
@@ -195,6 +252,13 @@ class ModelDirectory:
         """
         self._weights.release()
 
+    def _header_parameters(self, n_layers: int) -> dict[str, list[float]]:
+        """Numbers among the weights that a GGUF file keeps in its header, one for each layer, by name in the layer."""
+        return {
+            name: self._weights.numbers([f"model.layers.{layer}.{name}" for layer in range(n_layers)])
+            for name in self.family.header_parameters
+        }
+
     def _stored(self, name: str) -> torch.Tensor:
         loaded = self._weights.read(name)
         loaded = loaded if self.adapter is None else self.adapter.merged(name, loaded)
@@ -228,14 +292,12 @@ def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
     """Read ``config.json`` of a directory; the weights may still be missing.
 
     Raises:
-        SourceError: if it is missing or damaged, or the model is already quantised.
+        SourceError: if it is missing or damaged, or the weights are quantised in a format that cannot be read.
         ArchitectureError: if the architecture is not supported.
     """
     config = _read_config(path)
-    if "quantization_config" in config:
-        details = config["quantization_config"]
-        method = details.get("quant_method", "unnamed") if isinstance(details, dict) else "unnamed"
-        raise SourceError(f"{path} is already quantised ({method}); expected the original BF16, F16 or F32 weights")
+    find_format(path, config)
+    config = language_model_config(config)
     with _complete_config(path):
         family = find_family(config)
         config = family.completed(config)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,7 +24,8 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_DTYPES = ("BF16", "F16", "F32")
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+_BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "I64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8}
 _SAMPLE_BYTES = 1024
 _COMPARED_BYTES = 1 << 24  # of two tensors at a time
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -41,6 +43,33 @@ _RENAMED = (  # names in published files, and in transformers' models
 _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|up_proj|down_proj)")  # one tensor for all experts
 _FUSED = re.compile(r"(.*\.shared_mlp)\.gate_up_proj\.weight")
 _HALVES = {"gate_proj": 0, "up_proj": 1}
+
+_COMPUTED = re.compile(r".*\.(inv_freq|masked_bias|position_ids)|(.*\.)?lm_head\.weight")
+# parts of a model that are no part of its language model, by what is said of them
+_PARTS = {
+    "the heads for multi-token prediction ({}) are left out; llama.cpp runs the model without them": re.compile(
+        r"(^|\.)mtp\."
+    ),
+    "the parts for images and sound ({}) are left out; llama.cpp reads them from a file of their own, published as "
+    "mmproj beside GGUF files of the model": re.compile(r"visual|vision|audio|projector|image|video|speech"),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor by the header of its file.
+
+    Attributes:
+        name: Its name in the file.
+        file: The file.
+        shape: Its shape.
+        dtype: Its type, as safetensors names it.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -60,7 +89,9 @@ class WeightFiles:
     have, with one matrix per expert, and gates by themselves.
 
     Attributes:
+        path: The directory.
         names: All names.
+        prefix: What the names in the files have in place of ``model.``.
         notes: What the user may want to know about the files.
 
     Raises:
@@ -68,14 +99,14 @@ class WeightFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._open: dict[Path, Any] = {}  # to read tensors
         self._headers: dict[Path, Any] = {}
         shard_of, self.notes = _find_shards(path)
         self._shards = sorted(set(shard_of.values()))
         places, prefix = _with_usual_names({_renamed(name): _Place(shard, name) for name, shard in shard_of.items()})
-        if prefix not in ("model.", "backbone.", ""):
-            self.notes += (f"the names of the tensors begin with {prefix}: only those of the language model are used",)
+        self.prefix = prefix
+        self._stored = shard_of
         self._places = dict(self._with_single_matrices(places))
         self.names = frozenset(self._places)
 
@@ -88,16 +119,36 @@ class WeightFiles:
         for name, expected in shapes.items():
             if name not in self._places:
                 raise SourceError(
-                    f"{self._path} has no tensor {name}; expected all tensors that config.json describes"
+                    f"{self.path} has no tensor {name}; expected all tensors that config.json describes"
                     + _names_found(self.names)
                 )
             shape, dtype = self._shape_and_dtype(self._places[name])
             shard = self._places[name].shard
             if shape != expected:
                 raise SourceError(f"{name} in {shard} has shape {shape}; by config.json expected {expected}")
-            if dtype not in _DTYPES:
-                raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(_DTYPES)}")
+            if dtype not in PLAIN_DTYPES:
+                raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(PLAIN_DTYPES)}")
         self.release()
+
+    def left_out(self, used: Collection[str]) -> tuple[str, ...]:
+        """Notes about what the files hold besides the tensors in use."""
+        in_use = {self._places[name].stored_name for name in used}
+        n_bytes: dict[str, list[int]] = {}
+        for name, shard in sorted(self._stored.items()):
+            if name in in_use or _COMPUTED.fullmatch(name):
+                continue
+            shape, dtype = self._shape_and_dtype(_Place(shard, name))
+            part = next((part for part, pattern in _PARTS.items() if pattern.search(name)), name)
+            n_bytes.setdefault(part, []).append(prod(shape) * _BITS.get(dtype, 32) // 8)
+        self.release()
+        notes = [
+            f"{part.format(f'{sum(sizes) / 1e9:.2f} GB')}" for part in _PARTS if (sizes := n_bytes.pop(part, None))
+        ]
+        if n_bytes:
+            notes.append(
+                f"{len(n_bytes)} tensors that the model does not use are left out; the first is {next(iter(n_bytes))}"
+            )
+        return tuple(notes)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in its own type."""
@@ -111,6 +162,37 @@ class WeightFiles:
         else:
             result = file.get_slice(place.stored_name)[place.expert]
         return result if place.half is None else result.chunk(2)[place.half]
+
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor by its header."""
+        place = self._places[name]
+        return StoredTensor(place.stored_name, place.shard, *self._shape_and_dtype(place))
+
+    def stored_name(self, name: str) -> str:
+        """The name that the files have for a tensor."""
+        return self._places[name].stored_name
+
+    def is_renamed(self, name: str) -> bool:
+        """Whether the files have another name for a tensor, apart from what all begin with, or several in one."""
+        return _renamed(self.stored_name(name)) != self.stored_name(name)
+
+    def is_zero(self, name: str) -> bool:
+        """Whether all bytes of a stored tensor are zero; it is read until one is not."""
+        content = self._bytes(self._places[name])
+        return not any(
+            content[start : start + _COMPARED_BYTES].any() for start in range(0, len(content), _COMPARED_BYTES)
+        )
+
+    def numbers(self, names: Sequence[str]) -> list[float]:
+        """Numbers that are tensors of their own, without loading torch.
+
+        Raises:
+            SourceError: naming the tensor that is missing or holds more than one number.
+        """
+        for name in names:
+            shape = self._shape_and_dtype(self._places[name])[0] if name in self._places else ()
+            self.require({name: shape if shape in ((), (1,)) else (1,)})
+        return [self._number(name) for name in names]
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are stored with the same bytes; they are read until they differ."""
@@ -157,9 +239,17 @@ class WeightFiles:
                 yield name, place
 
     def _bytes(self, place: _Place) -> npt.NDArray[np.uint8]:
+        self._header(place)  # refuses a file that is cut off
         with place.shard.open("rb") as file:
             start, stop = json.loads(_read_header(file))[place.stored_name]["data_offsets"]
             return np.memmap(place.shard, np.uint8, "r", file.tell() + start, (stop - start,))
+
+    def _number(self, name: str) -> float:
+        place = self._places[name]
+        content, dtype = self._bytes(place).tobytes(), self._shape_and_dtype(place)[1]
+        if dtype == "BF16":  # the upper half of a float32
+            content, dtype = bytes(2) + content, "F32"
+        return float(np.frombuffer(content, dtype={"F16": "<f2", "F32": "<f4"}[dtype])[0])
 
     def _shape_and_dtype(self, place: _Place) -> tuple[tuple[int, ...], str]:
         header = self._header(place)

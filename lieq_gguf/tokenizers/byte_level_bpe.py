@@ -1,4 +1,4 @@
-"""Byte-level BPE (GPT-2 style): Llama 3, SmolLM, Qwen, Olmo, Granite, Phi-4... Everything is in tokenizer.json."""
+"""Byte-level BPE (GPT-2 style): Llama 3, SmolLM, Qwen, Olmo, Granite, Phi-4... Everything is in one JSON file."""
 
 import re
 
@@ -43,7 +43,7 @@ def read_byte_level_bpe(
     Raises:
         TokenizerError: if this is not byte-level BPE, an id is beyond ``vocab_size``, or the pre-tokenizer is unknown.
     """
-    path = files.directory / "tokenizer.json"
+    path = files.json_path
     model = _checked_model(files, tokenizer)
     name = pre_tokenizers.recognise(tokenizer, str(path)) if pre_tokenizer is None else pre_tokenizer
     tokens, token_types = [], []
@@ -73,7 +73,7 @@ def read_byte_level_bpe(
         pre_tokenizer=name,
         tokens=tuple(tokens),
         token_types=tuple(token_types),
-        merges=tuple(_merge_text(merge) for merge in model["merges"]),
+        merges=tuple(merge_text(merge) for merge in model["merges"]),
         special=read_special_tokens(files, tokenizer, vocab_size, architecture, adds_bos),
         add_space_prefix=add_space_prefix if isinstance(add_space_prefix, bool) else None,
         chat_templates=read_chat_templates(files),
@@ -95,7 +95,7 @@ def check_ids(largest: int, vocab_size: int, text_of: dict[int, str], source: st
 
 
 def _checked_model(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) -> JsonObject:
-    path = files.directory / "tokenizer.json"
+    path = files.json_path
     model: JsonObject = (files.tokenizer_json or {})["model"]
     kind = type(tokenizer.model).__name__
     if kind != "BPE":
@@ -122,8 +122,8 @@ def _checked_model(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) -> Js
     return model
 
 
-def _merge_text(merge: str | list[str]) -> str:
+def merge_text(merge: str | list[str]) -> str:
+    """A merge as GGUF has it, two tokens with a blank between; a blank inside a token becomes byte-level BPE's Ġ."""
     if isinstance(merge, str):
         return merge
-    # in GGUF a blank separates the two tokens; byte-level BPE writes a blank inside a token as Ġ
     return " ".join(token.replace(" ", "Ġ") for token in merge)

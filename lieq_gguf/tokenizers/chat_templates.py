@@ -12,17 +12,20 @@ from lieq_gguf.tokenizers.vocabulary import ChatTemplates
 def read_chat_templates(files: TokenizerFiles) -> ChatTemplates:
     """Read the chat templates from the first place that has one.
 
-    The order is that of llama.cpp's converter: ``chat_template`` in tokenizer_config.json, ``chat_template.jinja`` with
-    ``additional_chat_templates/*.jinja``, ``chat_template.json``.
+    The order is that of transformers: ``chat_template.jinja`` with ``additional_chat_templates/*.jinja``,
+    ``chat_template`` in tokenizer_config.json, and, of models that also see or hear, ``chat_template.json`` and
+    ``chat_template`` in processor_config.json. llama.cpp's converter asks tokenizer_config.json first, where older
+    versions of a template are left, or a line that includes the file.
 
     Raises:
         SourceError: if a template's file cannot be read.
     """
-    content = files.config.get("chat_template")
+    content = _from_jinja_files(files.directory)
     if content is None:
-        content = _from_jinja_files(files.directory)
-    if content is None:
-        content = _from_json_file(files.directory / "chat_template.json")
+        content = files.config.get("chat_template")
+    for file in ("chat_template.json", "processor_config.json"):
+        if content is None:
+            content = _from_json_file(files.directory / file)
     if isinstance(content, str):
         return ChatTemplates(default=content)
     if not isinstance(content, list):

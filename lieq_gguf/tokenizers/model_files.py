@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import tokenizers
 
 from lieq_gguf.errors import SourceError, TokenizerError
+from lieq_gguf.tokenizers import tekken
 
 JsonObject = Mapping[str, Any]
 
@@ -30,18 +31,22 @@ class TokenizerFiles:
 
     Attributes:
         directory: the model's directory, for messages and for files that are read later.
-        tokenizer_json: the whole ``tokenizer.json``.
+        tokenizer_json: the whole ``tokenizer.json``, or what ``tekken.json`` stands for.
+        json_path: the file that ``tokenizer_json`` was read from.
         config: ``tokenizer_config.json``.
         model_config: ``config.json``, for the ids it names.
+        generation_config: ``generation_config.json``, for the ids it names.
         special_tokens_map: ``special_tokens_map.json``, which older versions of transformers write.
         legacy_added_tokens: ``added_tokens.json``, text to id.
         sentencepiece_model: path of ``tokenizer.model``.
     """
 
     directory: Path
+    json_path: Path
     tokenizer_json: JsonObject | None = None
     config: JsonObject = field(default_factory=dict)
     model_config: JsonObject = field(default_factory=dict)
+    generation_config: JsonObject = field(default_factory=dict)
     special_tokens_map: JsonObject = field(default_factory=dict)
     legacy_added_tokens: JsonObject = field(default_factory=dict)
     sentencepiece_model: Path | None = None
@@ -50,6 +55,12 @@ class TokenizerFiles:
         """Text of the token that has a role, from its string or object form; tokenizer_config.json wins."""
         key = f"{role}_token"
         return _token_text(self.config.get(key)) or _token_text(self.special_tokens_map.get(key))
+
+    def configured_id(self, role: str) -> Any:
+        """What config.json names as the id of the token that has a role; in wrappers it is in ``text_config``."""
+        key, text_config = f"{role}_token_id", self.model_config.get("text_config")
+        token_id = self.model_config.get(key)
+        return text_config.get(key) if token_id is None and isinstance(text_config, Mapping) else token_id
 
     def special_texts(self) -> tuple[str, ...]:
         """Texts of all tokens that these files call special, by role or in a list."""
@@ -104,30 +115,47 @@ def read_tokenizer_files(model_dir: Path) -> TokenizerFiles:
 
     Raises:
         SourceError: if a file cannot be read or is not a JSON object.
-        TokenizerError: if there is neither ``tokenizer.model`` nor ``tokenizer.json``.
+        TokenizerError: if there is neither ``tokenizer.model`` nor ``tokenizer.json`` nor ``tekken.json``.
     """
     sentencepiece_model = model_dir / "tokenizer.model"
     files = TokenizerFiles(
         directory=model_dir,
+        json_path=model_dir / "tokenizer.json",
         tokenizer_json=_read_json_object(model_dir / "tokenizer.json"),
         config=_read_json_object(model_dir / "tokenizer_config.json") or {},
         model_config=_read_json_object(model_dir / "config.json") or {},
+        generation_config=_read_json_object(model_dir / "generation_config.json") or {},
         special_tokens_map=_read_json_object(model_dir / "special_tokens_map.json") or {},
         legacy_added_tokens=_read_json_object(model_dir / "added_tokens.json") or {},
         sentencepiece_model=sentencepiece_model if sentencepiece_model.is_file() else None,
     )
+    if files.tokenizer_json is None:
+        files = _with_tekken(files)
     if files.tokenizer_json is None and files.sentencepiece_model is None:
-        others = [name for name in ("tekken.json", "vocab.json") if (model_dir / name).is_file()]
-        found = f"only {' and '.join(others)}, which cannot be read alone" if others else "neither"
+        found = "only vocab.json, which cannot be read alone" if (model_dir / "vocab.json").is_file() else "none"
         raise TokenizerError(
-            f"{model_dir}: looked for tokenizer.model (SentencePiece) and tokenizer.json (tokenizers library), found "
-            f"{found}; download the tokenizer files of the model into this directory"
+            f"{model_dir}: looked for tokenizer.model (SentencePiece), tokenizer.json (tokenizers library) and "
+            f"tekken.json (Mistral), found {found}; download the tokenizer files of the model into this directory"
         )
     return files
 
 
+def _with_tekken(files: TokenizerFiles) -> TokenizerFiles:
+    path = files.directory / "tekken.json"
+    content = _read_json_object(path)
+    if content is None:
+        return files
+    return replace(
+        files,
+        json_path=path,
+        tokenizer_json=tekken.as_tokenizer_json(content, path),
+        config={**tekken.ROLES, **files.config},
+        sentencepiece_model=None,
+    )
+
+
 def open_tokenizer(files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """Load ``tokenizer.json`` with the tokenizers library.
+    """Load ``tokenizer.json``, or what stands for it, with the tokenizers library.
 
     Tokens with a role in tokenizer_config.json are marked special, as in transformers; tokens that are missing in
     tokenizer.json are left out, since they have no reliable id.
@@ -135,9 +163,12 @@ def open_tokenizer(files: TokenizerFiles) -> tokenizers.Tokenizer:
     Raises:
         TokenizerError: if the library refuses the file.
     """
-    path = files.directory / "tokenizer.json"
+    path = files.json_path
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        if path.name == "tokenizer.json":
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        else:
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(files.tokenizer_json))
     except Exception as error:  # the library raises nothing more precise than Exception
         raise TokenizerError(
             f"{path}: the tokenizers library {tokenizers.__version__} cannot read it ({_one_line(error)}); "
@@ -148,7 +179,26 @@ def open_tokenizer(files: TokenizerFiles) -> tokenizers.Tokenizer:
     tokenizer.no_padding()
     texts = [text for text in files.special_texts() if tokenizer.token_to_id(text) is not None]
     tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in texts])
+    bos = files.role_text("bos")
+    if bos is not None and tokenizer.token_to_id(bos) is not None and _needs_bos(files.model_config):
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
     return tokenizer
+
+
+def adds_bos_unlike_transformers(model_dir: Path) -> bool:
+    """Whether BOS is added to a text here, as in llama.cpp, though transformers may add none.
+
+    tekken.json gets it from Mistral's own library. The files of Gemma 4 leave it to the chat template, but the model
+    makes little of a text without it, so llama.cpp adds it whatever a file says.
+    """
+    has_tekken_alone = (model_dir / "tekken.json").is_file() and not (model_dir / "tokenizer.json").is_file()
+    return has_tekken_alone or _needs_bos(_read_json_object(model_dir / "config.json") or {})
+
+
+def _needs_bos(model_config: JsonObject) -> bool:
+    return str(model_config.get("model_type")).startswith("gemma4")
 
 
 def component(part: Any) -> JsonObject | None:

@@ -11,7 +11,7 @@ import gguf
 import tokenizers
 
 from lieq_gguf.errors import TokenizerError
-from lieq_gguf.tokenizers.byte_level_bpe import SENTENCEPIECE_BLANK, check_ids, looks_special
+from lieq_gguf.tokenizers.byte_level_bpe import SENTENCEPIECE_BLANK, check_ids, looks_special, merge_text
 from lieq_gguf.tokenizers.chat_templates import read_chat_templates
 from lieq_gguf.tokenizers.model_files import AddedToken, TokenizerFiles, component, steps
 from lieq_gguf.tokenizers.sentencepiece_model import SentencePieceModel, open_sentencepiece
@@ -23,6 +23,11 @@ from lieq_gguf.tokenizers.vocabulary import SpecialTokens, Vocabulary
 _DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "t5": {"eos": 1, "unk": 2, "pad": 0}}
 _ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
+_MERGED_BY_RANK = "gemma4"  # the architecture for which llama.cpp has such a tokenizer
+#: control tokens that llama.cpp shows in its answers, because its reader of chats looks for them
+_VISIBLE = frozenset(
+    {b"<|channel>", b"<channel|>", b"<|tool_call>", b"<tool_call|>", b"<|tool_response>", b"<tool_response|>", b'<|"|>'}
+)
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -64,7 +69,8 @@ def read_sentencepiece(
         TokenizerError: if a file is damaged, an id is beyond ``vocab_size``, or llama.cpp does not support
             the tokenizer.
     """
-    path = files.sentencepiece_model
+    merges_by_rank = tokenizer is not None and architecture == _MERGED_BY_RANK and is_sentencepiece_style(tokenizer)
+    path = None if merges_by_rank else files.sentencepiece_model
     model = None if path is None else open_sentencepiece(path)
     pieces = _Pieces(vocab_size)
     added = files.added_tokens()
@@ -100,7 +106,8 @@ def read_sentencepiece(
         preparation = preparation_by_json(files, tokenizer)
     else:
         _check_bytes(vocabulary, files)
-        return replace(vocabulary, special=_with_ids(vocabulary.special, model, files, "llama"))
+        vocabulary = replace(vocabulary, special=_with_ids(vocabulary.special, model, files, "llama"))
+        return _merged_by_rank(vocabulary, files) if merges_by_rank else vocabulary
     return replace(
         vocabulary,
         model="t5",
@@ -111,13 +118,32 @@ def read_sentencepiece(
     )
 
 
+def _merged_by_rank(vocabulary: Vocabulary, files: TokenizerFiles) -> Vocabulary:
+    """The same with merges instead of scores, as llama.cpp has it for Gemma 4 alone; BOS is always automatic there."""
+    return replace(
+        vocabulary,
+        model="gemma4",
+        pre_tokenizer="",
+        token_types=tuple(
+            gguf.TokenType.USER_DEFINED if token in _VISIBLE else kind
+            for token, kind in zip(vocabulary.tokens, vocabulary.token_types, strict=True)
+        ),
+        scores=(_ADDED_SCORE,) * len(vocabulary.tokens),
+        merges=tuple(merge_text(merge) for merge in (files.tokenizer_json or {})["model"]["merges"]),
+        special=replace(
+            vocabulary.special, automatic=tuple((dict(vocabulary.special.automatic) | {"bos": True}).items())
+        ),
+        add_space_prefix=False,
+    )
+
+
 def _check_bytes(vocabulary: Vocabulary, files: TokenizerFiles) -> None:
     # llama.cpp looks for either spelling and aborts the process if there is neither
     tokens = set(vocabulary.tokens)
     missing = next((b for b in range(256) if b"<0x%02X>" % b not in tokens and bytes([b]) not in tokens), None)
     if missing is not None:
         raise TokenizerError(
-            f"{files.sentencepiece_model or files.directory / 'tokenizer.json'}: the vocabulary has no token for byte "
+            f"{files.sentencepiece_model or files.json_path}: the vocabulary has no token for byte "
             f"0x{missing:02X}; expected tokens for all bytes, which llama.cpp needs for characters outside the "
             "vocabulary; this tokenizer cannot be converted"
         )
@@ -154,7 +180,7 @@ def _put_tokenizer_json(
     ids = {text: i for i, (text, _) in enumerate(model["vocab"])} if is_unigram else model["vocab"]
     largest = max(ids.values(), default=-1)
     text_of = {token_id: text for text, token_id in ids.items()}
-    check_ids(largest, len(pieces.tokens), text_of, str(files.directory / "tokenizer.json"))
+    check_ids(largest, len(pieces.tokens), text_of, str(files.json_path))
     score_of = dict(model["vocab"]) if is_unigram else _scores_by_rank(model["merges"])
     unmerged = float(-len(model.get("merges") or ()) - 1)  # below any merge's rank
     by_id = tokenizer.get_added_tokens_decoder()

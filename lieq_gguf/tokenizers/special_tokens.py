@@ -13,10 +13,17 @@ from lieq_gguf.tokenizers.model_files import ROLES, JsonObject, TokenizerFiles, 
 from lieq_gguf.tokenizers.vocabulary import SpecialTokens
 
 # the architectures that llama.cpp's converter handles like Llama; it recognises some models only by these numbers
-_LLAMA_FAMILY = frozenset({"llama", "granite", "smollm3"})
+_LLAMA_FAMILY = frozenset(
+    {"llama", "afmoe", "apertus", "arcee", "granite", "granite_swa", "granitemoe", "mistral3", "smollm3"}
+)
 _CODE_LLAMA_VOCAB_SIZE = 32016
 _CODE_LLAMA_EOT = 32010
 _GRANITE_VOCAB_SIZE = 49152
+# roles by architecture, for what no file says: GLM-4 ends its turn with the token that begins the user's
+_FAMILY_ROLES = {
+    "glm4": {"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>", "bos": "<|endoftext|>"},
+    "chatglm": {"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"},
+}
 
 
 def read_special_tokens(
@@ -43,12 +50,17 @@ def read_special_tokens(
         if token_id is None and tokenizer is not None and text:
             token_id = tokenizer.token_to_id(text)
         if token_id is None:
-            token_id = files.model_config.get(f"{role}_token_id")
+            token_id = files.configured_id(role)
         if isinstance(token_id, list) and token_id:  # of several tokens that end a text, the first
             token_id = token_id[0]
         # config.json may hold -1 for "none"
         if isinstance(token_id, int) and 0 <= token_id < vocab_size and role != "cls":
             ids[role] = token_id
+    for role, text in _FAMILY_ROLES.get(architecture, {}).items():
+        if text in added:
+            ids.setdefault(role, added[text])
+    if architecture == "hunyuan-dense":
+        ids |= _hunyuan_ends(files)
 
     is_llama = is_llama_family(architecture)
     if is_llama and vocab_size == _CODE_LLAMA_VOCAB_SIZE:
@@ -59,6 +71,15 @@ def read_special_tokens(
         # no file says it, but the tokenizer differs from llama.cpp's default
         automatic["bos"] = not adds_bos_by_default
     return SpecialTokens(tuple(ids.items()), tuple(automatic.items()))
+
+
+def _hunyuan_ends(files: TokenizerFiles) -> dict[str, int]:
+    """The tokens that end a text and a turn of Hunyuan, whose tokenizer_config.json names a wrong one."""
+    found = {"eos": files.model_config.get("eod_token_id")}
+    ends = files.generation_config.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) > 1:
+        found["eot"] = ends[0]
+    return {role: token_id for role, token_id in found.items() if isinstance(token_id, int)}
 
 
 def is_llama_family(architecture: str) -> bool:

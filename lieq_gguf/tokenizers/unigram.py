@@ -48,7 +48,7 @@ def preparation_by_json(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer) 
     Raises:
         TokenizerError: if llama.cpp does not support the tokenizer.
     """
-    path = files.directory / "tokenizer.json"
+    path = files.json_path
     _check_byte_fallback(bool((files.tokenizer_json or {})["model"].get("byte_fallback")), path)
     normalizers, splitters = steps(tokenizer.normalizer), steps(tokenizer.pre_tokenizer)
     blanks = [step for step in splitters if step["type"] == "Metaspace"]

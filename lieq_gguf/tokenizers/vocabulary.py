@@ -39,12 +39,14 @@ class Vocabulary:
     """A tokenizer in llama.cpp's terms.
 
     Attributes:
-        model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece-style BPE, ``t5`` for Unigram.
-        pre_tokenizer: llama.cpp's name of the rule that splits text into words (``tokenizer.ggml.pre``).
+        model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece-style BPE, ``gemma4`` for such BPE that merges
+            by rank, ``t5`` for Unigram.
+        pre_tokenizer: llama.cpp's name of the rule that splits text into words (``tokenizer.ggml.pre``); empty if the
+            model implies it.
         tokens: one per id, UTF-8; exactly as many as the embedding has rows.
         token_types: ``gguf.TokenType`` of each token.
         scores: one per token; tokens with higher scores are merged first. None for byte-level BPE.
-        merges: for byte-level BPE, ``left right``, the most frequent first; otherwise empty.
+        merges: for BPE that merges by rank, ``left right``, the most frequent first; otherwise empty.
         special: ids with a role, and which of them are automatic.
         add_space_prefix: whether a text gets a leading blank; None leaves llama.cpp's default.
         chat_templates: copied unchanged.
@@ -98,7 +100,8 @@ class Vocabulary:
             writer: a GGUF writer whose header is not written yet.
         """
         writer.add_tokenizer_model(self.model)
-        writer.add_tokenizer_pre(self.pre_tokenizer)
+        if self.pre_tokenizer:
+            writer.add_tokenizer_pre(self.pre_tokenizer)
         writer.add_token_list(self.tokens)
         if self.scores is not None:
             writer.add_token_scores(self.scores)

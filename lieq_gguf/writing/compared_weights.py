@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,14 +76,12 @@ class ComparedWeights:
         self._written.release()
         self._source.release()
 
-    def rows_of_embedding(self, ids: Sequence[int]) -> torch.Tensor:
-        """Rows of the embedding ``[n_tokens, d_model]``."""
-        embedding = self.spec.embedding
-        found = self._written.read_rows(embedding, ids)
-        expected = self._source.read(embedding)[torch.tensor(ids)]
-        quant_type = self._written.stored_type(embedding)
-        _compare_rows(embedding.name, found[:_N_ROWS], expected[:_N_ROWS], quant_type, _OUTER_ERROR_FACTOR)
-        return multiplied(found, self._factors(embedding.source_name), back=True)
+    def rows_of(self, tensor: TensorSpec, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a table of all tokens ``[n_tokens, n_in]``."""
+        found, expected = self._written.read_rows(tensor, ids.tolist()), self._source.read(tensor)[ids]
+        quant_type = self._written.stored_type(tensor)
+        _compare_rows(tensor.name, found[:_N_ROWS], expected[:_N_ROWS], quant_type, _OUTER_ERROR_FACTOR)
+        return multiplied(found, self._factors(tensor.source_name), back=True)
 
     def head(self) -> HeadRows:
         """The output matrix that llama.cpp takes, whatever the source's spec says of it."""

@@ -121,7 +121,7 @@ class _Comparison:
         if not self.written.has_transformers_model:
             raise DifferenceError(self.written.why_not_supported)
         config = self.source.transformers_config()
-        _compare_numbers(config, self.written.transformers_config(), spec)
+        _compare_numbers(config, self.written.transformers_config(), spec, self.written.spec)
         ids = self._ids(text)
         hidden, logits = self._computed_by_llama_cpp(ids)
         for key in _family(spec).folded_settings:  # whether the weights have them in the right places is asked here
@@ -165,11 +165,12 @@ class _Comparison:
         hidden: Sequence[torch.Tensor],
         advance: Callable[[float], None],
     ) -> Iterator[float]:
-        before = layer.embed(weights.rows_of_embedding(ids))
+        before = layer.embed(weights, np.array([ids]), weights.rows_of)
         for index, found in enumerate(hidden):
             layer.load(weights, index)
-            expected = layer.forward(before[None], exact=True)[0]
-            error = _change(before, expected, found)
+            after = layer.forward(before, exact=True)
+            expected = layer.hidden_part(after)[0]
+            error = _change(layer.hidden_part(before)[0], expected, found)
             types = {self.written.stored_type(t) for t in self.source.spec.layer_matrices[index]}
             bound = max(PLAIN_BOUNDS.get(t.name, QUANTIZED_LAYER_BOUND) for t in types)
             if not error <= bound:  # NaN is not
@@ -181,7 +182,7 @@ class _Comparison:
                     f"{bound:.0%}"
                 )
             yield error
-            before = found
+            before = layer.with_hidden(after, found[None])
             advance(1)
 
     def _head_error(
@@ -232,7 +233,10 @@ def _change(before: torch.Tensor, expected: torch.Tensor, found: torch.Tensor) -
 def _emulated_change(
     layer: LayerModel, before: torch.Tensor, expected: torch.Tensor, types: Collection[QuantType]
 ) -> float:
-    """What rounding the inputs of products changes in this layer, for models where that is more than usual."""
+    """What rounding the inputs of products changes in this layer, for models where that is more than usual.
+
+    ``before`` are states ``[1, n_tokens, state_width]``, ``expected`` hidden states ``[n_tokens, d_model]``.
+    """
 
     def rounded(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = inputs[0]
@@ -246,7 +250,8 @@ def _emulated_change(
         for module in layer.layer.modules():
             if isinstance(module, nn.Linear):
                 hooks.enter_context(module.register_forward_pre_hook(rounded))
-        return _change(before, expected, layer.forward(before[None], exact=True)[0])
+        found = layer.hidden_part(layer.forward(before, exact=True))[0]
+        return _change(layer.hidden_part(before)[0], expected, found)
 
 
 def _compare_shapes(expected: ModelSpec, found: ModelSpec) -> None:
@@ -261,7 +266,13 @@ def _compare_shapes(expected: ModelSpec, found: ModelSpec) -> None:
         raise DifferenceError(f"{name} has shape {of_file[name]}, not {shapes[name]}")
 
 
-def _compare_numbers(expected: PretrainedConfig, found: PretrainedConfig, spec: ModelSpec) -> None:
+def _compare_numbers(
+    expected: PretrainedConfig, found: PretrainedConfig, spec: ModelSpec, found_spec: ModelSpec
+) -> None:
+    family = family_named(spec.architecture)
+    for name in () if family is None else family.header_parameters:
+        if not np.allclose(found_spec.config[name], spec.config[name], rtol=1e-6, atol=0):
+            raise DifferenceError(f"{name} has other numbers")
     difference = numbers_differ(found, expected, with_windows=_family_has_windows(spec))
     if difference:
         raise DifferenceError(difference)

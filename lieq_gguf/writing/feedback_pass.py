@@ -21,7 +21,6 @@ import torch
 
 from lieq_gguf.errors import CalibrationError, QuantizationError
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.measure.observers.quantization_damage import relative_change
 from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.measure.torch_setup import keep_freed_memory
 from lieq_gguf.native import encoders, ggml
@@ -83,13 +82,13 @@ class FeedbackPass:
         spec = self._source.spec
         widths = sorted(t.shape[-1] for layer in spec.layer_matrices for t in layer if not t.of_experts)
         of_moments = sum(n * n for n in set(widths)) + 2 * widths[-1] ** 2
-        return 4 * (of_moments + 3 * self._ids.size * spec.embedding.shape[-1])
+        return int(4 * (of_moments + 3 * self._ids.size * self._layer.state_width))
 
     def expected_seconds(self) -> float:
         """Time of the pass, estimated from one batch through the first layer and some rows of every type."""
         layer, spec = self._layer, self._source.spec
         layer.load(self._source, 0)
-        hidden = torch.zeros(*self._ids.shape, spec.embedding.shape[-1])
+        hidden = torch.zeros(*self._ids.shape, layer.state_width)
         rows = next(layer.batches(hidden))
         moments = self._moments()
         with torch.inference_mode():
@@ -126,13 +125,15 @@ class FeedbackPass:
                     yield from encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
 
     def _embedded(self) -> torch.Tensor:
-        """Hidden states before the first layer ``[n_chunks, chunk_size, d_model]``, from the quantised embedding."""
-        tensor = self._source.spec.embedding
-        used, positions = np.unique(self._ids, return_inverse=True)
-        rows = self._source.read(tensor)[torch.from_numpy(used)].float().numpy()
-        quant_type = QUANT_TYPES[self._plan.types[tensor.name]]
-        decoded = ggml.dequantize(encoders.quantize(rows, quant_type, None, self._n_threads), quant_type)
-        return self._layer.embed(torch.from_numpy(decoded[positions.reshape(self._ids.shape)]))
+        """States before the first layer ``[n_chunks, chunk_size, state_width]``, from quantised tables."""
+
+        def rows_of(tensor: TensorSpec, ids: torch.Tensor) -> torch.Tensor:
+            rows = self._source.read(tensor)[ids].float().numpy()
+            quant_type = QUANT_TYPES[self._plan.types[tensor.name]]
+            decoded = ggml.dequantize(encoders.quantize(rows, quant_type, None, self._n_threads), quant_type)
+            return torch.from_numpy(decoded)
+
+        return self._layer.embed(self._source, self._ids, rows_of)
 
     def _encode_layer(self, index: int, hidden: torch.Tensor) -> tuple[dict[str, ByteArray], torch.Tensor]:
         """The layer's encoded matrices, rows in file order, and its output with them."""
@@ -155,7 +156,7 @@ class FeedbackPass:
                     matrices[tensor.name] = self._encode_experts(tensor)
             quantized = layer.forward(hidden)
         some = slice(None, None, -(-len(hidden) // _N_COMPARED))
-        self.block_errors.append(relative_change(intact[some], quantized[some]))
+        self.block_errors.append(layer.relative_change(intact[some], quantized[some]))
         return matrices, quantized
 
     def _moments(self) -> SecondMoments:

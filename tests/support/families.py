@@ -112,6 +112,8 @@ class TinyModel:
         converter_options: What llama.cpp's converter has to be told.
         without_defaults: Whether the converter may not see what transformers' configuration has by default.
         published: Keys of ``config.json`` as in published files, where transformers writes others; None removes one.
+        head_norms: Weights of the norms of queries and keys; random heads of width one attend to single tokens, which
+            magnifies rounding.
     """
 
     family: str
@@ -122,23 +124,25 @@ class TinyModel:
     converter_options: tuple[str, ...] = ()
     without_defaults: bool = False
     published: Mapping[str, Any] = field(default_factory=dict)
+    head_norms: float = 1.0
 
     def write(self, path: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
         """Write the model directory; ``settings`` overrules."""
         path.mkdir(parents=True, exist_ok=True)
         n_vocab = self.write_tokenizer(path)
-        config = AutoConfig.for_model(
-            self.model_type, **({"vocab_size": n_vocab} | SIZES | dict(self.settings) | settings)
-        )
+        sizes = {"vocab_size": n_vocab, "vocab_size_per_layer_input": n_vocab}
+        config = AutoConfig.for_model(self.model_type, **(sizes | SIZES | dict(self.settings) | settings))
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         model.to(dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # as trained ones, whether the family multiplies by the weight or by one more
-                if name.endswith("norm.weight"):
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    parameter.mul_(self.head_norms)
+                if name.endswith(("norm.weight", ".alpha_p", ".alpha_n")):
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
-                elif name.endswith(".bias"):
+                elif name.endswith((".bias", ".sinks")):
                     parameter.normal_(0, 0.5)
                 elif name.endswith((".D", ".dt_bias")):  # which begin as ones
                     parameter.add_(torch.empty_like(parameter).normal_(0, 0.5))
@@ -209,18 +213,18 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
     ),
     "lfm2": TinyModel(
-        "lfm2", "lfm2", "LFM2, LFM2.5", fixtures.write_llama_3,
+        "lfm2", "lfm2", "LFM2, LFM2.5", fixtures.write_lfm2,
         {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]},
     ),
     "lfm2moe": TinyModel(
-        "lfm2moe", "lfm2_moe", "LFM2-8B-A1B", fixtures.write_llama_3,
+        "lfm2moe", "lfm2_moe", "LFM2-8B-A1B", fixtures.write_lfm2,
         {
             "num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"],
             "num_dense_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
         },
     ),
     "qwen35": TinyModel(
-        "qwen35", "qwen3_5_text", "Qwen3.5", fixtures.write_qwen3,
+        "qwen35", "qwen3_5_text", "Qwen3.5", fixtures.write_qwen3_5,
         {
             "num_hidden_layers": 4, "head_dim": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
             "linear_num_key_heads": 2, "linear_num_value_heads": 4, "tie_word_embeddings": True,
@@ -228,7 +232,7 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         converter_options=("--no-mtp",),
     ),
     "qwen35moe": TinyModel(
-        "qwen35moe", "qwen3_5_moe_text", "Qwen3.5-35B-A3B", fixtures.write_qwen3,
+        "qwen35moe", "qwen3_5_moe_text", "Qwen3.5-35B-A3B", fixtures.write_qwen3_5,
         {
             "num_hidden_layers": 4, "head_dim": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
             "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2,
@@ -236,6 +240,22 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
         converter_options=("--no-mtp",),
         published={"intermediate_size": None},
+    ),
+    "ministral3": TinyModel(
+        "mistral3", "ministral3", "Ministral 3", fixtures.write_ministral_3,
+        {
+            "head_dim": 128, "tie_word_embeddings": True,
+            "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        },
+    ),
+    "gemma4": TinyModel(
+        "gemma4", "gemma4_text", "Gemma 4 E2B, E4B", fixtures.write_gemma_4,
+        {
+            "num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "head_dim": 64, "global_head_dim": 128, "num_kv_shared_layers": 3, "sliding_window": 32,
+            "hidden_size_per_layer_input": 256, "use_double_wide_mlp": True, "final_logit_softcapping": 30.0,
+        },
+        head_norms=1 / 3,
     ),
     "granite": TinyModel(
         "granite", "granite", "Granite 3", fixtures.write_granite,
@@ -290,11 +310,79 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
         published=NEMOTRON_PUBLISHED | NEMOTRON_EXPERTS | {"hybrid_override_pattern": "ME*E", "n_group": 2},
     ),
+    "exaone4-32b": TinyModel(  # at 64 layers the graph has windows
+        "exaone4", "exaone4", "EXAONE 4 32B", fixtures.write_exaone_4,
+        {"num_hidden_layers": 64, "intermediate_size": 256, "sliding_window": 32},
+    ),
+    "exaone4": TinyModel(
+        "exaone4", "exaone4", "EXAONE 4 1.2B", fixtures.write_exaone_4,
+        {
+            "sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA_3_ROPE,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "ernie4_5": TinyModel(
+        "ernie4_5", "ernie4_5", "ERNIE 4.5 (dense)", fixtures.write_ernie_4_5, {"head_dim": 128}
+    ),
+    "arcee": TinyModel("arcee", "arcee", "AFM 4.5B", fixtures.write_smollm2, {"rope_parameters": YARN_ROPE}),
+    "seed-oss": TinyModel("seed_oss", "seed_oss", "Seed-OSS", fixtures.write_seed_oss, {"head_dim": 128}),
+    "hunyuan": TinyModel(
+        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan without long contexts", fixtures.write_hunyuan_dense,
+        {"head_dim": 64, "eod_token_id": None},
+    ),
+    "hunyuan-long": TinyModel(
+        "hunyuan-dense", "hunyuan_v1_dense", "Hunyuan 0.5B to 7B", fixtures.write_hunyuan_dense,
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
+            "head_dim": 128, "max_position_embeddings": 32768, "eod_token_id": None, "tie_word_embeddings": True,
+        },
+    ),
+    "glm4": TinyModel("glm4", "glm4", "GLM-4-0414", fixtures.write_glm_4, {"head_dim": 128}),
+    "glm": TinyModel(
+        "chatglm", "glm", "GLM-4-9B, GLM-Edge", fixtures.write_glm_4,
+        {
+            "head_dim": 64, "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+        },
+    ),
+    "apertus": TinyModel("apertus", "apertus", "Apertus", fixtures.write_apertus),
+    "granite_swa": TinyModel(
+        "granite_swa", "granite_swa", "Granite with windows", fixtures.write_granite,
+        {
+            "num_hidden_layers": 4, "sliding_window": 32, "embedding_multiplier": 12.0, "attention_multiplier": 0.02,
+            "residual_multiplier": 0.3, "logits_scaling": 8.0, "layer_rope_theta": [0, 10000.0, 10000.0, 0],
+            "no_rope_layers": [0, 1, 1, 0],  # which llama.cpp's converter reads
+        },
+    ),
+    "minicpm3": TinyModel(
+        "minicpm3", "minicpm3", "MiniCPM3-4B", fixtures.write_llama_2,
+        {
+            "hidden_size": 512, "q_lora_rank": 256, "kv_lora_rank": 256, "num_key_value_heads": 4,
+            "rope_parameters": PHI_3_ROPE | {"short_factor": [1.0 + i / 20 for i in range(16)],
+                                             "long_factor": [1.5 + i / 4 for i in range(16)]},
+        },
+    ),
 }  # fmt: skip
+
+_OLDER_FORM = "the converter reads the keys of an older form of config.json"
+ON_PURPOSE = {
+    "granite-4": {"tokenizer.ggml.add_space_prefix": "the architecture has it; no blank is added either way"},
+    "gemma4": {"tokenizer.ggml.token_type": "added tokens without a role are ordinary for the converter"},
+    "glm": {
+        "chatglm.context_length": _OLDER_FORM,
+        "chatglm.attention.layer_norm_rms_epsilon": _OLDER_FORM,
+        "chatglm.rope.freq_base": _OLDER_FORM,
+        "chatglm.attention.key_length": "the usual width, which the converter leaves out",
+        "chatglm.attention.value_length": "the usual width, which the converter leaves out",
+        "tokenizer.ggml.add_bos_token": "llama.cpp's default, which is left out",
+    },
+}
+"""Model to keys of metadata in which its file differs from the converter's, and why."""
 
 
 def edit_config(path: Path, **changes: Any) -> None:
     """Change keys of a model's ``config.json``; None removes one."""
     file = path / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | changes
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}), encoding="utf-8")
+    removed = {key for key, value in changes.items() if value is None}
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in removed}), encoding="utf-8")

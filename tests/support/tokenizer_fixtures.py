@@ -4,6 +4,7 @@ Each function writes the tokenizer files of a model directory and returns the vo
 trained on the texts of the check, so that merges, and so differences, happen where the check looks.
 """
 
+import base64
 import json
 from collections.abc import Sequence
 from io import BytesIO
@@ -14,6 +15,7 @@ from unicodedata import category
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, Unigram
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lieq_gguf.tokenizers.check_texts import CHECK_TEXTS
 from lieq_gguf.tokenizers.sentencepiece_model import open_sentencepiece
@@ -40,6 +42,22 @@ QWEN_2_REGEX = LLAMA_3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT_4O_REGEX = TEKKEN_REGEX.replace(r"\p{M}]+|[^", rf"\p{{M}}]+{CONTRACTIONS}?|[^").replace(
     r"\p{M}]*|\p{N}|", rf"\p{{M}}]*{CONTRACTIONS}?|\p{{N}}{{1,3}}|"
 )
+QWEN_3_5_REGEX = QWEN_2_REGEX.replace(r"]?\p{L}+", r"]?[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"
+)
+#: OpenAI's own spelling of the rule that Llama 3 has too
+CL100K_REGEX = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s"
+)
+SEED_REGEX = QWEN_2_REGEX.replace(r"\p{N}|", r"\p{N}{1}|").replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+")
+MINICPM_5_REGEXES = (r"\p{N}{1,3}", LLAMA_3_REGEX.replace("{1,3}", "+"))
+#: as in DeepSeek V3's tokenizer.json, where line breaks are not escaped
+DEEPSEEK_3_REGEXES = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 QWEN_2_SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|vision_pad|>",
 )  # fmt: skip
@@ -48,6 +66,7 @@ QWEN_2_PLAIN = (
     "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
 QWEN_3_PLAIN = (*QWEN_2_PLAIN, "<tool_response>", "</tool_response>", "<think>", "</think>")
+QWEN_3_5_PLAIN = (*QWEN_3_PLAIN, "<tts_pad>", "<tts_text_bos>")
 DEEPSEEK_BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 SMOLLM3_PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<code>", "</code>")
 OLMO_2_SPECIAL = (
@@ -77,6 +96,37 @@ LLAMA_3_SPECIAL = (
     "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
 )  # fmt: skip
 TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "<pad>")
+MINISTRAL_3_SPECIAL = (*TEKKEN_SPECIAL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[ARGS]", "[THINK]", "[/THINK]")
+N_MINISTRAL_3_SPECIAL = 16
+APERTUS_SPECIAL = ("<unk>", "<s>", "</s>", "<|system_start|>", "<|user_start|>", "<|assistant_end|>", "<pad>")
+LFM2_FIRST = (
+    "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|fim_pre|>", "<|fim_mid|>", "<|fim_suf|>", "<|im_start|>",
+    "<|im_end|>", "<|tool_list_start|>", "<|tool_list_end|>",
+)  # fmt: skip
+GLM_4_SPECIAL = (
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>",
+)  # fmt: skip
+GRANITE_4_SPECIAL = (
+    "<|pad|>", "<|unk|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|start_of_role|>", "<|end_of_role|>",
+    "<|end_of_text|>",
+)  # fmt: skip
+NEMOTRON_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<SPECIAL_17>")
+HUNYUAN_SPECIAL = tuple(
+    f"<\uff5chy_{name}\uff5c>".replace(" ", SPACE)
+    for name in ("begin of sentence", "User", "Assistant", "place holder no 2", "place holder no 3")
+)
+EXAONE_SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[UNK]", "[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]")
+SEED_SPECIAL = ("<seed:bos>", "<seed:pad>", "<seed:eos>")
+SEED_PLAIN = ("<seed:think>", "</seed:think>", "<seed:tool_call>", "</seed:tool_call>")
+GPT_OSS_SPECIAL = (
+    "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>",
+    "<|message|>", "<|call|>", "<|endofprompt|>",
+)  # fmt: skip
+MINICPM_5_SPECIAL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>")
+ERNIE_ROLES = ("<unk>", "<s>", "</s>", "<pad>")
+ERNIE_ADDED = ("<|begin_of_sentence|>", "<|end_of_sentence|>", "<mask:1>", "<|im_start|>", "<|im_end|>")
+GEMMA_4_NAMES = {"<start_of_turn>": "<|turn>", "<end_of_turn>": "<turn|>", "<table>": "<|channel>"}
 
 
 def write_smollm2(model_dir: Path) -> int:
@@ -222,8 +272,8 @@ def write_llama_2_model_only(model_dir: Path) -> int:
     return vocab_size
 
 
-def _write_qwen(model_dir: Path, plain: Sequence[str]) -> int:
-    tokenizer = _trained(BPE(), _split_then_bytes(QWEN_2_REGEX), ())
+def _write_qwen(model_dir: Path, plain: Sequence[str], regex: str = QWEN_2_REGEX) -> int:
+    tokenizer = _trained(BPE(), _split_then_bytes(regex), ())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.add_special_tokens(_added(QWEN_2_SPECIAL, special=True))
@@ -256,6 +306,11 @@ def write_qwen2(model_dir: Path) -> int:
 def write_qwen3(model_dir: Path) -> int:
     """As Qwen 2.5, with the tokens around thoughts."""
     return _write_qwen(model_dir, QWEN_3_PLAIN)
+
+
+def write_qwen3_5(model_dir: Path) -> int:
+    """Qwen 3.5: combining marks count as letters."""
+    return _write_qwen(model_dir, QWEN_3_5_PLAIN, QWEN_3_5_REGEX)
 
 
 def write_deepseek_r1_qwen(model_dir: Path) -> int:
@@ -311,7 +366,7 @@ def write_smollm3(model_dir: Path) -> int:
 
 def write_olmo2(model_dir: Path) -> int:
     """OpenAI's cl100k as Olmo 2 and 3 have it: Llama 3's rule by merges alone, no post-processor."""
-    tokenizer = _trained(BPE(), _split_then_bytes(LLAMA_3_REGEX, "removed", invert=True), ())
+    tokenizer = _trained(BPE(), _split_then_bytes(LLAMA_3_REGEX, behavior="removed", invert=True), ())
     tokenizer.add_special_tokens(_added(OLMO_2_SPECIAL, special=True))
     tokenizer.add_tokens(_added(OLMO_2_PLAIN, special=False))
     _save(
@@ -362,7 +417,7 @@ def write_granite(model_dir: Path) -> int:
 
 def write_phi_4_mini(model_dir: Path) -> int:
     """OpenAI's o200k as Phi-4-mini has it; most added tokens swallow the blanks behind them."""
-    split = _split_then_bytes(GPT_4O_REGEX, "removed", invert=True)
+    split = _split_then_bytes(GPT_4O_REGEX, behavior="removed", invert=True)
     tokenizer = _trained(BPE(), split, (), _texts_without_marks())
     tokenizer.add_special_tokens(_added(PHI_4_ADDED, special=True, swallowing=PHI_4_ADDED[2:]))
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False)
@@ -416,6 +471,204 @@ def write_phi_3(model_dir: Path) -> int:
         tokenizer_class="LlamaTokenizer",
     )
     return int(tokenizer.get_vocab_size()) + 5
+
+
+def write_lfm2(model_dir: Path) -> int:
+    """LFM2.5: Llama 3's rule in OpenAI's spelling, words taken whole, BOS by a template, special tokens first."""
+    tokenizer = _trained(BPE(ignore_merges=True), _split_then_bytes(CL100K_REGEX), LFM2_FIRST)
+    return _save_bytes(
+        tokenizer, model_dir, n_unused=6, first="<|startoftext|>", bos_token="<|startoftext|>", eos_token="<|im_end|>",
+        pad_token="<|pad|>", legacy=False, chat_template=CHATML, tokenizer_class="PreTrainedTokenizerFast",
+    )  # fmt: skip
+
+
+def write_ministral_3(model_dir: Path) -> int:
+    """Mistral's tekken as tokenizer.json, with the chat template in a file of its own."""
+    special = (
+        *MINISTRAL_3_SPECIAL,
+        *(f"<SPECIAL_{i}>" for i in range(len(MINISTRAL_3_SPECIAL), N_MINISTRAL_3_SPECIAL)),
+    )
+    tokenizer = _trained(BPE(ignore_merges=True), _split_then_bytes(TEKKEN_REGEX), special, _texts_without_marks())
+    vocab_size = _save_bytes(
+        tokenizer, model_dir, n_unused=0, first="<s>", add_bos_token=True, add_eos_token=False, bos_token="<s>",
+        eos_token="</s>", pad_token="<pad>", unk_token="<unk>", tokenizer_class="TokenizersBackend",
+    )  # fmt: skip
+    (model_dir / "chat_template.jinja").write_text(INST_CHAT, encoding="utf-8")
+    return vocab_size
+
+
+def write_tekken_json_only(model_dir: Path) -> int:
+    """The same as tekken.json, Mistral's own format: bytes in the order of merging, more of them than are used."""
+    vocab_size = write_ministral_3(model_dir)
+    content = json.loads((model_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    byte_of = {text: byte for byte, text in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+    texts = [text for text in content["model"]["vocab"] if text not in MINISTRAL_3_SPECIAL]
+    texts = [text for text in texts if not text.startswith("<SPECIAL_")]
+    encoded = [base64.b64encode(bytes(byte_of[c] for c in text)).decode() for text in texts]
+    entries = [{"rank": rank, "token_bytes": token, "token_str": None} for rank, token in enumerate(encoded)]
+    unused = [{"rank": len(entries), "token_bytes": base64.b64encode(b"never").decode(), "token_str": "never"}]
+    special = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(MINISTRAL_3_SPECIAL)]
+    config = {
+        "pattern": TEKKEN_REGEX, "num_vocab_tokens": len(entries) + 1, "default_vocab_size": vocab_size,
+        "default_num_special_tokens": N_MINISTRAL_3_SPECIAL, "version": "v13",
+    }  # fmt: skip
+    tekken = {"config": config, "vocab": entries + unused, "special_tokens": special}
+    (model_dir / "tekken.json").write_text(json.dumps(tekken), encoding="utf-8")
+    (model_dir / "tokenizer.json").unlink()
+    (model_dir / "tokenizer_config.json").unlink()
+    return vocab_size
+
+
+def write_apertus(model_dir: Path) -> int:
+    """Mistral's tekken with other special tokens."""
+    split = _split_then_bytes(TEKKEN_REGEX)
+    tokenizer = _trained(BPE(ignore_merges=True), split, APERTUS_SPECIAL, _texts_without_marks())
+    return _save_bytes(
+        tokenizer, model_dir, n_unused=3, first="<s>", bos_token="<s>", eos_token="<|assistant_end|>",
+        pad_token="<pad>", unk_token="<unk>", add_prefix_space=False, chat_template=CHATML,
+        tokenizer_class="PreTrainedTokenizerFast",
+    )  # fmt: skip
+
+
+def write_nemotron_h(model_dir: Path) -> int:
+    """Mistral's special tokens, but Llama 3's rule."""
+    tokenizer = _trained(BPE(ignore_merges=True), _split_then_bytes(LLAMA_3_REGEX), NEMOTRON_SPECIAL)
+    return _save_bytes(
+        tokenizer, model_dir, n_unused=-len(tokenizer.get_vocab()) % 8, first="<s>", bos_token="<s>",
+        eos_token="<|im_end|>", unk_token="<unk>", add_bos_token=True, chat_template=CHATML,
+        tokenizer_class="PreTrainedTokenizerFast",
+    )  # fmt: skip
+
+
+def write_granite_4(model_dir: Path) -> int:
+    """OpenAI's cl100k in its own spelling, with Granite's roles."""
+    tokenizer = _trained(BPE(), _split_then_bytes(CL100K_REGEX, behavior="removed", invert=True), ())
+    tokenizer.add_special_tokens(_added(GRANITE_4_SPECIAL, special=True))
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False)
+    return _save_bytes(
+        tokenizer, model_dir, n_unused=-len(tokenizer.get_vocab()) % 8, add_prefix_space=False,
+        bos_token="<|end_of_text|>", eos_token="<|end_of_text|>", pad_token="<|pad|>", unk_token="<|unk|>",
+        chat_template=CHATML, tokenizer_class="GPT2Tokenizer",
+    )  # fmt: skip
+
+
+def write_glm_4(model_dir: Path) -> int:
+    """GLM-4 of 2025: Llama 3's rule, words taken whole, no post-processor; several tokens end an answer."""
+    tokenizer = _trained(BPE(ignore_merges=True), _split_then_bytes(LLAMA_3_REGEX), ())
+    tokenizer.add_special_tokens(_added(GLM_4_SPECIAL, special=True))
+    ends = [int(tokenizer.token_to_id(text) or 0) for text in ("<|endoftext|>", "<|user|>", "<|observation|>")]
+    vocab_size = _save_bytes(
+        tokenizer, model_dir, n_unused=4, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        chat_template="[gMASK]<sop>" + CHATML, tokenizer_class="PreTrainedTokenizerFast",
+    )  # fmt: skip
+    (model_dir / "config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+    return vocab_size
+
+
+def write_hunyuan_dense(model_dir: Path) -> int:
+    """Hunyuan: DeepSeek V3's rule; tokenizer_config.json names another token than ends an answer."""
+    tokenizer = _trained(BPE(), _split_then_bytes(*DEEPSEEK_3_REGEXES), ())
+    tokenizer.add_special_tokens(_added(HUNYUAN_SPECIAL, special=True))
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False)
+    ids = [int(tokenizer.token_to_id(text) or 0) for text in HUNYUAN_SPECIAL]
+    vocab_size = _save_bytes(
+        tokenizer, model_dir, n_unused=5, bos_token=HUNYUAN_SPECIAL[0], eos_token=HUNYUAN_SPECIAL[1],
+        chat_template=CHATML, tokenizer_class="PreTrainedTokenizerFast",
+    )  # fmt: skip
+    (model_dir / "config.json").write_text(json.dumps({"eod_token_id": ids[3], "pad_token_id": -1}), encoding="utf-8")
+    (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[3:]}), encoding="utf-8")
+    return vocab_size
+
+
+def write_exaone_4(model_dir: Path) -> int:
+    """EXAONE 4: GPT-2's rule."""
+    tokenizer = _trained(BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), EXAONE_SPECIAL)
+    tokenizer.add_tokens(_added(("<think>", "</think>", "<tool_call>"), special=False))
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return _save_bytes(
+        tokenizer, model_dir, n_unused=2, bos_token="[BOS]", eos_token="[|endofturn|]", pad_token="[PAD]",
+        unk_token="[UNK]", chat_template=CHATML, tokenizer_class="GPT2Tokenizer",
+    )  # fmt: skip
+
+
+def write_seed_oss(model_dir: Path) -> int:
+    """Seed-OSS: Qwen's rule, but line breaks never follow punctuation."""
+    tokenizer = _trained(BPE(), _split_then_bytes(SEED_REGEX), SEED_SPECIAL)
+    tokenizer.add_tokens(_added(SEED_PLAIN, special=False))
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return _save_bytes(
+        tokenizer, model_dir, n_unused=3, bos_token="<seed:bos>", eos_token="<seed:eos>", pad_token="<seed:pad>",
+        chat_template=CHATML, tokenizer_class="PreTrainedTokenizerFast",
+    )  # fmt: skip
+
+
+def write_gpt_oss(model_dir: Path) -> int:
+    """gpt-oss: OpenAI's o200k; it says that words are taken whole, but merges lead to each of them."""
+    split = _split_then_bytes(GPT_4O_REGEX)
+    tokenizer = _trained(BPE(ignore_merges=True), split, (), _texts_without_marks())
+    tokenizer.add_special_tokens(_added(GPT_OSS_SPECIAL, special=True))
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False)
+    return _save_bytes(
+        tokenizer, model_dir, n_unused=9, bos_token="<|startoftext|>", eos_token="<|return|>",
+        pad_token="<|endoftext|>", chat_template=CHATML, tokenizer_class="PreTrainedTokenizerFast",
+    )  # fmt: skip
+
+
+def write_minicpm_5(model_dir: Path) -> int:
+    """MiniCPM 5: Llama 3's rule, before which digits are split by threes."""
+    tokenizer = _trained(BPE(ignore_merges=True), _split_then_bytes(*MINICPM_5_REGEXES), MINICPM_5_SPECIAL)
+    return _save_bytes(
+        tokenizer, model_dir, n_unused=1, first="<s>", bos_token="<s>", eos_token="<|im_end|>", unk_token="<unk>",
+        chat_template=CHATML, tokenizer_class="PreTrainedTokenizerFast",
+    )  # fmt: skip
+
+
+def write_ernie_4_5(model_dir: Path) -> int:
+    """ERNIE 4.5: SentencePiece BPE without a leading blank, separators among the added tokens."""
+    processor = _train_sentencepiece(
+        model_dir, model_type="bpe", vocab_size=1000, character_coverage=0.98, add_dummy_prefix=False, pad_id=3,
+        pad_piece="<pad>",
+    )  # fmt: skip
+    tokenizer = _llama_2_fast(processor)
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.add_special_tokens(_added((*ERNIE_ROLES, *ERNIE_ADDED), special=True))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1")
+    _save(
+        tokenizer,
+        model_dir,
+        add_bos_token=False,
+        add_eos_token=False,
+        add_prefix_space=False,
+        added_tokens_decoder=_decoder_entries(tokenizer),
+        additional_special_tokens=list(ERNIE_ADDED[3:]),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        cls_token=ERNIE_ADDED[0],
+        sep_token=ERNIE_ADDED[1],
+        mask_token=ERNIE_ADDED[2],
+        chat_template=CHATML,
+        tokenizer_class="Ernie4_5Tokenizer",
+    )
+    return int(tokenizer.get_vocab_size()) + 4
+
+
+def write_gemma_4(model_dir: Path) -> int:
+    """Gemma 4: Gemma's kind of BPE as tokenizer.json alone, with other turns; BOS is left to the chat template."""
+    write_gemma_json_only(model_dir)
+    for path in (model_dir / "tokenizer.json", model_dir / "tokenizer_config.json"):
+        text = path.read_text(encoding="utf-8")
+        for old, new in GEMMA_4_NAMES.items():
+            text = text.replace(old, new)
+        path.write_text(text, encoding="utf-8")
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    tokenizer.add_special_tokens(_added(list(GEMMA_4_NAMES.values()), special=True))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1")
+    tokenizer.save(str(model_dir / "tokenizer.json"))
+    _update_json(model_dir / "tokenizer_config.json", add_bos_token=False)
+    (model_dir / "config.json").write_text(json.dumps({"model_type": "gemma4_text"}), encoding="utf-8")
+    return int(tokenizer.get_vocab_size())
 
 
 def write_gemma(model_dir: Path) -> int:
@@ -576,13 +829,9 @@ def _llama_2_fast(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:
     return tokenizer
 
 
-def _split_then_bytes(regex: str, behavior: str = "isolated", invert: bool = False) -> Any:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(regex), behavior, invert),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+def _split_then_bytes(*regexes: str, behavior: str = "isolated", invert: bool = False) -> Any:
+    splits = [pre_tokenizers.Split(Regex(regex), behavior, invert) for regex in regexes]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _texts_without_marks() -> tuple[str, ...]:
@@ -639,6 +888,26 @@ def _save(tokenizer: Tokenizer, model_dir: Path, **config: Any) -> None:
     model_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(model_dir / "tokenizer.json"))
     (model_dir / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _save_bytes(tokenizer: Tokenizer, model_dir: Path, n_unused: int, first: str = "", **config: Any) -> int:
+    """Save a byte-level BPE and its tokens in tokenizer_config.json; returns the vocab_size.
+
+    Args:
+        tokenizer: what to save.
+        model_dir: where to.
+        n_unused: rows of the embedding beyond the tokens.
+        first: token before every text.
+        config: of tokenizer_config.json.
+    """
+    if first:
+        known = [(first, int(tokenizer.token_to_id(first) or 0))]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=known
+        )
+    config = {"clean_up_tokenization_spaces": False, **config}
+    _save(tokenizer, model_dir, added_tokens_decoder=_decoder_entries(tokenizer), **config)
+    return int(tokenizer.get_vocab_size()) + n_unused
 
 
 def _update_json(path: Path, **changes: Any) -> None:

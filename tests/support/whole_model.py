@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lieq_gguf.measure import base_model, layer_model
+from lieq_gguf.measure import layer_model
 from lieq_gguf.measure.observers.projections import twin_seed
 from lieq_gguf.measure.type_errors import probe_matrix
 from lieq_gguf.records.importance import ImportanceMatrix
@@ -139,7 +139,7 @@ class OuterReference:
 def whole_twin(path: Path, n_layers: int, ids: npt.NDArray[np.int64], seed: int) -> dict[str, torch.Tensor]:
     """Projections of an untrained model of all layers at once, by tensor name."""
     config = ModelDirectory(path).transformers_config()
-    hidden = base_model.twin_embedding(config, ids, seed)
+    hidden = layer_model.LayerModel(config, torch.device("cpu")).embed_untrained(ids, seed)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(path)).model
     for layer, module in enumerate(model.layers):
         twin = layer_model.LayerModel(config, torch.device("cpu"))

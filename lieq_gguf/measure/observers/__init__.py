@@ -81,10 +81,10 @@ class Observer:
         """Take a batch of hidden states ``[n_chunks, chunk_size, d_model]`` before and after the layer, on the CPU."""
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
-        """End a layer, which may be run again. ``hidden`` are all its inputs ``[n_chunks, chunk_size, d_model]``."""
+        """End a layer, which may be run again. ``hidden`` are its inputs ``[n_chunks, chunk_size, state_width]``."""
 
     def conclude(self, output_head: OutputHead, hidden: torch.Tensor) -> None:
-        """End the pass. ``hidden`` are the outputs of the last layer ``[n_chunks, chunk_size, d_model]``."""
+        """End the pass. ``hidden`` are the outputs of the last layer ``[n_chunks, chunk_size, state_width]``."""
 
     def statistics(self, layer: int) -> Mapping[str, Any]:  # noqa: ARG002
         """After the pass, the statistics of a layer that ``gives`` names."""

@@ -1,8 +1,9 @@
 """The damage of quantising the outer matrices: the embedding, the output matrix, or the one matrix that is both.
 
 Their damage has the same unit as that of the layers' matrices, the block error. For the embedding it is the change of
-the first layer's output. No layer follows the output matrix: its damage is the divergence of the logits, converted into
-block error at the rate of the whole decoder, the divergence it causes over the sum of its block errors.
+the first layer's output, for a second table of tokens the sum of the changes of all layers' outputs. No layer follows
+the output matrix: its damage is the divergence of the logits, converted into block error at the rate of the whole
+decoder, the divergence it causes over the sum of its block errors.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.observers import Observer, Observers, PassSetting
-from lieq_gguf.measure.observers.quantization_damage import QuantizationDamage, relative_change
+from lieq_gguf.measure.observers.quantization_damage import QuantizationDamage
 from lieq_gguf.measure.output_head import OutputHead
 from lieq_gguf.measure.type_errors import probe_matrix, probe_type, relative_errors
 from lieq_gguf.native import encoders, ggml
@@ -41,6 +42,8 @@ class OuterDamage(Observer):
         self.sensitivities: dict[str, float] = {}
         self.kld_per_block_error: float | None = None
         source = setting.source
+        outer = {t.name: t for t in source.spec.outer_matrices}
+        self._output = outer.get("output.weight", source.spec.embedding)
         self._matrices = [(tensor, source.read(tensor)) for tensor in source.spec.outer_matrices]
         self._sample = setting.damage_sample
         self._decoder = others[QuantizationDamage]
@@ -49,13 +52,21 @@ class OuterDamage(Observer):
         self._n_threads = setting.options.compute.n_threads
         ids, counts = np.unique(setting.tokens.ids, return_counts=True)
         self._frequent = torch.from_numpy(ids[np.argsort(-counts, kind="stable")[:_N_SAMPLED_ROWS]])
-        self._embedding_error = 0.0
+        self._embedding_error = self._table_error = 0.0
+        self._probed_table: torch.Tensor | None = None
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
-        """Quantise the embedding of the sample and run the first layer on it."""
+        """Quantise the embedding of the sample and run the first layer on it, and the second table for every layer."""
+        before = hidden[self._sample]
         if layer.index == 0:
-            before = hidden[self._sample]
-            self._embedding_error = relative_change(layer.forward(before), layer.forward(self._probed(before)))
+            probed = layer.with_hidden(before, self._probed(layer.hidden_part(before)))
+            self._embedding_error = layer.relative_change(layer.forward(before), layer.forward(probed))
+        if layer.token_table is not None:
+            intact = layer.forward(before)
+            if self._probed_table is None:
+                self._probed_table = self._probed(layer.token_table.float())
+            with layer.replaced_token_table(self._probed_table):
+                self._table_error += layer.relative_change(intact, layer.forward(before))
 
     def conclude(self, output_head: OutputHead, hidden: torch.Tensor) -> None:
         """Compare logits, and express the divergence as block error."""
@@ -66,13 +77,13 @@ class OuterDamage(Observer):
         if of_decoder > 0:
             drift = output_head.divergence(intact, self._decoder.drifted[:, ::_TOKEN_STEP])
             self.kld_per_block_error = drift / of_decoder or None
-        embedding, output = self._matrices[0][0], self._matrices[-1][0]  # the same if they are tied
+        errors = {"token_embd.weight": self._embedding_error, "per_layer_token_embd.weight": self._table_error}
         for tensor, matrix in self._matrices:
             rows = np.ascontiguousarray(matrix[self._frequent].float().numpy())
             probe = probe_matrix(rows, None, self._n_threads)
-            damage = self._embedding_error if tensor is embedding else 0.0
+            damage = errors.get(tensor.name, 0.0)
             self.type_errors[tensor.name] = relative_errors([probe], self._types, self._n_threads)[0]
-            if tensor is output:
+            if tensor is self._output:
                 if self.kld_per_block_error is None:  # an exact probe shows no damage of the output matrix
                     continue
                 damage += divergence / self.kld_per_block_error

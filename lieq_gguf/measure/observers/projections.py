@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from lieq_gguf.measure.base_model import twin_embedding
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.observers import Observer, Observers, PassSetting
 from lieq_gguf.records.measurement import Spectrum
@@ -35,7 +34,7 @@ class Projections(Observer):
         self._twin = LayerModel(setting.config, setting.device)
         rows, prefix = self._prefixes
         ids = setting.tokens.ids[rows.numpy(), prefix]
-        self._twin_hidden = self._twin.embed(twin_embedding(setting.config, ids, self._seed))
+        self._twin_hidden = self._twin.embed_untrained(ids, self._seed)
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """Run the layer and its twin on their hidden states."""

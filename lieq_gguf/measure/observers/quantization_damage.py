@@ -58,7 +58,7 @@ class QuantizationDamage(Observer):
         for probe in probes:
             first = next(name for name in record if name in layer.modules[probe.tensor])
             with _put_into(layer, probe), layer.replaying(record, until=first):
-                self.block_errors[probe.tensor.name] = relative_change(intact, layer.forward(before))
+                self.block_errors[probe.tensor.name] = layer.relative_change(intact, layer.forward(before))
         with ExitStack() as all_replaced:
             for probe in probes:
                 all_replaced.enter_context(_put_into(layer, probe))
@@ -82,9 +82,3 @@ def _put_into(layer: LayerModel, probe: TensorProbe) -> Iterator[None]:
         for module, matrix in zip(layer.modules[probe.tensor], probe.matrices, strict=True):
             replaced.enter_context(layer.replaced(module, torch.from_numpy(matrix.decoded)))
         yield
-
-
-def relative_change(intact: torch.Tensor, changed: torch.Tensor) -> float:
-    """Mean over tokens of ``‖changed − intact‖² / ‖intact‖²``."""
-    change = (changed - intact).double().square().sum(dim=-1)
-    return float((change / intact.double().square().sum(dim=-1)).mean())
