@@ -13,9 +13,10 @@ from support.families import TINY_MODELS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lieq_gguf.errors import LieqError
+from lieq_gguf.measure.base_model import without_time_limits
 from lieq_gguf.sources.model_directory import ModelDirectory
 
-ONE_OF_EACH_FAMILY = list({tiny.family: name for name, tiny in TINY_MODELS.items()}.values())
+ONE_OF_EACH_FAMILY = list({(tiny.family, tiny.model_type): name for name, tiny in TINY_MODELS.items()}.values())
 # llama.cpp computes no such window, which a warning says; of tied matrices, the files decide
 TOLD_OTHERWISE = ("sliding_window", "use_sliding_window", "tie_word_embeddings", "use_cache")
 
@@ -37,10 +38,12 @@ def other_values(key: str, value: Any) -> Iterator[Any]:
 
 
 def described(path: Path) -> Any:
-    """What a file would say of the model, without its weights."""
+    """What a file would say of the model, without its weights, but with the factors that are put into them."""
     source = ModelDirectory(path)
     computed = [source.read(t).tolist() for t in source.spec.tensors if t.source_name is None]
-    return source.read_metadata().values, source.spec.tensors, computed, source.warnings
+    names = [name for tensor in source.spec.tensors for name in tensor.source_names]
+    factors = [source.family.factors(source.spec.config, name) for name in names]
+    return source.read_metadata().values, source.spec.tensors, computed, factors, source.warnings
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
@@ -50,6 +53,7 @@ def test_no_field_that_counts_is_overlooked(name: str, tmp_path: Path) -> None:
     intact = json.loads(file.read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    without_time_limits(model)  # which are transformers' own
     ids = torch.arange(8, 72)[None]
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits
@@ -69,6 +73,7 @@ def test_no_field_that_counts_is_overlooked(name: str, tmp_path: Path) -> None:
                 settings = AutoConfig.from_pretrained(path)
                 changed = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)  # type: ignore[no-untyped-call]
                 changed.load_state_dict(model.state_dict())
+                without_time_limits(changed)
                 with torch.inference_mode():
                     found = changed.eval()(ids, use_cache=False).logits
             except Exception:  # transformers does not take the value either

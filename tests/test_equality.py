@@ -19,7 +19,9 @@ from support.reports import PLAIN, edit_json, edit_weights, negate_up, untie_hea
 from support.requests import convert_plainly, on_text, request_of
 
 from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.falcon_h1 import FalconH1
 from lieq_gguf.architectures.gemma3 import Gemma3
+from lieq_gguf.architectures.granite_hybrid import GraniteHybrid
 from lieq_gguf.architectures.llama import Llama
 from lieq_gguf.architectures.modules import ATTENTION
 from lieq_gguf.errors import VerificationError
@@ -84,7 +86,28 @@ WRITERS_FAULTS: dict[str, tuple[str, dict[str, Any], Patch, str]] = {
         "qwen3moe", {}, lambda m: m.setattr(ModelDirectory, "rows", transposed_rows),
         "blk.1.ffn_gate_exps.weight has other weights",
     ),
+    "factors left out": (
+        "falcon-h1", {}, lambda m: m.setattr(FalconH1, "factors", lambda *_: ()),
+        "computes embedding or layer 0 otherwise",
+    ),
+    "factor of the output": (
+        "falcon-h1", {}, lambda m: m.setattr(FalconH1, "factors", _factors_of_layers), "computes the logits otherwise",
+    ),
+    "decay of Mamba-2": (
+        "granite-h", {}, lambda m: m.setattr(GraniteHybrid, "layer_modules", _layer_without_exponent),
+        "computes embedding or layer 0 otherwise",
+    ),
 }  # fmt: skip
+
+_factors, _layer_modules = FalconH1.factors, GraniteHybrid.layer_modules
+
+
+def _layer_without_exponent(self: GraniteHybrid, config: Any, layer: int) -> Any:
+    return tuple(replace(module, is_negated_exp=False) for module in _layer_modules(self, config, layer))
+
+
+def _factors_of_layers(self: FalconH1, config: Any, name: str) -> Any:
+    return () if name == HEAD else _factors(self, config, name)
 
 
 def _plain(module: Any) -> Any:
@@ -260,12 +283,12 @@ def test_of_a_model_that_llama_cpp_runs_the_weights_are_compared(
 ) -> None:
     exact = convert_plainly(tiny_model, tmp_path / "exact.gguf")
     file = convert_plainly(exact, tmp_path / "out.gguf", "Q4_K")
-    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda _name: None)
+    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda *_: None)
     assert check_equality(open_source(exact), file, TEXT, ComputeOptions()) is None
     changed = Path(shutil.copytree(tiny_model, tmp_path / "changed"))
     edit_weights(negate_up)(changed)
     monkeypatch.undo()
     other = convert_plainly(changed, tmp_path / "other.gguf")
-    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda _name: None)
+    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda *_: None)
     with pytest.raises(VerificationError, match=r"blk\.1\.ffn_up\.weight has other weights"):
         check_equality(open_source(other, SourceOptions()), file, TEXT, ComputeOptions())

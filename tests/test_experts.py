@@ -18,7 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.imatrix_file import load_importance, save_importance
 from lieq_gguf.measure import llama_cpp_pass
-from lieq_gguf.measure.experts import Experts, separate_experts
+from lieq_gguf.measure.experts import Experts, separate_matrices
 from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.passes import PassOptions, PassResult
 from lieq_gguf.measure.text import CalibrationTokens
@@ -86,7 +86,7 @@ def test_experts_with_modules_compute_what_stacked_ones_do(whole: Whole) -> None
     _, shares, chosen = whole.mixtures[0].gate(hidden)
     with torch.inference_mode():
         expected = holder[0](hidden, chosen, shares)
-        separate_experts(holder)
+        separate_matrices(holder)
         found = holder[0](hidden, chosen, shares)
     assert isinstance(holder[0], Experts) and isinstance(whole.mixtures[0].experts, Qwen3MoeExperts)
     torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT32_SUMS * float(expected.std()))

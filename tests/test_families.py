@@ -30,16 +30,27 @@ from support.tolerances import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lieq_gguf import pipeline
-from lieq_gguf.architectures import FAMILIES, Decoder
+from lieq_gguf.architectures import FAMILIES, Decoder, family_named
 from lieq_gguf.errors import ArchitectureError, LieqError, SourceError
 from lieq_gguf.evaluation.inspection import inspect
 from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.measure.base_model import without_time_limits
+from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.passes import PassOptions
+from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.native.llama_cpp import open_model
+from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.measurement import measured
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_TOKENS = 128  # more than the windows of the tiny models
 KEYS_AND_VALUES = ("attn_k", "attn_v")
+# llama.cpp's converter gives them any length
+WITHOUT_POSITIONS = ("granite-h", "granite-h-moe", "nemotron-h", "nemotron-3", "nemotron-3-super")
+ONE_OF_EACH_CLASS = pytest.mark.parametrize(
+    "name", {(model.family, model.model_type): name for name, model in TINY_MODELS.items()}.values()
+)
 EVERY_MODEL = pytest.mark.parametrize("name", TINY_MODELS)
 
 
@@ -63,6 +74,7 @@ def written(shared: Path) -> Callable[[str], Written]:
         folder = made_once(shared / "families" / name, make)
         path = folder / name
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        without_time_limits(model)  # which transformers alone has
         n_vocab = model.config.vocab_size
         ids = np.random.default_rng(0).integers(8, n_vocab - 8, (2, N_TOKENS))
         with torch.inference_mode():
@@ -98,11 +110,25 @@ def test_f16_file_computes_what_transformers_does(name: str, written: Callable[[
     model = written(name)
     with open_model(model.f16_file, n_ctx=N_TOKENS, n_threads=2) as loaded:
         found = loaded.logits(model.ids[0].tolist())
-    bounds = {"qwen3moe": (MIXTURE_LOGITS, MIXTURE_SHARE), "exaone4-32b": (DEEP_F16_LOGITS,)}
-    assert_logits_close(found, model.logits[0], *bounds.get(name, (F16_LOGITS,)))
+    is_mixture = any("_exps" in tensor.spec.name for tensor in GgufFile(model.f16_file).tensors)
+    bounds = (MIXTURE_LOGITS, MIXTURE_SHARE) if is_mixture else (F16_LOGITS,)
+    assert_logits_close(found, model.logits[0], *((DEEP_F16_LOGITS,) if name == "exaone4-32b" else bounds))
 
 
-@pytest.mark.parametrize("name", {model.family: name for name, model in TINY_MODELS.items()}.values())
+@ONE_OF_EACH_CLASS
+def test_every_matrix_is_measured(name: str, written: Callable[[str], Written]) -> None:
+    source, tokens = ModelDirectory(written(name).path), CalibrationTokens(written(name).ids, "random")
+    result = run_pass(source, tokens, PassOptions(error_types=(QUANT_TYPES["Q2_K"],)))
+    for measurement, matrices in zip(result.measurements, source.spec.layer_matrices, strict=True):
+        errors, spectra = measured(measurement.block_errors), measured(measurement.spectra)
+        assert {role for role, error in errors.items() if error > 0} == {t.role for t in matrices}
+        assert spectra.keys() == {t.role for t in matrices if not t.of_experts}
+        for tensor in matrices:
+            assert float(np.sum(result.importance.in_sum2[tensor.name])) > 0
+            assert 0 < result.type_errors[tensor.name]["Q2_K"] < 1
+
+
+@ONE_OF_EACH_CLASS
 def test_conversion_to_few_bits_runs(name: str, written: Callable[[str], Written], tmp_path: Path) -> None:
     file = convert(written(name).path, tmp_path / "small.gguf", 2.7)
     meter = GgufFile(file).bit_meter()
@@ -124,9 +150,9 @@ def test_cache_and_bytes_of_a_token_are_those_of_the_model(name: str, written: C
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         of_head = getattr(config, "qk_head_dim", head_dim) + getattr(config, "v_head_dim", head_dim)
         width = config.num_key_value_heads * of_head * config.num_hidden_layers
-    n_ctx = min(config.max_position_embeddings, 4096)
+    n_ctx = 4096 if name in WITHOUT_POSITIONS else min(config.max_position_embeddings, 4096)
     assert (found.n_ctx, found.kv_cache_bytes) == (n_ctx, 2 * width * n_ctx)
-    n_experts = getattr(config, "num_experts", 1) or 1
+    n_experts = next((n for key in ("num_experts", "num_local_experts") if (n := getattr(config, key, 0))), 1)
     n_idle = n_experts - getattr(config, "num_experts_per_tok", n_experts)
     sizes = {t.spec.name: t.data.nbytes for t in GgufFile(found.file).tensors}
     idle = sum(size for tensor, size in sizes.items() if "_exps" in tensor) * n_idle // n_experts
@@ -151,7 +177,13 @@ def converted(written: Callable[[str], Written], llama_cpp: Path, shared: Path) 
 
     def make(folder: Path) -> None:
         jobs = [
-            converter.Job(written(n).path, written(n).f16_file, folder / f"{n}.gguf", tiny.converter_options)
+            converter.Job(
+                written(n).path,
+                written(n).f16_file,
+                folder / f"{n}.gguf",
+                tiny.converter_options,
+                tiny.without_defaults,
+            )
             for n, tiny in TINY_MODELS.items()
         ]
         converter.run_converter(jobs, llama_cpp)
@@ -245,6 +277,33 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "factor of the embedding": ("minicpm3", {"scale_emb": 10}, "scale_emb is 10"),
     "longer context": ("minicpm3", {"max_position_embeddings": 4096}, "is 1024 and max_position_embeddings 4096"),
     "dense layers": ("qwen3moe", {"mlp_only_layers": [0]}, "some layers have no experts"),
+    "width of Mamba-2": ("granite-h", {"mamba_expand": 4, "mamba_d_head": 128}, "are 1024 wide, .* hidden_size, 512"),
+    "kind of layer": ("granite-h", {"layer_types": ["mamba", "attention", "moe"]}, "layer_types .* 'moe'"),
+    "no bias": ("granite-h", {"mamba_conv_bias": False}, "mamba_conv_bias is off"),
+    "bias": ("granite-h", {"mamba_proj_bias": True}, "mamba_proj_bias is set"),
+    "time steps": ("granite-h", {"time_step_limit": [0.0, 0.1]}, "time_step_limit is 0 to 0.1"),
+    "groups": ("granite-h", {"mamba_n_groups": 3}, "mamba_n_heads is 8; expected a multiple of mamba_n_groups, 3"),
+    "norm before the gate": ("falcon-h1-34b", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate is set"),
+    "width of heads": ("falcon-h1", {"mamba_d_ssm": 512}, "mamba_d_ssm is 512; expected 8 heads of width 32"),
+    "bias of a projection": ("falcon-h1", {"projectors_bias": True}, "projectors_bias is set"),
+    "number of multipliers": (
+        "falcon-h1",
+        {"ssm_multipliers": [1.0]},
+        r"ssm_multipliers .* is \[1.0\]; expected 5 numbers",
+    ),
+    "networks beside experts": ("nemotron-3", {"hybrid_override_pattern": "ME*-"}, "has 'mlp'; expected linear_attent"),
+    "letter": ("nemotron-h", {"hybrid_override_pattern": "M-*X"}, "has 'X'; expected"),
+    "activation of networks": ("nemotron-h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu', .* with 'relu2'"),
+    "least time step": ("nemotron-h", {"time_step_limit": [0.01, float("inf")]}, "time_step_limit is 0.01 to inf"),
+    "chosen groups": ("nemotron-3", {"n_group": 3}, "8 experts in 3 groups, of which 1 are used"),
+    "too many experts": ("nemotron-3-super", {"num_experts_per_tok": 5}, "is 5, more than the 4 experts"),
+    "shares as they are": ("lfm2moe", {"norm_topk_prob": False}, "norm_topk_prob is off"),
+    "scaled shares": ("lfm2moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5"),
+    "experts without Mamba-2": (
+        "granite-4",
+        {"num_local_experts": 8, "num_experts_per_tok": 2},
+        "experts in a model without Mamba-2",
+    ),
     "shares": ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is not set"),
     "biases of a convolution": ("lfm2", {"conv_bias": True}, "conv_bias is set"),
     "width of all heads": ("lfm2", {"head_dim": 32}, "4 heads of width 32 are not as wide"),
@@ -287,6 +346,16 @@ DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "share": ("glm4", {"rope_parameters": {"partial_rotary_factor": "half"}}),
     "bases": ("granite_swa", {"layer_rope_theta": 5}),
     "no rotation": ("smollm3", {"no_rope_layers": 5}),
+    "layers of Mamba-2": ("granite-h", {"layer_types": 5}),
+    "number of layers": ("granite-h", {"layer_types": None, "num_hidden_layers": "x"}),
+    "time steps": ("granite-h", {"time_step_limit": [0.0, "x"]}),
+    "no pattern": ("nemotron-h", {"hybrid_override_pattern": None}),
+    "pattern": ("nemotron-h", {"hybrid_override_pattern": 5}),
+    "latent width": ("nemotron-3-super", {"moe_latent_size": "x"}),
+    "dense layers": ("lfm2moe", {"num_dense_layers": "x"}),
+    "factor": ("falcon-h1", {"key_multiplier": "x"}),
+    "factors of Mamba-2": ("falcon-h1", {"ssm_multipliers": "x"}),
+    "number of experts": ("granite-h-moe", {"num_local_experts": None, "num_experts_per_tok": 9}),
 }
 
 
@@ -298,6 +367,12 @@ def test_damaged_configuration_is_refused_in_one_line(case: str, tmp_path: Path)
     with pytest.raises(LieqError) as refusal:
         ModelDirectory(path)
     assert "\n" not in str(refusal.value)
+
+
+def test_one_matrix_with_two_factors_is_refused(tmp_path: Path) -> None:
+    path = TINY_MODELS["falcon-h1"].write(tmp_path / "falcon", tie_word_embeddings=True)
+    with pytest.raises(ArchitectureError, match=r"embedding_multiplier is 5\.65 and lm_head_multiplier 0\.04"):
+        ModelDirectory(path)
 
 
 def test_a_bias_that_is_missing_is_refused_from_the_headers(tmp_path: Path) -> None:
@@ -349,6 +424,14 @@ def test_windows_that_llama_cpp_does_not_compute_are_warned_of(
     assert any("look back" in warning for warning in ModelDirectory(path).warnings) == is_warned_of
 
 
+@pytest.mark.parametrize(("name", "kind"), [("granite-h", "rope"), ("granite-4", "nope")])
+def test_rotation_of_granite_4_is_that_of_its_configuration(name: str, kind: str, tmp_path: Path) -> None:
+    """The proof of equality compares what both compute. llama.cpp's converter looks at the kinds of layers alone."""
+    path = TINY_MODELS[name].write(tmp_path / name, position_embedding_type=kind)
+    [rotates] = [v for k, v in keys(convert_plainly(path, tmp_path / "f16.gguf")).items() if k.endswith("finetuned")]
+    assert rotates == (kind == "rope")
+
+
 GEMMA_3_BEFORE = {
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
@@ -366,10 +449,12 @@ def test_older_configuration_of_gemma_3_is_the_same_model(tmp_path: Path) -> Non
     assert expected["gemma3.rope.scaling.factor"] == 8.0
 
 
+_ARCHITECTURES = tuple(f"{family.gguf_name}." for family in FAMILIES)
+
+
 def keys(file: Path) -> dict[str, Any]:
     """The hyper-parameters in a file."""
-
-    return {name: f.contents() for name, f in gguf.GGUFReader(file).fields.items() if name.startswith("gemma3.")}
+    return {name: f.contents() for name, f in gguf.GGUFReader(file).fields.items() if name.startswith(_ARCHITECTURES)}
 
 
 ROPE_KEYS: dict[str, dict[str, Any]] = {
@@ -425,7 +510,8 @@ def test_rotary_keys_mean_what_they_mean_to_transformers(name: str, keys: dict[s
     config = SIZES | {"vocab_size": 100} | {k: v for k, v in tiny.settings.items() if k != "rope_parameters"} | keys
     (tmp_path / "config.json").write_text(json.dumps({"model_type": tiny.model_type} | config))
     read = AutoConfig.from_pretrained(tmp_path).rope_parameters
-    [family] = [family for family in FAMILIES if family.gguf_name == tiny.family]
+    family = family_named(tiny.family)
+    assert family is not None
     for kind in ("full_attention", "sliding_attention"):
         expected = read.get(kind, read)
         found = family.rope(config, kind)

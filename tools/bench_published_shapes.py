@@ -45,6 +45,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 4,
         "layer_types": ["conv", "conv", "full_attention", "conv"],
     },
+    "Granite-4-h-tiny": {
+        "model_type": "granitemoehybrid", "vocab_size": 100_352, "hidden_size": 1536, "intermediate_size": 512,
+        "shared_intermediate_size": 1024, "num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 3,
+        "layer_types": ["mamba", "mamba", "attention"], "num_local_experts": 64, "num_experts_per_tok": 6,
+        "mamba_n_heads": 48, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2,
+        "position_embedding_type": "nope", "embedding_multiplier": 12.0, "attention_multiplier": 0.0078125,
+        "residual_multiplier": 0.22, "logits_scaling": 6.0, "tie_word_embeddings": True,
+    },
     "Ministral-3-3B": {
         "model_type": "ministral3", "vocab_size": 131_072, "hidden_size": 3072, "intermediate_size": 9216,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 3,

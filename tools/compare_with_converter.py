@@ -38,10 +38,11 @@ def main() -> None:
     print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
     with tempfile.TemporaryDirectory() as scratch:
         for name in parser.parse_args().models:
-            model = TINY_MODELS[name].write(Path(scratch) / name) if name in TINY_MODELS else Path(name)
+            tiny = TINY_MODELS.get(name)
+            model = Path(name) if tiny is None else tiny.write(Path(scratch) / name)
+            told = () if tiny is None else (tiny.converter_options, tiny.without_defaults)
             ours = convert_plainly(model, Path(scratch) / f"{model.name}-ours.gguf")
-            options = TINY_MODELS[name].converter_options if name in TINY_MODELS else ()
-            job = Job(model, ours, Path(scratch) / f"{model.name}-theirs.gguf", options)
+            job = Job(model, ours, Path(scratch) / f"{model.name}-theirs.gguf", *told)
             run_converter([job], source)
             result = compare_files(ours, job.theirs)
             top_1, logit_difference = compare_logits(model, ours)

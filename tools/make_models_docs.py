@@ -8,11 +8,11 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from lieq_gguf.architectures import FAMILIES, language_model_config
+from lieq_gguf.architectures import FAMILIES, Decoder, language_model_config
 from lieq_gguf.tokenizers.pre_tokenizers import TABLE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from support.families import TEXT_PARTS, TINY_MODELS
+from support.families import TEXT_PARTS, TINY_MODELS, TinyModel
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
@@ -111,7 +111,7 @@ def render() -> str:
     for family in FAMILIES:
         about = (inspect.getdoc(inspect.getmodule(type(family))) or "").partition("\n")[0].partition(": ")[2]
         classes = ", ".join(f"`{name}`" for name in family.source_classes)
-        models = [f"`{name}`: {m.stands_for}" for name, m in tiny.items() if m.family == family.gguf_name]
+        models = [f"`{name}`: {m.stands_for}" for name, m in tiny.items() if _family_of(m) is family]
         n_lines = len(inspect.getsource(inspect.getmodule(type(family))).splitlines())  # type: ignore[arg-type]
         cells = (f"`{family.gguf_name}`", classes, about.rstrip("."), "; ".join(models), str(n_lines))
         rows.append(f"| {' | '.join(cells)} |\n")
@@ -141,6 +141,12 @@ def unusual_matrices() -> str:
         if others:
             lines.append(f"* `{family.gguf_name}`: {others}\n")
     return "".join(lines)
+
+
+def _family_of(model: TinyModel) -> Decoder:
+    """Of the families with one name in llama.cpp, that of transformers' name, or the first."""
+    named = [family for family in FAMILIES if family.gguf_name == model.family]
+    return next((family for family in named if family.model_type == model.model_type), named[0])
 
 
 def main() -> None:

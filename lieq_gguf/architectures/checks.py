@@ -77,6 +77,16 @@ def require_kinds(config: Config, kinds: Collection[str]) -> None:
         raise ArchitectureError(f"layer_types in config.json has {len(found)} layers, num_hidden_layers is {n_layers}")
 
 
+def require_experts(config: Config, key: str, n_chosen_from: int | None = None) -> None:
+    """Require numbers of experts, of which a token uses no more than there are, or than it may choose from."""
+    n_used = config["num_experts_per_tok"]
+    require_count(key, config[key])
+    require_count("num_experts_per_tok", n_used)
+    n_experts = config[key] if n_chosen_from is None else n_chosen_from
+    if n_used > n_experts:
+        raise ArchitectureError(f"num_experts_per_tok is {n_used}, more than the {n_experts} experts")
+
+
 def require_usual_heads(config: Config, head_dim: int, gguf_name: str) -> None:
     """Refuse heads whose widths do not add up to the model's, where the graph or the format knows of no others."""
     usual = config["hidden_size"] // config["num_attention_heads"]

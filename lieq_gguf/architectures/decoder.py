@@ -6,7 +6,7 @@ refuses what a graph cannot express: it would run and give other numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import gguf
@@ -42,9 +42,12 @@ class Decoder:
         norm_offset: Added to the weights of norms, since the graph multiplies by the weight alone.
         has_windows: Whether the graph supports layers that look back only some tokens.
         biases: Keys of ``config.json`` that switch on biases which the graph adds.
+        has_network: Whether there is a feed-forward network besides experts.
         defaults: What transformers' configuration has where ``config.json`` has nothing.
         header_parameters: Names in the source's layers of single numbers that the file keeps in its header. A
             configuration has them by these names, one number for each layer.
+        folded_settings: Settings of transformers' configuration that the graph has no place for, and their values once
+            :meth:`factors` are in the weights.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
     """
 
@@ -62,9 +65,19 @@ class Decoder:
     norm_offset: ClassVar[float] = 0.0
     has_windows: ClassVar[bool] = False
     biases: ClassVar[tuple[str, ...]] = ()
+    has_network: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {}
     header_parameters: ClassVar[tuple[str, ...]] = ()
+    folded_settings: ClassVar[Mapping[str, Any]] = {}
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
+
+    def has_model(self, config: Config) -> bool:  # noqa: ARG002
+        """Whether a model of one of ``source_classes`` belongs to the family; ``config`` is as it was read."""
+        return True
+
+    def has_file(self, keys: Collection[str]) -> bool:  # noqa: ARG002
+        """Whether a file of the architecture belongs to the family, by its keys without the architecture."""
+        return True
 
     def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with what it leaves out and this family needs."""
@@ -72,8 +85,8 @@ class Decoder:
 
     def check(self, config: Config) -> None:
         """Raise ArchitectureError for what llama.cpp's graph cannot express, and KeyError for a missing key."""
-        for key in ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
-                    "num_hidden_layers", "vocab_size"):  # fmt: skip
+        for key in ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size",
+                    *(("intermediate_size",) if self.has_network else ())):  # fmt: skip
             require_count(key, config[key])
         for key in ("num_key_value_heads", "head_dim", "sliding_window"):
             if config.get(key) is not None:
@@ -139,8 +152,9 @@ class Decoder:
         n_kv_heads = int(config.get("num_key_value_heads") or n_heads)
         head_dim = self.head_dim(config)
         return {
+            "one": 1,
             "width": int(config["hidden_size"]),
-            "n_ff": int(config["intermediate_size"]),
+            "n_ff": int(config["intermediate_size"]) if self.has_network else 0,
             "n_vocab": int(config["vocab_size"]),
             "n_heads": n_heads,
             "n_kv_heads": n_kv_heads,
@@ -252,7 +266,7 @@ class Decoder:
             column_order=column_order,
             offset=self.norm_offset if adds_one else 0.0,
             is_negated_exp=module.is_negated_exp,
-            is_convolution=module.is_convolution,
+            stored_shape=tuple(sizes[name] for name in module.stored_shape) or None,
             is_fixed=module.is_fixed,
             active_share=sizes["n_experts_used"] / sizes["n_experts"] if of_expert else 1.0,
         )
@@ -269,20 +283,29 @@ class Decoder:
         order = self.orders(config)[name] if name else None
         return None if order is None or order.changes_nothing else order
 
+    def factors(self, config: Config, name: str) -> Sequence[tuple[slice, float]]:  # noqa: ARG002
+        """By what the rows of a tensor of the source are multiplied in the file, one factor after the other."""
+        return ()
+
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """Write the keys that llama.cpp needs to build the graph, as its converter does."""
         sizes = self.sizes(config)
         writer.add_block_count(config["num_hidden_layers"])
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(sizes["width"])
-        writer.add_feed_forward_length(self.feed_forward_lengths(config))
+        if self.has_network:
+            writer.add_feed_forward_length(self.feed_forward_lengths(config))
         writer.add_head_count(sizes["n_heads"])
         writer.add_head_count_kv(self.kv_heads(config))
-        writer.add_layer_norm_rms_eps(config[self.norm_epsilon])
+        self.add_norm_epsilon(config, writer)
         if config.get("head_dim") is not None or self.default_head_dim is not None:
             writer.add_key_length(sizes["head_dim"])
             writer.add_value_length(sizes["head_dim"])
         self.add_rope(config, writer)
+
+    def add_norm_epsilon(self, config: Config, writer: gguf.GGUFWriter) -> None:
+        """Write the number that norms add to the mean square."""
+        writer.add_layer_norm_rms_eps(config[self.norm_epsilon])
 
     def kv_heads(self, config: Config) -> int | list[int]:
         """Heads of keys and values as the file counts them, one number or one for each layer."""
@@ -327,19 +350,26 @@ class Decoder:
             "model_type": self.model_type,
             "vocab_size": n_vocab,
             "hidden_size": stored.count("embedding_length"),
-            "intermediate_size": stored.most("feed_forward_length"),
             "num_hidden_layers": stored.count("block_count"),
             "num_attention_heads": n_heads,
             "num_key_value_heads": stored.most("attention.head_count_kv", n_heads),
             "head_dim": head_dim,
             "max_position_embeddings": stored.count("context_length"),
-            self.norm_epsilon: stored.number("attention.layer_norm_rms_epsilon"),
+            self.norm_epsilon: self.source_epsilon(stored),
             "tie_word_embeddings": "output.weight" not in stored.shapes,
         }
+        if self.has_network:
+            config["intermediate_size"] = stored.most("feed_forward_length")
+        else:
+            stored.per_layer("feed_forward_length", None)  # nothing has this width
         for module in self.modules:
             if module.bias not in ("", "always"):
                 config[module.bias] = any(name.endswith(f".{module.role}.bias") for name in stored.shapes)
         return config | {"rope_parameters": self.source_rope(stored, head_dim)}
+
+    def source_epsilon(self, stored: StoredParameters) -> float:
+        """The number of :meth:`add_norm_epsilon`."""
+        return stored.number("attention.layer_norm_rms_epsilon")
 
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:
         """Rotary parameters made from the keys of :meth:`add_rope`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import gguf
@@ -19,6 +20,10 @@ class Granite(Llama):
     gguf_name = "granite"
     model_type = "granite"
     source_classes = ("GraniteForCausalLM",)
+
+    def has_file(self, keys: Collection[str]) -> bool:
+        """Whether the file is not one of Granite 4, which has keys of layers that it does not have."""
+        return "ssm.inner_size" not in keys
 
     def check(self, config: Config) -> None:
         """Refuse also heads of an unusual width, which the format cannot store for Granite."""

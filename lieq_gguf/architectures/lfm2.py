@@ -23,7 +23,9 @@ ATTENTION_LAYER = (
 )
 CONVOLUTION_LAYER = (
     LayerModule("shortconv.in_proj", "conv.in_proj", ("three_widths", "width"), bias="conv_bias"),
-    LayerModule("shortconv.conv", "conv.conv", ("width", "n_kernel"), is_fixed=True, is_convolution=True),
+    LayerModule(
+        "shortconv.conv", "conv.conv", ("width", "n_kernel"), is_fixed=True, stored_shape=("width", "one", "n_kernel")
+    ),
     LayerModule("shortconv.out_proj", "conv.out_proj", ("width", "width")),
 )
 LAYER_NORMS = (LayerModule("attn_norm", "operator_norm", ("width",)), LayerModule("ffn_norm", "ffn_norm", ("width",)))
@@ -41,7 +43,7 @@ class Lfm2(Decoder):
     gguf_name = "lfm2"
     model_type = "lfm2"
     source_classes: ClassVar[tuple[str, ...]] = ("Lfm2ForCausalLM", "LFM2ForCausalLM")
-    modules = (*LAYER_NORMS, *ATTENTION_LAYER, *CONVOLUTION_LAYER, *FEED_FORWARD)
+    modules: ClassVar[tuple[LayerModule, ...]] = (*LAYER_NORMS, *ATTENTION_LAYER, *CONVOLUTION_LAYER, *FEED_FORWARD)
     final_norm = ("token_embd_norm", "embedding_norm")
     norm_epsilon = "norm_eps"
     default_theta = 1_000_000.0
@@ -78,7 +80,7 @@ class Lfm2(Decoder):
         """The common sizes, with the width of the feed-forward network as transformers adjusts it."""
         sizes = super().sizes(config)
         n_ff = sizes["n_ff"]
-        if config["block_auto_adjust_ff_dim"]:
+        if config.get("block_auto_adjust_ff_dim"):
             n_ff, multiple = int(2 * n_ff / 3), int(config["block_multiple_of"])
             if config["block_ffn_dim_multiplier"] is not None:
                 n_ff = int(config["block_ffn_dim_multiplier"] * n_ff)

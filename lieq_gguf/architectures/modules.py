@@ -20,7 +20,7 @@ class LayerModule:
         suffixes: What follows the names in the file and in the source; a parameter without a module has none.
         has_own_scale: Whether it is a norm that multiplies by its weight alone where the family's others add one.
         is_negated_exp: Whether the file has ``-exp(w)``.
-        is_convolution: Whether it convolves every channel by itself.
+        stored_shape: Shape of its weight in the source, if that has the same numbers in another shape.
     """
 
     role: str
@@ -33,7 +33,7 @@ class LayerModule:
     suffixes: tuple[str, str] = (".weight", ".weight")
     has_own_scale: bool = False
     is_negated_exp: bool = False
-    is_convolution: bool = False
+    stored_shape: tuple[str, ...] = ()
 
 
 NORMS = (
@@ -60,6 +60,12 @@ FEED_FORWARD = (
     LayerModule("ffn_gate", "mlp.gate_proj", ("n_ff", "width"), bias="mlp_bias"),
     LayerModule("ffn_up", "mlp.up_proj", ("n_ff", "width"), bias="mlp_bias"),
     LayerModule("ffn_down", "mlp.down_proj", ("width", "n_ff"), bias="mlp_bias"),
+)
+EXPERTS = (
+    LayerModule("ffn_gate_inp", "mlp.gate", ("n_experts", "width"), is_fixed=True),
+    LayerModule("ffn_gate_exps", "mlp.experts.{}.gate_proj", ("n_experts", "n_expert_ff", "width")),
+    LayerModule("ffn_up_exps", "mlp.experts.{}.up_proj", ("n_experts", "n_expert_ff", "width")),
+    LayerModule("ffn_down_exps", "mlp.experts.{}.down_proj", ("n_experts", "width", "n_expert_ff")),
 )
 SANDWICH_NORMS = (
     LayerModule("attn_norm", "input_layernorm", ("width",)),

@@ -28,7 +28,7 @@ _DELTA_RULE = (
     LayerModule("attn_gate", "linear_attn.in_proj_z", ("value_width", "width"), rows="values"),
     LayerModule(
         "ssm_conv1d", "linear_attn.conv1d", ("n_channels", "n_kernel"), rows="values_of_qkv", is_fixed=True,
-        is_convolution=True,
+        stored_shape=("n_channels", "one", "n_kernel"),
     ),
     LayerModule("ssm_dt", "linear_attn.dt_bias", ("n_value_heads",), rows="value_heads", suffixes=(".bias", "")),
     LayerModule(
@@ -54,7 +54,8 @@ class Qwen35(Decoder):
     gguf_name = "qwen35"
     model_type = "qwen3_5_text"
     source_classes: ClassVar[tuple[str, ...]] = ("Qwen3_5ForCausalLM",)
-    modules = (*_LAYER_NORMS, *_GATED_ATTENTION, *_DELTA_RULE, *FEED_FORWARD)
+    network: ClassVar[tuple[LayerModule, ...]] = FEED_FORWARD
+    modules: ClassVar[tuple[LayerModule, ...]] = (*_LAYER_NORMS, *_GATED_ATTENTION, *_DELTA_RULE, *FEED_FORWARD)
     rope_types: ClassVar[tuple[str, ...]] = ("default", "yarn")
     norm_offset = 1.0
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -122,7 +123,7 @@ class Qwen35(Decoder):
     def layer_modules(self, config: Config, layer: int) -> tuple[LayerModule, ...]:
         """Attention or the delta rule, and a feed-forward network."""
         mixer = _DELTA_RULE if config["layer_types"][layer] == _KINDS[0] else _GATED_ATTENTION
-        return (_LAYER_NORMS[0], *mixer, _LAYER_NORMS[1], *FEED_FORWARD)
+        return (_LAYER_NORMS[0], *mixer, _LAYER_NORMS[1], *self.network)
 
     def orders(self, config: Config) -> Mapping[str, HeadOrder]:
         """Value heads, in transformers by key head."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import gguf
 
-from lieq_gguf.architectures.checks import Config, require_count
+from lieq_gguf.architectures.checks import Config, require_count, require_experts
 from lieq_gguf.architectures.decoder import Decoder
-from lieq_gguf.architectures.modules import ATTENTION, HEAD_NORMS, NORMS, LayerModule
+from lieq_gguf.architectures.modules import ATTENTION, EXPERTS, HEAD_NORMS, NORMS
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
@@ -19,28 +19,13 @@ class Qwen3Moe(Decoder):
     gguf_name = "qwen3moe"
     model_type = "qwen3_moe"
     source_classes = ("Qwen3MoeForCausalLM",)
-    modules = (
-        NORMS[0],
-        *ATTENTION,
-        *HEAD_NORMS,
-        NORMS[1],
-        LayerModule("ffn_gate_inp", "mlp.gate", ("n_experts", "width"), is_fixed=True),
-        LayerModule("ffn_gate_exps", "mlp.experts.{}.gate_proj", ("n_experts", "n_expert_ff", "width")),
-        LayerModule("ffn_up_exps", "mlp.experts.{}.up_proj", ("n_experts", "n_expert_ff", "width")),
-        LayerModule("ffn_down_exps", "mlp.experts.{}.down_proj", ("n_experts", "width", "n_expert_ff")),
-    )
+    modules = (NORMS[0], *ATTENTION, *HEAD_NORMS, NORMS[1], *EXPERTS)
 
     def check(self, config: Config) -> None:
         """Refuse also layers without experts, and shares of experts that do not sum to one."""
         super().check(config)
-        n_experts, n_used = config.get("num_experts") or config["num_local_experts"], config["num_experts_per_tok"]
-        for key, value in (
-            ("num_experts", n_experts), ("num_experts_per_tok", n_used),
-            ("moe_intermediate_size", config["moe_intermediate_size"]),
-        ):  # fmt: skip
-            require_count(key, value)
-        if n_used > n_experts:
-            raise ArchitectureError(f"num_experts_per_tok is {n_used}, more than the {n_experts} experts")
+        require_experts(config, "num_experts" if config.get("num_experts") else "num_local_experts")
+        require_count("moe_intermediate_size", config["moe_intermediate_size"])
         if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
             raise ArchitectureError(
                 "some layers have no experts (mlp_only_layers, decoder_sparse_step), but llama.cpp's graph has them in "

@@ -76,8 +76,11 @@ def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageM
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from lieq_gguf.measure.base_model import without_time_limits
+
     disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr has our own progress bar
     torch.set_num_threads(n_threads)
     loaded = source.load_model()
     loaded.train(False)
+    without_time_limits(loaded)
     yield TransformersModel(loaded, source.load_tokenizer(), source.spec.architecture)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ class GgufFile:
             source_name=None if tensor.name in COMPUTED_TENSORS else tensor.name,
             shape=tensor.shape,
             layer=int(layer.group(1)) if layer else None,
-            is_fixed=len(tensor.shape) > 1 and is_never_quantised(tensor.name),
+            is_fixed=len(tensor.shape) > 1 and (is_never_quantised(tensor.name) or prod(tensor.shape[:-1]) == 1),
             active_share=self._active_share if len(tensor.shape) == 3 else 1.0,
         )
         stop = tensor.offset + quant_type.tensor_bytes(tensor.shape)

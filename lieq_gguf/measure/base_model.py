@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -9,16 +10,18 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from lieq_gguf.measure.experts import separate_experts
+from lieq_gguf.measure.experts import separate_matrices
 
 _ROTATED = ("no_rope_layers", "layer_rope_theta")  # 0 for a layer without rotation
 _LAYER_LISTS = ("layer_types", *_ROTATED)  # in transformers' configurations, one entry per layer
 _SHARING = "kv_sharing_modes"
 _REUSE = "reuse"
 
+_N_DENSE = "num_dense_layers"  # how many layers have no experts, the first ones
+
 LayerKind: TypeAlias = tuple[str, ...]
-"""What mixes the tokens in a layer, whether it is rotated, and whether it uses the keys and values of an earlier one;
-layers of the same kind differ only in their weights."""
+"""What mixes the tokens in a layer, whether it is rotated, whether it uses the keys and values of an earlier one, and
+whether it has experts where not all have; layers of the same kind differ only in their weights."""
 
 
 def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
@@ -28,7 +31,8 @@ def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
     lists = [values for key in _ROTATED if (values := getattr(config, key, None))]
     rotated = ["rotated" if all(values[i] for values in lists) else "" for i in range(n_layers)]
     sharing = [_REUSE if mode == _REUSE else "" for mode in sharing_modes(config)]
-    return [(str(types[i]), rotated[i], sharing[i]) for i in range(n_layers)]
+    dense = ["dense" if i < getattr(config, _N_DENSE, 0) else "" for i in range(n_layers)]
+    return [(str(types[i]), rotated[i], sharing[i], dense[i]) for i in range(n_layers)]
 
 
 def sharing_modes(config: PretrainedConfig) -> list[str | None]:
@@ -46,16 +50,17 @@ def examples_of_kinds(config: PretrainedConfig) -> list[int]:
 def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     """A base model with one layer of each kind and a small vocabulary, filled by the model's own initialiser."""
     examples = examples_of_kinds(config)
-    changes: dict[str, Any] = {
-        key: [values[i] for i in examples] for key in _LAYER_LISTS if (values := getattr(config, key, None))
-    }
+    values = config.to_dict()
+    stored = (*_LAYER_LISTS, "layers_block_type")  # the older name of the first; some families compute it
+    changes: dict[str, Any] = {key: [values[key][i] for i in examples] for key in stored if values.get(key)}
     if hasattr(config, _SHARING):
         modes = sharing_modes(config)
         changes["num_kv_shared_layers"] = sum(modes[i] == _REUSE for i in examples)
-    values = config.to_dict()
     by_layer = {int(layer): settings for layer, settings in (values.get("per_layer_config") or {}).items()}
     if by_layer:
         changes["per_layer_config"] = {new: by_layer[old] for new, old in enumerate(examples) if old in by_layer}
+    if hasattr(config, _N_DENSE):
+        changes[_N_DENSE] = sum(i < getattr(config, _N_DENSE) for i in examples)
     sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
     if hasattr(config, "vocab_size_per_layer_input"):
         sizes["vocab_size_per_layer_input"] = n_vocab
@@ -70,8 +75,20 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
         auto = AutoModelForCausalLM if type(small) in AutoModelForCausalLM._model_mapping else AutoModel
         model = auto.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
     base: nn.Module = model.eval().base_model
-    separate_experts(base)
+    separate_matrices(base)
+    without_time_limits(base)
     return base
+
+
+def without_time_limits(model: nn.Module) -> None:
+    """Let Mamba-2 layers keep every time step, as llama.cpp does and the code that Nemotron-H was published with.
+
+    transformers has those of Nemotron-H at 0.001 or more, which changes the published models (a divergence of 0.03 is
+    reported in huggingface/transformers, pull request 48989). Other limits are refused before.
+    """
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, math.inf)  # type: ignore[assignment]
 
 
 def given_to_layers(model: nn.Module, **inputs: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:

@@ -1,7 +1,7 @@
-"""A mixture of experts with a linear module for every matrix of every expert.
+"""A linear module for every matrix of the file, also where transformers has several in one.
 
-transformers stacks the matrices of all experts and multiplies without modules, so there is no place to watch the inputs
-of an expert, or to change one matrix.
+It stacks the matrices of all experts and multiplies without modules, so there is no place to watch the inputs of an
+expert, or to change one matrix. Some families have gate and up in one module.
 """
 
 from __future__ import annotations
@@ -33,28 +33,41 @@ class Experts(nn.ModuleList):
 
 
 class Expert(nn.Module):
-    """One gated feed-forward network."""
+    """One feed-forward network, with or without a gate."""
 
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, activation: nn.Module) -> None:
-        """Take ``gate_up`` ``[2 n_ff, d_model]`` and ``down`` ``[d_model, n_ff]``."""
+    def __init__(self, up: torch.Tensor, down: torch.Tensor, activation: nn.Module, *, has_gate: bool) -> None:
+        """Take ``up`` ``[n_ff, d_model]``, below the gate of the same shape if there is one, and ``down``."""
         super().__init__()
-        gate, up = gate_up.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
+        self.has_gate = has_gate
+        if has_gate:
+            gate, up = up.chunk(2)
+            self.gate_proj = _linear(gate)
+        self.up_proj, self.down_proj = _linear(up), _linear(down)
         self.activation = activation
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[n_tokens, d_model]`` to the same shape."""
-        result: torch.Tensor = self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+        """``[…, d_model]`` to the same shape."""
+        if self.has_gate:
+            inner = self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)
+        else:
+            inner = self.activation(self.up_proj(hidden))
+        result: torch.Tensor = self.down_proj(inner)
         return result
 
 
-def separate_experts(model: nn.Module) -> None:
-    """Replace stacked experts by experts with their own modules and the same random weights."""
-    for name in [name for name, module in model.named_modules() if _is_stacked(module)]:
-        stacked: Any = model.get_submodule(name)
-        weights = zip(stacked.gate_up_proj.detach(), stacked.down_proj.detach(), strict=True)
-        experts = Experts(Expert(gate_up, down, stacked.act_fn) for gate_up, down in weights)
-        model.set_submodule(name, experts)
+def separate_matrices(model: nn.Module) -> None:
+    """Replace what holds several matrices in one by modules of their own, with the same random weights."""
+    for name, module in list(model.named_modules()):
+        given: Any = module
+        if _is_stacked(module):
+            has_gate = hasattr(module, "gate_up_proj")
+            ups = given.gate_up_proj if has_gate else given.up_proj
+            weights = zip(ups.detach(), given.down_proj.detach(), strict=True)
+            experts = (Expert(up, down, given.act_fn, has_gate=has_gate) for up, down in weights)
+            model.set_submodule(name, Experts(experts))
+        elif isinstance(getattr(module, "input_linear", None), nn.Linear):  # Granite's
+            up, down = given.input_linear.weight.detach(), given.output_linear.weight.detach()
+            model.set_submodule(name, Expert(up, down, given.activation, has_gate=True))
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
@@ -65,5 +78,6 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def _is_stacked(module: nn.Module) -> bool:
-    weights = (getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None))
+    up = getattr(module, "gate_up_proj", None)
+    weights = (getattr(module, "up_proj", None) if up is None else up, getattr(module, "down_proj", None))
     return all(isinstance(w, nn.Parameter) and w.ndim == 3 for w in weights)

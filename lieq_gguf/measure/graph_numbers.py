@@ -17,10 +17,14 @@ from lieq_gguf.measure.base_model import given_to_layers, initialised, layer_kin
 
 _POSITIONS = (0, 1, 2, 5, 20, 100, 500, 2000, 10_000, 50_000)  # whose rotations are compared
 _ANGLE = 0.02
+_WIDTHS = (
+    "intermediate_size", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
+)  # fmt: skip
 _SMALL = 32  # neurons of the feed-forward network, whose width the shapes of the tensors tell
-# numbers for training or generation, that no forward pass reads, and sizes, which the shapes of the tensors tell
+# numbers for training or generation, that no forward pass reads, tokens computed together, and sizes, which the shapes
+# of the tensors tell
 _NOT_COMPARED = re.compile(
-    r"training|.*dropout.*|padding_idx|_.*|max_seq_len_cached|original_max_seq_len|layer_idx|(in|out)_features"
+    r"training|.*dropout.*|padding_idx|_.*|chunk_size|max_seq_len_cached|original_max_seq_len|layer_idx|(in|out)_features"
     r"|sliding_window_pattern"
 )
 
@@ -57,7 +61,7 @@ def numbers_differ(found: PretrainedConfig, expected: PretrainedConfig, *, with_
 
 
 def _small_model(config: PretrainedConfig) -> nn.Module:
-    sizes = {key: _SMALL for key in ("intermediate_size", "moe_intermediate_size") if hasattr(config, key)}
+    sizes = {key: _SMALL for key in _WIDTHS if hasattr(config, key)}
     return initialised(type(config).from_dict(config.to_dict() | sizes), n_vocab=1, seed=0)
 
 

@@ -95,8 +95,10 @@ class LayerModel:
         self._forgotten: list[tuple[torch.Tensor, torch.Size]] = []
 
     @classmethod
-    def of(cls, source: Source, compute: ComputeOptions) -> LayerModel:
+    def of(cls, source: Source, compute: ComputeOptions, config: PretrainedConfig | None = None) -> LayerModel:
         """The layers of a model as ``compute`` says, which also sets torch's number of threads.
+
+        They are those of ``config`` if it is given, and otherwise of the source's own.
 
         Raises:
             CalibrationError: if the device is not available.
@@ -105,7 +107,7 @@ class LayerModel:
         torch.set_num_threads(compute.n_threads)
         device = torch_device(compute.device)
         in_bfloat16 = not compute.in_float32 and has_fast_bfloat16(device)
-        return cls(source.transformers_config(), device, in_bfloat16=in_bfloat16)
+        return cls(config or source.transformers_config(), device, in_bfloat16=in_bfloat16)
 
     def embed(self, source: Weights, ids: npt.NDArray[np.int64], rows_of: RowsOf | None = None) -> torch.Tensor:
         """States before the first layer ``[n_chunks, chunk_size, state_width]``.
@@ -321,7 +323,8 @@ class LayerModel:
                 around = around | self._carried.arguments(carried, self.device, self._of_tokens)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
                     output = self.layer(states.to(self.device), **around)
-                yield rows, self._joined(output.float().cpu(), self._carried.after(self.index, carried, around))
+                after = (output[0] if isinstance(output, tuple) else output).float().cpu()
+                yield rows, self._joined(after, self._carried.after(self.index, carried, around))
 
     def batches(self, hidden: torch.Tensor) -> Iterator[slice]:
         """Rows of ``hidden`` for each batch."""
@@ -335,7 +338,9 @@ class LayerModel:
         assert norm.source_name is not None
         final_norm = self._model.get_submodule(norm.source_name.removeprefix("model.").removesuffix(".weight"))
         final_norm.load_state_dict({"weight": source.read(norm)})
-        divisor = getattr(self.config, "logits_scaling", None) or 1.0
+        divisor = (getattr(self.config, "logits_scaling", None) or 1.0) / getattr(
+            self.config, "lm_head_multiplier", 1.0
+        )
         return OutputHead(
             final_norm, matrix, self.device, divisor, cap=getattr(self.config, "final_logit_softcapping", None)
         )

@@ -23,7 +23,7 @@ class OutputHead:
     ) -> None:
         """Take ``matrix`` ``[n_vocab, d_model]``; logits are divided by ``divisor``, then ``cap · tanh(logits / cap)``.
 
-        Both as in transformers: Granite divides, Gemma 2 caps.
+        Both as in transformers: Granite divides, Falcon-H1 multiplies, Gemma 2 caps.
         """
         self._norm = norm
         self._matrix = matrix

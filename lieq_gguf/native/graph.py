@@ -39,7 +39,8 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-_LAYER_OUTPUT = re.compile(r"l_out-(\d+)")
+# in Nemotron-H, networks have l_out before the residual stream is added; the other name follows
+_LAYER_OUTPUT = re.compile(r"(?:l_out|nemotron_h_block_out)-(\d+)")
 _NUMBERS = {QUANT_TYPES["F32"].ggml_id: np.dtype(np.float32), 26: np.dtype(np.int32)}  # GGML_TYPE_I32
 
 
@@ -67,7 +68,7 @@ class Node:
 
     @property
     def output_of_layer(self) -> int | None:
-        """Index of the layer whose output it is; None for any other node."""
+        """Index of the layer whose output it is, the last of a layer if there are several; None for any other node."""
         match = _LAYER_OUTPUT.fullmatch(self.name)
         return None if match is None else int(match[1])
 

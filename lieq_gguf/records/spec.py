@@ -71,7 +71,7 @@ class TensorSpec:
         column_order: The same of the columns, as the outputs of another matrix that are this one's inputs.
         offset: What the file adds to every weight of the source.
         is_negated_exp: Whether the file has ``-exp(w)`` for a weight ``w`` of the source.
-        is_convolution: Whether it convolves every channel by itself; the source has one axis more, of length 1.
+        stored_shape: Shape in the source, if that has the same numbers in another shape.
         is_fixed: Whether the tensor keeps ``fixed_type`` even though it has rows: llama.cpp does not quantise it.
         fixed_type: Name of the type of a vector, and of a tensor that is fixed.
         active_share: Share of the weights that a token uses; less than 1 for experts.
@@ -85,7 +85,7 @@ class TensorSpec:
     column_order: HeadOrder | None = None
     offset: float = 0.0
     is_negated_exp: bool = False
-    is_convolution: bool = False
+    stored_shape: tuple[int, ...] | None = None
     is_fixed: bool = False
     fixed_type: str = "F32"
     active_share: float = 1.0
@@ -100,9 +100,7 @@ class TensorSpec:
     @property
     def source_shape(self) -> tuple[int, ...]:
         """Shape of each of those tensors."""
-        if self.is_convolution:
-            return (self.shape[0], 1, *self.shape[1:])
-        return self.shape[1:] if self.of_experts else self.shape
+        return self.stored_shape or (self.shape[1:] if self.of_experts else self.shape)
 
     @property
     def of_experts(self) -> bool:

@@ -155,7 +155,7 @@ def load_adapter(path: Path, base: Path, spec: ModelSpec) -> LoraAdapter:
     _check_config(path / _CONFIG, config)
     file = path / _WEIGHTS
     shapes = _read_shapes(path)
-    shape_of = {name: t.shape[1:] if t.of_experts else t.shape for t in spec.tensors for name in t.source_names}
+    shape_of = {name: t.source_shape for t in spec.tensors for name in t.source_names}
     matrices, replacements = _assign(file, shapes, shape_of, spec)
     updates = {name: _make_update(file, config, name, keys, shapes) for name, keys in matrices.items()}
     for name, update in updates.items():

@@ -5,8 +5,8 @@ This is the only module that knows how one becomes the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
+Factors: TypeAlias = Sequence[tuple[slice, float]]
+"""Rows of a tensor, and by what they are multiplied."""
 _Number = TypeVar("_Number", np.float32, np.uint8)
 
 CHUNK_WEIGHTS = 1 << 22
@@ -27,6 +29,16 @@ CHUNK_WEIGHTS = 1 << 22
 def in_file_order(tensor: TensorSpec, rows: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
     """Reorder all rows of a matrix, as numbers or as bytes, from transformers' order to file order."""
     return rows if tensor.row_order is None else rows[tensor.row_order.in_source]
+
+
+def multiplied(loaded: torch.Tensor, factors: Factors, *, back: bool = False) -> torch.Tensor:
+    """A tensor whose rows are multiplied, in float32 and one factor after the other, or divided to have it ``back``."""
+    if all(factor == 1 for _, factor in factors):
+        return loaded
+    result = loaded.float().clone()
+    for rows, factor in factors:
+        result[rows] *= 1 / factor if back else factor
+    return result
 
 
 def in_model_form(tensor: TensorSpec, stored: torch.Tensor) -> torch.Tensor:
@@ -42,7 +54,7 @@ def in_model_form(tensor: TensorSpec, stored: torch.Tensor) -> torch.Tensor:
         result = result.float() - tensor.offset
     if tensor.is_negated_exp:
         result = (-result.float()).log()
-    return result.reshape(tensor.source_shape) if tensor.is_convolution else result
+    return result if tensor.stored_shape is None else result.reshape(tensor.stored_shape)
 
 
 def file_rows(tensor: TensorSpec, loaded: torch.Tensor) -> Iterator[FloatArray]:

@@ -316,10 +316,10 @@ class GgufSource:
     ) -> tuple[Decoder | None, dict[str, Any], str]:
         """Family and configuration, or neither and the reason."""
         name = first.architecture
-        family = family_named(name)
+        values = {k.removeprefix(f"{name}."): first.value(k) for k in first.keys if _is_hyper_parameter(k, name)}
+        family = family_named(name, values.keys())
         if family is None:
             return None, {}, f"the architecture {name} has no forward pass here"
-        values = {k.removeprefix(f"{name}."): first.value(k) for k in first.keys if _is_hyper_parameter(k, name)}
         shapes = {t.name: t.shape for t in tensors}
         stored = StoredParameters(values, shapes, self._vector)
         try:

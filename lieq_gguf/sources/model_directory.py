@@ -17,7 +17,7 @@ from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.directory_metadata import directory_metadata
-from lieq_gguf.sources.file_order import FloatArray, file_rows
+from lieq_gguf.sources.file_order import FloatArray, file_rows, multiplied
 from lieq_gguf.sources.published import find_format
 from lieq_gguf.sources.published.weights import PublishedWeights
 from lieq_gguf.sources.source import SourceMetadata
@@ -88,7 +88,7 @@ class ModelDirectory:
     def notes(self) -> tuple[str, ...]:
         """What the user may want to know, less important than a warning."""
         notes, weights = [*self._weights.notes], self._weights
-        if weights.prefix not in ("model.", "") and not self.is_wrapper:
+        if weights.prefix not in ("model.", "backbone.", "") and not self.is_wrapper:
             notes.append(
                 f"the names of the tensors begin with {weights.prefix}: only those of the language model are used"
             )
@@ -136,7 +136,7 @@ class ModelDirectory:
         """Check nothing: no file of the directory is a GGUF file."""
 
     def transformers_config(self) -> PretrainedConfig:
-        """The configuration that transformers reads, for float32.
+        """The configuration that transformers reads, for float32, without factors that are folded into the weights.
 
         Raises:
             SourceError: if transformers cannot read it.
@@ -156,6 +156,8 @@ class ModelDirectory:
         text.__dict__.pop("quantization_config", None)  # weights are decoded here
         text.dtype = torch.float32
         text.tie_word_embeddings = self.spec.has_tied_embeddings
+        for key, value in self.family.folded_settings.items():
+            setattr(text, key, value)
         return text
 
     def load_model(self) -> PreTrainedModel:
@@ -175,9 +177,16 @@ class ModelDirectory:
             return model
         # transformers needs a library for each format, and some of them a GPU; so it gets decoded weights
         config = self.transformers_config()
+        for key in self.family.folded_settings:  # the weights are read without factors here
+            setattr(config, key, self.spec.config[key])
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
         names = {name for tensor in self.spec.tensors for name in tensor.source_names} | {HEAD}
+        if any(self._weights.is_renamed(name) for name in names & self._weights.names):
+            raise SourceError(
+                f"{self.path} has decoded weights under names that transformers does not read; make an F16 GGUF of it "
+                "(convert --types F16) and compare with that"
+            )
         decoded = {name: self._weights.read(name) for name in names & self._weights.names}
         model = kind.from_pretrained(None, config=config, state_dict=decoded, **options)
         return model
@@ -252,7 +261,8 @@ class ModelDirectory:
 
     def _stored(self, name: str) -> torch.Tensor:
         loaded = self._weights.read(name)
-        return loaded if self.adapter is None else self.adapter.merged(name, loaded)
+        loaded = loaded if self.adapter is None else self.adapter.merged(name, loaded)
+        return multiplied(loaded, self.family.factors(self.spec.config, name))
 
     def _names_in_use(self, config: Mapping[str, Any]) -> frozenset[str]:
         """Names of the tensors, without an output matrix that is the embedding once more.
@@ -288,8 +298,8 @@ def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
     config = _read_config(path)
     find_format(path, config)
     config = language_model_config(config)
-    family = find_family(config)
     with _complete_config(path):
+        family = find_family(config)
         config = family.completed(config)
         family.check(config)
     return config, family

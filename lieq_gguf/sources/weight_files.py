@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,7 +29,20 @@ _BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "I64": 64, "F8_E4M3": 8, "
 _SAMPLE_BYTES = 1024
 _COMPARED_BYTES = 1 << 24  # of two tensors at a time
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")  # transformers 5: one tensor for all experts
+_RENAMED = (  # names in published files, and in transformers' models
+    (re.compile(r"\b(backbone|model)\.embeddings\."), r"\1.embed_tokens."),
+    (re.compile(r"\.block_sparse_moe\.input_linear\.weight"), ".block_sparse_moe.experts.gate_up_proj"),
+    (re.compile(r"\.block_sparse_moe\.output_linear\.weight"), ".block_sparse_moe.experts.down_proj"),
+    (re.compile(r"\.router\.layer\."), ".router."),
+    (re.compile(r"\.shared_mlp\.input_linear\."), ".shared_mlp.gate_up_proj."),
+    (re.compile(r"\.shared_mlp\.output_linear\."), ".shared_mlp.down_proj."),
+    (re.compile(r"\.experts\.(\d+)\.w1\."), r".experts.\1.gate_proj."),
+    (re.compile(r"\.experts\.(\d+)\.w2\."), r".experts.\1.down_proj."),
+    (re.compile(r"\.experts\.(\d+)\.w3\."), r".experts.\1.up_proj."),
+)
+_STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|up_proj|down_proj)")  # one tensor for all experts
+_FUSED = re.compile(r"(.*\.shared_mlp)\.gate_up_proj\.weight")
+_HALVES = {"gate_proj": 0, "up_proj": 1}
 
 _COMPUTED = re.compile(r".*\.(inv_freq|masked_bias|position_ids)|(.*\.)?lm_head\.weight")
 # parts of a model that are no part of its language model, by what is said of them
@@ -61,7 +74,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is stored: a whole tensor of a file, or some rows of one of the matrices stacked in it."""
+    """Where a tensor is stored: a tensor of a file, a matrix of those stacked in it, or half of the rows of either."""
 
     shard: Path
     stored_name: str
@@ -73,7 +86,7 @@ class WeightFiles:
     """Reads tensors, memory-mapped and not copied where a whole stored tensor is asked for.
 
     Names are those of a model with a head on top, ``model.layers.…`` and ``lm_head.weight``, whatever prefix the files
-    have, and one matrix per expert.
+    have, with one matrix per expert, and gates by themselves.
 
     Attributes:
         path: The directory.
@@ -91,10 +104,10 @@ class WeightFiles:
         self._headers: dict[Path, Any] = {}
         shard_of, self.notes = _find_shards(path)
         self._shards = sorted(set(shard_of.values()))
-        places, prefix = _with_usual_names({name: _Place(shard, name) for name, shard in shard_of.items()})
+        places, prefix = _with_usual_names({_renamed(name): _Place(shard, name) for name, shard in shard_of.items()})
         self.prefix = prefix
         self._stored = shard_of
-        self._places = dict(self._with_single_experts(places))
+        self._places = dict(self._with_single_matrices(places))
         self.names = frozenset(self._places)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -146,8 +159,8 @@ class WeightFiles:
         result: torch.Tensor
         if place.expert is None:
             result = file.get_tensor(place.stored_name)
-            return result
-        result = file.get_slice(place.stored_name)[place.expert]
+        else:
+            result = file.get_slice(place.stored_name)[place.expert]
         return result if place.half is None else result.chunk(2)[place.half]
 
     def stored(self, name: str) -> StoredTensor:
@@ -158,6 +171,10 @@ class WeightFiles:
     def stored_name(self, name: str) -> str:
         """The name that the files have for a tensor."""
         return self._places[name].stored_name
+
+    def is_renamed(self, name: str) -> bool:
+        """Whether the files have another name for a tensor, apart from what all begin with, or several in one."""
+        return _renamed(self.stored_name(name)) != self.stored_name(name)
 
     def is_zero(self, name: str) -> bool:
         """Whether all bytes of a stored tensor are zero; it is read until one is not."""
@@ -205,18 +222,21 @@ class WeightFiles:
                             file.seek(first + offset)
                             digest.update(file.read(_SAMPLE_BYTES))
 
-    def _with_single_experts(self, places: Mapping[str, _Place]) -> Iterable[tuple[str, _Place]]:
-        """Replace a tensor of all experts ``[n_experts, …]`` by its matrices."""
+    def _with_single_matrices(self, places: Mapping[str, _Place]) -> Iterable[tuple[str, _Place]]:
+        """Replace a tensor of all experts ``[n_experts, …]``, and one of gate and up, by its matrices."""
         for name, place in places.items():
-            fused = _FUSED.fullmatch(name)
-            if fused is None:
+            stacked, fused = _STACKED.fullmatch(name), _FUSED.fullmatch(name)
+            if stacked is not None:
+                n_experts = self._header(place).get_shape()[0]
+                halves = _HALVES if stacked[2] == "gate_up_proj" else {stacked[2]: None}
+                for expert in range(n_experts):
+                    for part, half in halves.items():
+                        yield f"{stacked[1]}.{expert}.{part}.weight", replace(place, expert=expert, half=half)
+            elif fused is not None:
+                for part, half in _HALVES.items():
+                    yield f"{fused[1]}.{part}.weight", replace(place, half=half)
+            else:
                 yield name, place
-                continue
-            n_experts = self._header(place).get_shape()[0]
-            halves = {"gate_proj": 0, "up_proj": 1} if fused[2] == "gate_up_proj" else {"down_proj": None}
-            for expert in range(n_experts):
-                for part, half in halves.items():
-                    yield f"{fused[1]}.{expert}.{part}.weight", _Place(place.shard, place.stored_name, expert, half)
 
     def _bytes(self, place: _Place) -> npt.NDArray[np.uint8]:
         self._header(place)  # refuses a file that is cut off
@@ -301,6 +321,13 @@ def _open_shard(shard: Path) -> Any:
             f"{shard} is damaged or incomplete ({size:,} bytes: {error}); expected a safetensors file: "
             "download it again"
         ) from None
+
+
+def _renamed(name: str) -> str:
+    """The name in transformers' model of a tensor in a file, but for the prefix."""
+    for published, own in _RENAMED:
+        name = published.sub(own, name)
+    return name
 
 
 def _with_usual_names(places: Mapping[str, _Place]) -> tuple[Mapping[str, _Place], str]:

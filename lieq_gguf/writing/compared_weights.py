@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from lieq_gguf.architectures import family_named
 from lieq_gguf.native import encoders, ggml
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import TensorSpec
+from lieq_gguf.sources.file_order import Factors, multiplied
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.source import Source
+from lieq_gguf.sources.weight_files import HEAD
 
 _N_ROWS = 2  # compared of each matrix; of experts one of each
 _TINY = float(np.finfo(np.float32).tiny)
@@ -29,10 +32,11 @@ class DifferenceError(Exception):
 
 @dataclass(frozen=True)
 class HeadRows:
-    """The output matrix of the file, of which rows are decoded when they are needed."""
+    """The output matrix of the file, of which rows are decoded when they are needed, and divided by a factor."""
 
     written: GgufSource
     tensor: TensorSpec
+    factors: Factors = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,14 +49,18 @@ class HeadRows:
         return self.written.stored_type(self.tensor)
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        return self.written.read_rows(self.tensor, rows)
+        return multiplied(self.written.read_rows(self.tensor, rows), self.factors, back=True)
 
 
 class ComparedWeights:
-    """The file's weights, for transformers' layers. Some rows of each tensor are compared with the source's."""
+    """The file's weights, for transformers' layers. Some rows of each tensor are compared with the source's.
+
+    Factors of ``config.json`` that are in the file's weights are taken out again: transformers' layers have them.
+    """
 
     def __init__(self, source: Source, written: GgufSource) -> None:
         self.spec = source.spec
+        self._family = family_named(source.spec.architecture)
         self._source = source
         self._written = written
 
@@ -61,7 +69,7 @@ class ComparedWeights:
         loaded = self._written.read(tensor)
         if tensor.source_name is not None:
             self._compare(tensor, loaded)
-        return loaded
+        return multiplied(loaded, self._factors(tensor.source_name), back=True)
 
     def release(self) -> None:
         """Free memory used for reading."""
@@ -73,7 +81,7 @@ class ComparedWeights:
         found, expected = self._written.read_rows(tensor, ids.tolist()), self._source.read(tensor)[ids]
         quant_type = self._written.stored_type(tensor)
         _compare_rows(tensor.name, found[:_N_ROWS], expected[:_N_ROWS], quant_type, _OUTER_ERROR_FACTOR)
-        return found
+        return multiplied(found, self._factors(tensor.source_name), back=True)
 
     def head(self) -> HeadRows:
         """The output matrix that llama.cpp takes, whatever the source's spec says of it."""
@@ -83,7 +91,12 @@ class ComparedWeights:
         expected = self._source.read_head()[torch.tensor(rows)]
         found = self._written.read_rows(head.tensor, rows)
         _compare_rows("the output matrix", found, expected, head.quant_type, _OUTER_ERROR_FACTOR)
-        return head
+        return replace(head, factors=self._factors(HEAD))
+
+    def _factors(self, source_name: str | None) -> Factors:
+        if self._family is None or source_name is None or not self._source.has_transformers_model:
+            return ()
+        return self._family.factors(self.spec.config, source_name)
 
     def _compare(self, tensor: TensorSpec, loaded: torch.Tensor) -> None:
         expected = self._source.read(tensor)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from lieq_gguf.architectures import family_named
+from lieq_gguf.architectures import Decoder, family_named
 from lieq_gguf.errors import VerificationError
 from lieq_gguf.measure.graph_numbers import numbers_differ
 from lieq_gguf.measure.layer_model import LayerModel
@@ -124,7 +124,9 @@ class _Comparison:
         _compare_numbers(config, self.written.transformers_config(), spec, self.written.spec)
         ids = self._ids(text)
         hidden, logits = self._computed_by_llama_cpp(ids)
-        layer = LayerModel.of(self.source, replace(self.compute, in_float32=True))
+        for key in _family(spec).folded_settings:  # whether the weights have them in the right places is asked here
+            setattr(config, key, spec.config[key])
+        layer = LayerModel.of(self.source, replace(self.compute, in_float32=True), config)
         with torch.inference_mode():
             return Equality(
                 tuple(self._layer_errors(layer, weights, ids, hidden, advance)),
@@ -277,8 +279,14 @@ def _compare_numbers(
 
 
 def _family_has_windows(spec: ModelSpec) -> bool:
+    return _family(spec).has_windows
+
+
+def _family(spec: ModelSpec) -> Decoder:
+    """The family of a model that transformers has; where several have the name, they differ only in modules."""
     family = family_named(spec.architecture)
-    return family is not None and family.has_windows
+    assert family is not None
+    return family
 
 
 def _named(spec: ModelSpec, name: str) -> TensorSpec:

@@ -26,9 +26,11 @@ import json, sys
 source, jobs = sys.argv[1], json.loads(sys.argv[2])
 sys.path[:0] = [source, source + "/gguf-py"]
 import convert_hf_to_gguf
-from conversion.base import TextModel
-recognise = TextModel.get_vocab_base_pre
-for model, target, name, options in jobs:
+from conversion.base import ModelBase, TextModel
+recognise, load = TextModel.get_vocab_base_pre, ModelBase.load_hparams
+read = lambda folder, is_mistral_format: json.loads((folder / "config.json").read_text())
+for model, target, name, options, without_defaults in jobs:
+    ModelBase.load_hparams = staticmethod(read if without_defaults else load)
     TextModel.get_vocab_base_pre = (lambda self, tokenizer: name) if name else recognise
     sys.argv = ["convert_hf_to_gguf.py", model, "--outtype", "f16", "--outfile", target, *options]
     convert_hf_to_gguf.main()
@@ -66,12 +68,14 @@ class Job:
         ours: Our file of it, which tells the pre-tokenizer that we have recognised.
         theirs: The file to write.
         options: What the converter has to be told.
+        without_defaults: Whether it reads config.json alone, without what transformers has where there is nothing.
     """
 
     model: Path
     ours: Path
     theirs: Path
     options: tuple[str, ...] = ()
+    without_defaults: bool = False
 
 
 def run_converter(jobs: Sequence[Job], source: Path) -> None:
@@ -84,7 +88,9 @@ def run_converter(jobs: Sequence[Job], source: Path) -> None:
     Raises:
         RuntimeError: if the converter fails, in its own words.
     """
-    arguments = [(str(job.model), str(job.theirs), _pre_tokenizer(job.ours), job.options) for job in jobs]
+    arguments = [
+        (str(job.model), str(job.theirs), _pre_tokenizer(job.ours), job.options, job.without_defaults) for job in jobs
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", _TOLD, str(source), json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -43,6 +43,60 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+GRANITE_4 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "position_embedding_type": "nope",
+    "shared_intermediate_size": 512,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 64,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.02,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 8.0,
+    "tie_word_embeddings": True,
+}
+FALCON_H1 = {
+    "head_dim": 64,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_ssm": 256,
+    "mamba_d_state": 64,
+    "attention_in_multiplier": 0.9,
+    "attention_out_multiplier": 0.6,
+    "embedding_multiplier": 5.65,
+    "key_multiplier": 0.4,
+    "lm_head_multiplier": 0.04,
+    "mlp_multipliers": [0.9, 0.6],
+    "ssm_in_multiplier": 1.2,
+    "ssm_multipliers": [0.4, 0.5, 0.35, 0.7, 0.3],
+    "ssm_out_multiplier": 0.5,
+    "tie_word_embeddings": False,
+}
+NEMOTRON_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 512,
+    "routed_scaling_factor": 2.5,
+}
+NEMOTRON = NEMOTRON_EXPERTS | {
+    "head_dim": 128,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 64,
+    "n_groups": 2,
+    "ssm_state_size": 64,
+}
+# transformers writes the numbers of experts whether there are any or not, and a list of layers
+NEMOTRON_PUBLISHED = dict.fromkeys(
+    [*NEMOTRON_EXPERTS, "layers_block_type", "n_shared_experts", "n_group", "topk_group"]
+)
+
+
+def in_eights(write_tokenizer: Callable[[Path], int]) -> Callable[[Path], int]:
+    """A tokenizer with a vocabulary in eights, as llama.cpp's converter wants it beside Mamba-2 layers."""
+    return lambda path: -(-write_tokenizer(path) // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -56,6 +110,8 @@ class TinyModel:
         write_tokenizer: Writes the tokenizer's files and gives the size of the vocabulary.
         settings: What differs from ``SIZES``.
         converter_options: What llama.cpp's converter has to be told.
+        without_defaults: Whether the converter may not see what transformers' configuration has by default.
+        published: Keys of ``config.json`` as in published files, where transformers writes others; None removes one.
         head_norms: Weights of the norms of queries and keys; random heads of width one attend to single tokens, which
             magnifies rounding.
     """
@@ -66,6 +122,8 @@ class TinyModel:
     write_tokenizer: Callable[[Path], int]
     settings: Mapping[str, Any] = field(default_factory=dict)
     converter_options: tuple[str, ...] = ()
+    without_defaults: bool = False
+    published: Mapping[str, Any] = field(default_factory=dict)
     head_norms: float = 1.0
 
     def write(self, path: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
@@ -86,7 +144,14 @@ class TinyModel:
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
                 elif name.endswith((".bias", ".sinks")):
                     parameter.normal_(0, 0.5)
+                elif name.endswith((".D", ".dt_bias")):  # which begin as ones
+                    parameter.add_(torch.empty_like(parameter).normal_(0, 0.5))
+            for name, buffer in model.named_buffers():
+                if name.endswith(("e_score_correction_bias", "expert_bias")):
+                    buffer.normal_(0, 0.1)
         model.save_pretrained(path)
+        if self.published:
+            edit_config(path, **self.published)
         return path
 
 
@@ -151,6 +216,13 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         "lfm2", "lfm2", "LFM2, LFM2.5", fixtures.write_lfm2,
         {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]},
     ),
+    "lfm2moe": TinyModel(
+        "lfm2moe", "lfm2_moe", "LFM2-8B-A1B", fixtures.write_lfm2,
+        {
+            "num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_dense_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+        },
+    ),
     "qwen35": TinyModel(
         "qwen35", "qwen3_5_text", "Qwen3.5", fixtures.write_qwen3_5,
         {
@@ -158,6 +230,16 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "linear_num_key_heads": 2, "linear_num_value_heads": 4, "tie_word_embeddings": True,
         },
         converter_options=("--no-mtp",),
+    ),
+    "qwen35moe": TinyModel(
+        "qwen35moe", "qwen3_5_moe_text", "Qwen3.5-35B-A3B", fixtures.write_qwen3_5,
+        {
+            "num_hidden_layers": 4, "head_dim": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
+        },
+        converter_options=("--no-mtp",),
+        published={"intermediate_size": None},
     ),
     "ministral3": TinyModel(
         "mistral3", "ministral3", "Ministral 3", fixtures.write_ministral_3,
@@ -182,6 +264,52 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "embedding_multiplier": 12.0, "attention_multiplier": 0.02, "residual_multiplier": 0.3,
             "logits_scaling": 8.0, "tie_word_embeddings": True,
         },
+    ),
+    "granite-h": TinyModel(
+        "granitehybrid", "granitemoehybrid", "Granite 4 H-Micro, H-350M, H-1B", in_eights(fixtures.write_granite),
+        GRANITE_4 | {"num_local_experts": 0, "num_experts_per_tok": 0},
+        published={"layer_types": ["mamba", "attention", "mamba"]},
+    ),
+    "granite-h-moe": TinyModel(
+        "granitehybrid", "granitemoehybrid", "Granite 4 H-Tiny, H-Small", in_eights(fixtures.write_granite),
+        GRANITE_4 | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256},
+        published={"layer_types": ["mamba", "attention", "mamba"]},
+    ),
+    "granite-4": TinyModel(
+        "granite", "granitemoehybrid", "Granite 4 Micro, 350M, 1B", in_eights(fixtures.write_granite),
+        GRANITE_4 | {
+            "layer_types": ["full_attention"] * 3, "num_local_experts": 0, "num_experts_per_tok": 0,
+            "position_embedding_type": "rope",
+        },
+        published={"layer_types": ["attention"] * 3},
+    ),
+    "falcon-h1": TinyModel(
+        "falcon-h1", "falcon_h1", "Falcon-H1 0.5B to 7B", fixtures.write_llama_3, FALCON_H1 | {"mamba_rms_norm": False}
+    ),
+    "falcon-h1-34b": TinyModel(
+        "falcon-h1", "falcon_h1", "Falcon-H1 34B", fixtures.write_llama_3,
+        FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 2},
+    ),
+    "nemotron-h": TinyModel(
+        "nemotron_h", "nemotron_h", "Nemotron-H, Nemotron Nano 2", in_eights(fixtures.write_tekken),
+        NEMOTRON | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+        published=NEMOTRON_PUBLISHED | {"hybrid_override_pattern": "M-*-", "num_hidden_layers": 4},
+        without_defaults=True,  # which has experts, and the converter then takes the graph with experts
+    ),
+    "nemotron-3": TinyModel(
+        "nemotron_h_moe", "nemotron_h", "Nemotron 3 Nano", in_eights(fixtures.write_tekken),
+        NEMOTRON | {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+        published=NEMOTRON_PUBLISHED | NEMOTRON_EXPERTS | {
+            "hybrid_override_pattern": "ME*E", "norm_eps": 1e-5, "rope_theta": 10000,
+        },
+    ),
+    "nemotron-3-super": TinyModel(
+        "nemotron_h_moe", "nemotron_h", "Nemotron 3 Super", in_eights(fixtures.write_tekken),
+        NEMOTRON | {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "moe_latent_size": 256,
+            "hidden_size": 512, "n_group": 2,
+        },
+        published=NEMOTRON_PUBLISHED | NEMOTRON_EXPERTS | {"hybrid_override_pattern": "ME*E", "n_group": 2},
     ),
     "exaone4-32b": TinyModel(  # at 64 layers the graph has windows
         "exaone4", "exaone4", "EXAONE 4 32B", fixtures.write_exaone_4,
@@ -239,6 +367,7 @@ TINY_MODELS: Mapping[str, TinyModel] = {
 
 _OLDER_FORM = "the converter reads the keys of an older form of config.json"
 ON_PURPOSE = {
+    "granite-4": {"tokenizer.ggml.add_space_prefix": "the architecture has it; no blank is added either way"},
     "gemma4": {"tokenizer.ggml.token_type": "added tokens without a role are ordinary for the converter"},
     "glm": {
         "chatglm.context_length": _OLDER_FORM,

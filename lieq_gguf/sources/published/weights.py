@@ -106,6 +106,10 @@ class PublishedWeights:
         a, b = self._parts.get(name, plain[0]), self._parts.get(other, plain[1])
         return a.keys() == b.keys() and all(self._files.are_equal(a[end], b[end]) for end in a)
 
+    def is_renamed(self, name: str) -> bool:
+        """Whether the files have another name for a tensor or its parts."""
+        return any(self._files.is_renamed(part) for part in self._parts.get(name, {"": name}).values())
+
     def release(self) -> None:
         """Unmap the files; tensors that were read stay valid."""
         self._files.release()
