@@ -39,6 +39,7 @@ in the list.
 # names that people look for, and the class in their config.json
 MODELS = (
     ("Qwen3.5 0.8B to 9B", "Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    ("Qwen3.5 35B-A3B", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
     ("Gemma 4 E2B, E4B", "Gemma4ForConditionalGeneration", "gemma4_text"),
     ("Gemma 3 270M, 1B", "Gemma3ForCausalLM", ""),
     ("Gemma 3 4B, 12B", "Gemma3ForConditionalGeneration", "gemma3_text"),

@@ -14,6 +14,7 @@ _TEXT_PARTS: Mapping[str, Mapping[str, str]] = {
     "Lfm2VlForConditionalGeneration": {"lfm2": "Lfm2ForCausalLM"},
     "Mistral3ForConditionalGeneration": {"ministral3": "Ministral3ForCausalLM", "mistral": "Mistral3ForCausalLM"},
     "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3VLTextModel"},
+    "Qwen3_5MoeForConditionalGeneration": {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"},
     "Qwen3_5ForConditionalGeneration": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
 }
 """Class of the whole model to transformers' name of the text part to the class of that part alone."""
