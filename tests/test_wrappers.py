@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import converter
+from support.command import RunCli
 from support.families import ON_PURPOSE, SIZES, TEXT_PARTS, TINY_MODELS, TinyModel, edit_config
 from support.requests import convert_plainly
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from lieq_gguf.errors import ArchitectureError
+from lieq_gguf.errors import ArchitectureError, SourceError
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.native import ggml
+from lieq_gguf.records.options import SourceOptions
+from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 PIXTRAL = {
@@ -163,8 +169,59 @@ def test_a_wrapper_of_another_text_model_is_refused_by_its_name(tmp_path: Path) 
         ModelDirectory(path)
 
 
-def test_heads_that_predict_several_tokens_are_left_out_with_a_note(tmp_path: Path) -> None:
-    path = WRAPPERS["Qwen3_5ForConditionalGeneration"].write(tmp_path / "model")
+def with_mtp(path: Path) -> Path:
+    """Add a head for multi-token prediction, as Qwen3.5 has one: an attention layer, and what joins its inputs."""
     file = path / "model.safetensors"
-    save_file(load_file(file) | {"mtp.fc.weight": torch.zeros(256, 512)}, file, {"format": "pt"})
-    assert any("multi-token prediction (0.00 GB) are left out" in note for note in ModelDirectory(path).notes)
+    tensors = load_file(file)
+    # the last layer of the tiny model has attention
+    start = next(name for name in tensors if ".layers.3." in name).partition("layers.3.")[0] + "layers.3."
+    head = {name.replace(start, "mtp.layers.0."): t.clone() for name, t in tensors.items() if name.startswith(start)}
+    width = head["mtp.layers.0.input_layernorm.weight"].shape[0]
+    head |= {f"mtp.{name}.weight": torch.rand(width).bfloat16() for name in NORMS_OF_MTP}
+    head["mtp.fc.weight"] = torch.randn(width, 2 * width).bfloat16()
+    save_file(tensors | head, file, {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    text = {"mtp_num_hidden_layers": 1}
+    edit_config(path, **({"text_config": config["text_config"] | text} if "text_config" in config else text))
+    return path
+
+
+NORMS_OF_MTP = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+
+
+def test_a_head_for_several_tokens_is_left_out_with_a_note(tmp_path: Path) -> None:
+    path = with_mtp(WRAPPERS["Qwen3_5ForConditionalGeneration"].write(tmp_path / "model"))
+    [note] = [note for note in ModelDirectory(path).notes if "multi-token" in note]
+    assert note.startswith("the heads for multi-token prediction (0.00 GB) are left out; ")
+    assert note.endswith("--mtp keep writes them")
+
+
+@pytest.mark.parametrize("in_wrapper", [False, True])
+def test_a_head_for_several_tokens_is_kept_in_eight_bits(
+    in_wrapper: bool, llama_cpp: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    tiny = TINY_MODELS["qwen35"]
+    write = WRAPPERS["Qwen3_5ForConditionalGeneration"].write if in_wrapper else tiny.write
+    path, file = with_mtp(write(tmp_path / "model")), tmp_path / "kept.gguf"
+    made = run_cli("convert", path, "--bits", 16, "--types", "F16", "--mtp", "keep", "-o", file, "-q", "--no-imatrix")
+    assert made.exit_code == 0, made.stderr
+    job = converter.Job(path, file, tmp_path / "theirs.gguf")
+    converter.run_converter([job], llama_cpp)
+    result = converter.compare_files(file, job.theirs)
+    ours = {t.spec.name: t for t in GgufFile(file).tensors}
+    of_head = {name for name in ours if name.startswith("blk.4.")}
+    assert result.keys.keys() <= {"general.file_type", "general.quantization_version"}
+    assert result.tensors.keys() == {name for name in of_head if len(ours[name].spec.shape) > 1}
+    for name in result.tensors:
+        theirs = next(t for t in GgufFile(job.theirs).tensors if t.spec.name == name)
+        a, b = (ggml.dequantize(t.data, t.quant_type) for t in (ours[name], theirs))
+        assert ours[name].quant_type.name == "Q8_0"
+        assert np.abs(a - b).max() < 0.005 * np.abs(b).max(), name
+    assert GgufFile(file).n_layers == 4
+    assert run_cli("verify", file, "--source", path, "-q").exit_code == 0
+    assert GgufSource(file, SourceOptions(allow_requantize=True)).has_transformers_model
+
+
+def test_a_head_that_is_not_there_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="has no head for multi-token prediction; leave out --mtp keep"):
+        ModelDirectory(TINY_MODELS["qwen35"].write(tmp_path / "model"), keeps_mtp=True)

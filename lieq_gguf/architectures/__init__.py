@@ -9,7 +9,7 @@ from typing import Any
 
 from lieq_gguf.architectures.apertus import Apertus
 from lieq_gguf.architectures.arcee import Arcee
-from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.decoder import MTP_KEPT, Decoder
 from lieq_gguf.architectures.ernie4_5 import Ernie45
 from lieq_gguf.architectures.exaone4 import Exaone4
 from lieq_gguf.architectures.falcon_h1 import FalconH1
@@ -43,7 +43,8 @@ from lieq_gguf.architectures.wrappers import is_wrapper, language_model_config
 from lieq_gguf.errors import ArchitectureError
 
 __all__ = [
-    "FAMILIES", "Decoder", "StoredParameters", "family_named", "find_family", "is_wrapper", "language_model_config",
+    "FAMILIES", "MTP_KEPT", "Decoder", "StoredParameters", "family_named", "find_family", "is_wrapper",
+    "language_model_config",
 ]  # fmt: skip
 
 FAMILIES: tuple[Decoder, ...] = (

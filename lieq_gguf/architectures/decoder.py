@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 
+MTP_KEPT = "mtp_heads_kept"
+"""Key that a configuration has here for the number of heads for multi-token prediction that the file keeps."""
 _WITH_WINDOW_SWITCH = ("qwen2", "qwen3", "qwen3_moe", "smollm3")  # families with use_sliding_window, off by default
 
 
@@ -48,6 +50,7 @@ class Decoder:
             configuration has them by these names, one number for each layer.
         folded_settings: Settings of transformers' configuration that the graph has no place for, and their values once
             :meth:`factors` are in the weights.
+        keeps_mtp: Whether the file can have the model's head for multi-token prediction.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
     """
 
@@ -69,6 +72,7 @@ class Decoder:
     defaults: ClassVar[Mapping[str, Any]] = {}
     header_parameters: ClassVar[tuple[str, ...]] = ()
     folded_settings: ClassVar[Mapping[str, Any]] = {}
+    keeps_mtp: ClassVar[bool] = False
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
 
     def has_model(self, config: Config) -> bool:  # noqa: ARG002
@@ -248,6 +252,12 @@ class Decoder:
             )
         if has_own:
             yield TensorSpec("output.weight", "lm_head.weight", matrix)
+        if config.get(MTP_KEPT):
+            yield from self.mtp_tensors(config)
+
+    def mtp_tensors(self, config: Config) -> Iterator[TensorSpec]:
+        """The tensors of the head for multi-token prediction, a block behind the layers that no pass runs."""
+        raise NotImplementedError(f"{self.gguf_name} keeps none")
 
     def _module_tensors(
         self, config: Config, source_names: frozenset[str], sizes: Mapping[str, int], layer: int, module: LayerModule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,14 +58,19 @@ def verify(
     from lieq_gguf.records.files import SCHEMA_VERSION
     from lieq_gguf.records.options import ComputeOptions
     from lieq_gguf.records.plan import QuantPlan
+    from lieq_gguf.sources import is_gguf
     from lieq_gguf.writing import verification
 
     if of.source is None:
         refuse_given(given, ("revision", "adapter"), "says how to read a model; name the model with --source")
     progress = out.progress()
     types = None if plan is None else QuantPlan.load(plan).types
-    model = None if of.source is None else open_model(of.source, of.options(), progress)
-    n_weights = sum(t.spec.n_weights for t in GgufFile(file).tensors)
+    content = GgufFile(file)
+    source_options = of.options()
+    if of.source is not None and not is_gguf(Path(of.source)) and any(".nextn." in name for name in content.types):
+        source_options = replace(source_options, mtp="keep")
+    model = None if of.source is None else open_model(of.source, source_options, progress)
+    n_weights = sum(t.spec.n_weights for t in content.tensors)
     with progress.stage("verify", "Verifying", n_weights) as advance:
         result = verification.verify(file, types, n_threads=threads, advance=advance)
     equality = None if model is None else compare(model, file, ComputeOptions(n_threads=threads), progress)

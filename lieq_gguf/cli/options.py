@@ -19,7 +19,14 @@ from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Granularit
 from lieq_gguf.cli.parsing import n_threads_or_all, one_type, pin_of, positive, revision_of, scorer_name, types_named
 from lieq_gguf.errors import LieqError
 from lieq_gguf.progress import Progress
-from lieq_gguf.records.options import ComputeOptions, GenerationOptions, MeasuringOptions, SourceOptions, WritingOptions
+from lieq_gguf.records.options import (
+    MTP_CHOICES,
+    ComputeOptions,
+    GenerationOptions,
+    MeasuringOptions,
+    SourceOptions,
+    WritingOptions,
+)
 from lieq_gguf.request import ScoreRequest
 from lieq_gguf.scorers import OWN_SCORERS
 
@@ -27,9 +34,11 @@ if TYPE_CHECKING:
     from lieq_gguf.records.bits import BitBudget
 
     MethodName: TypeAlias = str
+    MtpChoice: TypeAlias = str
     ProfileName: TypeAlias = str
 else:
     MethodName = Literal[tuple(METHODS)]
+    MtpChoice = Literal[MTP_CHOICES]
     ProfileName = Literal[tuple(PROFILES)]
 
 
@@ -77,11 +86,19 @@ class SourceArguments:
         bool,
         typer.Option("--allow-requantize", help="Accept a GGUF file that is already quantised. The errors add up."),
     ] = SourceOptions.allow_requantize
+    mtp: Annotated[
+        MtpChoice,
+        typer.Option(
+            "--mtp",
+            help="The head for multi-token prediction that a model directory has: drop it, or keep it in Q8_0 for "
+            "speculative decoding.",
+        ),
+    ] = SourceOptions.mtp
 
     def options(self) -> SourceOptions:
         """How to read the model."""
         revision = revision_of(self.source, self.revision)
-        return SourceOptions(revision, self.adapter, self.allow_requantize)
+        return SourceOptions(revision, self.adapter, self.allow_requantize, mtp=self.mtp)
 
 
 @dataclass(frozen=True)

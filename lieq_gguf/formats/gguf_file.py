@@ -24,7 +24,8 @@ _FILE_COUNTS = ("split.count", "split.no", "split.tensors.count")
 _COUNTS_OF_LAYERS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 _COUNTS = (
     *_COUNTS_OF_LAYERS, "attention.key_length", "attention.value_length", "block_count", "context_length",
-    "embedding_length", "expert_count", "expert_feed_forward_length", "expert_used_count", "vocab_size",
+    "embedding_length", "expert_count", "expert_feed_forward_length", "expert_used_count", "nextn_predict_layers",
+    "vocab_size",
 )  # fmt: skip
 COMPUTED_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Computed by the converter; not weights of the source."""
@@ -106,6 +107,13 @@ class GgufFile:
         return {t.spec.name: t.quant_type.name for t in self.tensors}
 
     @cached_property
+    def _n_decoder_blocks(self) -> int:
+        """Blocks that are decoder layers; heads for multi-token prediction follow them."""
+        arch, unlimited = self.architecture, 1 << 32
+        n_heads = int(self.value(f"{arch}.nextn_predict_layers", 0))
+        return int(self.value(f"{arch}.block_count", unlimited)) - n_heads if n_heads else unlimited
+
+    @cached_property
     def _active_share(self) -> float:
         """Share of the experts that a token uses."""
         arch = self.architecture
@@ -148,13 +156,16 @@ class GgufFile:
             raise FormatError(
                 f"{tensor.name} has rows of {tensor.shape[-1]}, which do not fit the blocks of {quant_type.name}"
             )
-        layer = _LAYER.match(tensor.name)
+        block = _LAYER.match(tensor.name)
+        layer = None if block is None or int(block.group(1)) >= self._n_decoder_blocks else int(block.group(1))
+        is_extra = layer is None and block is not None  # a head for multi-token prediction, whose type is not chosen
         spec = TensorSpec(
             name=tensor.name,
             source_name=None if tensor.name in COMPUTED_TENSORS else tensor.name,
             shape=tensor.shape,
-            layer=int(layer.group(1)) if layer else None,
-            is_fixed=len(tensor.shape) > 1 and (is_never_quantised(tensor.name) or prod(tensor.shape[:-1]) == 1),
+            layer=layer,
+            is_fixed=len(tensor.shape) > 1
+            and (is_extra or is_never_quantised(tensor.name) or prod(tensor.shape[:-1]) == 1),
             active_share=self._active_share if len(tensor.shape) == 3 else 1.0,
         )
         stop = tensor.offset + quant_type.tensor_bytes(tensor.shape)

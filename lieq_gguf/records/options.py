@@ -12,6 +12,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+MTP_CHOICES = ("drop", "keep")
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """How to read a source.
@@ -21,12 +24,14 @@ class SourceOptions:
         adapter: Directory of a LoRA adapter to merge into a model directory.
         allow_requantize: Whether a GGUF file may be quantised already.
         initializer_range: Standard deviation of the initial weights, for GGUF files that do not store it.
+        mtp: What becomes of a model directory's head for multi-token prediction, by ``MTP_CHOICES``.
     """
 
     revision: str | None = None
     adapter: Path | None = None
     allow_requantize: bool = False
     initializer_range: float | None = None
+    mtp: str = "drop"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ def open_source(path: Path, options: SourceOptions = SourceOptions()) -> Source:
                 f"{path} is not a GGUF file, and a model directory has its initializer_range in config.json; "
                 "leave out --initializer-range"
             )
-        return ModelDirectory(path, options.adapter)
+        return ModelDirectory(path, options.adapter, keeps_mtp=options.mtp == "keep")
+    if options.mtp != SourceOptions.mtp:
+        raise SourceError(f"{path} is a GGUF file, which is copied with all that it has; leave out --mtp")
     if options.adapter is not None:
         raise SourceError(
             f"{path} is a GGUF file, but adapters can only be merged into model directories; give the directory of the "

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lieq_gguf.architectures import Decoder, find_family, is_wrapper, language_model_config
+from lieq_gguf.architectures import FAMILIES, MTP_KEPT, Decoder, find_family, is_wrapper, language_model_config
 from lieq_gguf.errors import SourceError
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
@@ -21,7 +21,7 @@ from lieq_gguf.sources.file_order import FloatArray, file_rows, multiplied
 from lieq_gguf.sources.published import find_format
 from lieq_gguf.sources.published.weights import PublishedWeights
 from lieq_gguf.sources.source import SourceMetadata
-from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, WEIGHTS_FILE, WeightFiles
+from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, MTP_PREFIX, WEIGHTS_FILE, WeightFiles
 from lieq_gguf.tokenizers import (
     SourceTokenizer,
     adds_bos_unlike_transformers,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+_KEEPING = ", ".join(family.gguf_name for family in FAMILIES if family.keeps_mtp)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[0-9a-f]{40}")
 
@@ -56,8 +57,8 @@ class ModelDirectory:
 
     has_transformers_model = True
 
-    def __init__(self, path: Path, adapter: Path | None = None) -> None:
-        """Open a model, optionally with the directory of a LoRA adapter."""
+    def __init__(self, path: Path, adapter: Path | None = None, *, keeps_mtp: bool = False) -> None:
+        """Open a model, optionally with the directory of a LoRA adapter, and with its head for several tokens."""
         self.path = path
         self.repository = repository_of(path)
         config, self.family = read_supported_config(path)
@@ -66,6 +67,9 @@ class ModelDirectory:
         stored_as, files = find_format(path, whole), WeightFiles(path)
         self._weights = files if stored_as is None else PublishedWeights(files, stored_as)
         config = {**config, **self._header_parameters(config["num_hidden_layers"])}
+        if keeps_mtp:
+            self._require_mtp()
+            config[MTP_KEPT] = 1
         with _complete_config(path):
             tensors = self.family.tensors(config, self._names_in_use(config))
         self._weights.require({name: t.source_shape for t in tensors for name in t.source_names})
@@ -95,7 +99,10 @@ class ModelDirectory:
         used = {name for tensor in self.spec.tensors for name in tensor.source_names}
         in_header = self.family.header_parameters
         used |= {f"model.layers.{layer}.{name}" for layer in range(self.spec.n_layers) for name in in_header}
-        notes += weights.left_out(used)
+        notes += [
+            f"{note}; --mtp keep writes them" if self.family.keeps_mtp and note.startswith("the heads") else note
+            for note in weights.left_out(used)
+        ]
         return tuple(notes) + (() if self.adapter is None else self.adapter.notes)
 
     @property
@@ -230,7 +237,8 @@ class ModelDirectory:
         It covers configuration, tensor headers, some bytes of every tensor, and the adapter. It reads a few kilobytes
         per tensor, not the model.
         """
-        digest = hashlib.sha256(json.dumps(dict(self.spec.config), sort_keys=True).encode())
+        config = {key: value for key, value in self.spec.config.items() if key != MTP_KEPT}  # no pass runs it
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         self._weights.add_to(digest)
         if self.adapter is not None:
             digest.update(self.adapter.digest.encode())
@@ -258,6 +266,15 @@ class ModelDirectory:
             name: self._weights.numbers([f"model.layers.{layer}.{name}" for layer in range(n_layers)])
             for name in self.family.header_parameters
         }
+
+    def _require_mtp(self) -> None:
+        if not any(name.startswith(MTP_PREFIX) for name in self._weights.names):
+            raise SourceError(f"{self.path} has no head for multi-token prediction; leave out --mtp keep")
+        if not self.family.keeps_mtp:
+            raise SourceError(
+                f"the head for multi-token prediction can be kept only of {_KEEPING}, not of {self.family.gguf_name}; "
+                "leave out --mtp keep"
+            )
 
     def _stored(self, name: str) -> torch.Tensor:
         loaded = self._weights.read(name)

@@ -24,6 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+MTP_PREFIX = "mtp."
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 _BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "I64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8}
 _SAMPLE_BYTES = 1024
@@ -343,6 +344,7 @@ def _with_usual_names(places: Mapping[str, _Place]) -> tuple[Mapping[str, _Place
         return places, "model."
     [prefix] = prefixes
     usual = {f"model.{name.removeprefix(prefix)}": place for name, place in places.items() if name.startswith(prefix)}
+    usual |= {name: place for name, place in places.items() if name.startswith(MTP_PREFIX)}
     head = places.get(f"{prefix.removesuffix('model.')}{HEAD}", places.get(HEAD))
     return usual if head is None else usual | {HEAD: head}, prefix
 

@@ -127,6 +127,9 @@ class _Comparison:
         for key in _family(spec).folded_settings:  # whether the weights have them in the right places is asked here
             setattr(config, key, spec.config[key])
         layer = LayerModel.of(self.source, replace(self.compute, in_float32=True), config)
+        for tensor in spec.tensors:
+            if tensor.layer is None and tensor.name.startswith("blk."):  # no pass runs it
+                weights.read(tensor)
         with torch.inference_mode():
             return Equality(
                 tuple(self._layer_errors(layer, weights, ids, hidden, advance)),
