@@ -36,6 +36,9 @@ class Weights(Protocol):
     def read(self, tensor: TensorSpec) -> torch.Tensor:
         """A tensor as transformers has it."""
 
+    def read_rows(self, tensor: TensorSpec, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of a table of tokens."""
+
     def release(self) -> None:
         """Free memory used for reading."""
 
@@ -117,7 +120,7 @@ class LayerModel:
             ids: Token ids ``[n_chunks, chunk_size]``.
             rows_of: Rows of its tables; None for those of the source.
         """
-        rows_of = rows_of or (lambda tensor, used: source.read(tensor)[used])
+        rows_of = rows_of or (lambda tensor, used: source.read_rows(tensor, used.tolist()))
         outer = {t.name: t for t in source.spec.tensors if t.layer is None}
         used = torch.from_numpy(np.unique(ids))
         embedded = rows_of(source.spec.embedding, used).float() * self._scales()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -123,6 +123,10 @@ class ModelDirectory:
         import torch
 
         return torch.stack([self._stored(name) for name in tensor.source_names])
+
+    def read_rows(self, tensor: TensorSpec, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows ``[n_rows, n_in]`` of a table of tokens."""
+        return self.read(tensor)[list(rows)]
 
     def read_head(self) -> torch.Tensor:
         """The output matrix that transformers uses: one of its own if the files have one, otherwise the embedding."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -74,6 +74,9 @@ class Source(Protocol):
 
     def read(self, tensor: TensorSpec) -> torch.Tensor:
         """The tensor as transformers has it: rows in its order, nothing added to a norm."""
+
+    def read_rows(self, tensor: TensorSpec, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows ``[n_rows, n_in]`` of a table of tokens; others are not decoded."""
 
     def read_head(self) -> torch.Tensor:
         """The output matrix that transformers uses ``[n_vocab, d_model]``, whatever the spec says."""

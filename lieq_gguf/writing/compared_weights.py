@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,9 +77,9 @@ class ComparedWeights:
         self._written.release()
         self._source.release()
 
-    def rows_of(self, tensor: TensorSpec, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of a table of all tokens ``[n_tokens, n_in]``."""
-        found, expected = self._written.read_rows(tensor, ids.tolist()), self._source.read(tensor)[ids]
+    def read_rows(self, tensor: TensorSpec, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows ``[n_rows, n_in]`` of a table of tokens."""
+        found, expected = (source.read_rows(tensor, rows) for source in (self._written, self._source))
         quant_type = self._written.stored_type(tensor)
         _compare_rows(tensor.name, found[:_N_ROWS], expected[:_N_ROWS], quant_type, _OUTER_ERROR_FACTOR)
         return multiplied(found, self._factors(tensor.source_name), back=True)

@@ -168,7 +168,7 @@ class _Comparison:
         hidden: Sequence[torch.Tensor],
         advance: Callable[[float], None],
     ) -> Iterator[float]:
-        before = layer.embed(weights, np.array([ids]), weights.rows_of)
+        before = layer.embed(weights, np.array([ids]))
         for index, found in enumerate(hidden):
             layer.load(weights, index)
             after = layer.forward(before, exact=True)

@@ -128,7 +128,7 @@ class FeedbackPass:
         """States before the first layer ``[n_chunks, chunk_size, state_width]``, from quantised tables."""
 
         def rows_of(tensor: TensorSpec, ids: torch.Tensor) -> torch.Tensor:
-            rows = self._source.read(tensor)[ids].float().numpy()
+            rows = self._source.read_rows(tensor, ids.tolist()).float().numpy()
             quant_type = QUANT_TYPES[self._plan.types[tensor.name]]
             decoded = ggml.dequantize(encoders.quantize(rows, quant_type, None, self._n_threads), quant_type)
             return torch.from_numpy(decoded)

@@ -44,14 +44,14 @@ class OuterDamage(Observer):
         source = setting.source
         outer = {t.name: t for t in source.spec.outer_matrices}
         self._output = outer.get("output.weight", source.spec.embedding)
-        self._matrices = [(tensor, source.read(tensor)) for tensor in source.spec.outer_matrices]
+        self._source = source
         self._sample = setting.damage_sample
         self._decoder = others[QuantizationDamage]
         # the rule for outer matrices may choose types that are not offered to the layers
         self._types = tuple(dict.fromkeys([*setting.options.error_types, *DEFAULT_LADDER]))
         self._n_threads = setting.options.compute.n_threads
         ids, counts = np.unique(setting.tokens.ids, return_counts=True)
-        self._frequent = torch.from_numpy(ids[np.argsort(-counts, kind="stable")[:_N_SAMPLED_ROWS]])
+        self._frequent = ids[np.argsort(-counts, kind="stable")[:_N_SAMPLED_ROWS]].tolist()
         self._embedding_error = self._table_error = 0.0
         self._probed_table: torch.Tensor | None = None
 
@@ -78,8 +78,8 @@ class OuterDamage(Observer):
             drift = output_head.divergence(intact, self._decoder.drifted[:, ::_TOKEN_STEP])
             self.kld_per_block_error = drift / of_decoder or None
         errors = {"token_embd.weight": self._embedding_error, "per_layer_token_embd.weight": self._table_error}
-        for tensor, matrix in self._matrices:
-            rows = np.ascontiguousarray(matrix[self._frequent].float().numpy())
+        for tensor in self._source.spec.outer_matrices:
+            rows = np.ascontiguousarray(self._source.read_rows(tensor, self._frequent).float().numpy())
             probe = probe_matrix(rows, None, self._n_threads)
             damage = errors.get(tensor.name, 0.0)
             self.type_errors[tensor.name] = relative_errors([probe], self._types, self._n_threads)[0]
