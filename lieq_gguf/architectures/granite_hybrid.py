@@ -125,6 +125,7 @@ class GraniteWithoutMamba(GraniteHybrid):
     """Models of the same class with attention in all layers: llama.cpp's converter takes Granite 3's graph for them."""
 
     gguf_name = "granite"
+    modules = (NORMS[0], *INTERLEAVED_ATTENTION, NORMS[1], *_FEED_FORWARD)
 
     def has_model(self, config: Config) -> bool:
         """Whether there are no Mamba-2 layers."""
