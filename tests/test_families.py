@@ -212,6 +212,13 @@ def test_an_older_configuration_of_lfm2_is_the_same_model(tmp_path: Path) -> Non
     assert ModelDirectory(path).transformers_config().layer_types == ["conv", "conv", "full_attention", "conv"]
 
 
+def test_an_attention_factor_that_says_what_is_so_anyway_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    path = TINY_MODELS["ministral3"].write(tmp_path / "model")
+    rope = dict(TINY_MODELS["ministral3"].settings["rope_parameters"]) | {"attention_factor": 1.0}
+    edit_config(path, rope_parameters=rope)
+    assert ModelDirectory(path).family.gguf_name == "mistral3"
+
+
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [1.0] * 32}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

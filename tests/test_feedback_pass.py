@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from support.command import RunCli
+from support.families import TINY_MODELS
 from support.models import write_model
 from support.requests import on_text, request_of
 from transformers import LlamaForCausalLM
@@ -19,6 +20,7 @@ from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.text import CalibrationText, tokenize
 from lieq_gguf.native import ggml
 from lieq_gguf.pipeline import Conversion, convert
+from lieq_gguf.pipeline import plan as planned
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -189,3 +191,12 @@ def test_cost_is_told_before_it_starts(
     )
     assert done.exit_code == 0, done.stderr
     assert "error feedback takes about" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["gemma4", "qwen35", "granite-h-moe"])
+def test_its_time_is_estimated_before_anything_is_embedded(name: str, calibration_text: Path, tmp_path: Path) -> None:
+    model = TINY_MODELS[name].write(tmp_path / "model")
+    plan = planned(request_of(model, 4.5, None, "Q4_0", on_text(calibration_text, 256))).plan
+    source = ModelDirectory(model)
+    tokens = tokenize(CalibrationText("Some words. " * 200, "words"), source.load_tokenizer(), 256)
+    assert FeedbackPass(source, plan, tokens, None, ComputeOptions(n_threads=2)).expected_seconds() > 0

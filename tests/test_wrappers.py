@@ -21,6 +21,7 @@ from lieq_gguf.errors import ArchitectureError, SourceError
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.native import ggml
 from lieq_gguf.records.options import SourceOptions
+from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
 
@@ -106,6 +107,7 @@ def text_alone(wrapper: Path, name: str, path: Path) -> Path:
     tensors = {
         name: matrix.clone()
         for t in source.spec.tensors
+        if t.source_name is not None
         for name, matrix in zip(t.source_names, source.read(t) if t.of_experts else [source.read(t)], strict=True)
     }
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
@@ -225,3 +227,52 @@ def test_a_head_for_several_tokens_is_kept_in_eight_bits(
 def test_a_head_that_is_not_there_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="has no head for multi-token prediction; leave out --mtp keep"):
         ModelDirectory(TINY_MODELS["qwen35"].write(tmp_path / "model"), keeps_mtp=True)
+
+
+def test_a_file_with_a_head_is_compared_only_with_a_model_that_has_one(tmp_path: Path, run_cli: RunCli) -> None:
+    path, file = with_mtp(TINY_MODELS["qwen35"].write(tmp_path / "model")), tmp_path / "kept.gguf"
+    made = run_cli("convert", path, "--bits", 16, "--types", "F16", "--mtp", "keep", "-o", file, "-q", "--no-imatrix")
+    assert made.exit_code == 0, made.stderr
+    done = run_cli("verify", file, "--source", TINY_MODELS["qwen35"].write(tmp_path / "without"), "-q")
+    assert done.exit_code == 1
+    assert "none that it can be compared with" in done.stderr
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_an_adapter_of_the_whole_model_is_merged_into_its_language_model(prefix: str, tmp_path: Path) -> None:
+    path = WRAPPERS["Qwen3_5ForConditionalGeneration"].write(tmp_path / "model")
+    module = "layers.3.self_attn.o_proj"
+    n_out, n_in = ModelDirectory(path).read(matrix_of(path, f"model.{module}.weight")).shape
+    a, b = torch.randn(4, n_in), torch.randn(n_out, 4)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    names = {f"base_model.model.{prefix}{module}.lora_{part}.weight": t for part, t in (("A", a), ("B", b))}
+    save_file(names, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    tensor = matrix_of(path, f"model.{module}.weight")
+    change = ModelDirectory(path, folder).read(tensor) - ModelDirectory(path).read(tensor).float()
+    assert torch.allclose(change, 2 * b @ a, atol=1e-4)
+
+
+def matrix_of(path: Path, name: str) -> TensorSpec:
+    return next(t for t in ModelDirectory(path).spec.tensors if t.source_name == name)
+
+
+def test_keys_that_gemma_4_never_reads_are_left_out(llama_cpp: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    """Published weights have them for the layers that use those of earlier ones, and the converter writes them."""
+    path = TINY_MODELS["gemma4"].write(tmp_path / "model")
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    own = {name: t.clone() for name, t in tensors.items() if name.startswith("model.layers.0.self_attn.")}
+    unread = {name.replace("layers.0.", "layers.4."): t for name, t in own.items() if ".k_" in name or ".v_" in name}
+    assert unread and not unread.keys() & tensors.keys()
+    save_file(tensors | unread, file, {"format": "pt"})
+    assert any(f"{len(unread)} tensors that the model does not use" in note for note in ModelDirectory(path).notes)
+    ours = convert_plainly(path, tmp_path / "ours.gguf")
+    job = converter.Job(path, ours, tmp_path / "theirs.gguf")
+    converter.run_converter([job], llama_cpp)
+    result = converter.compare_files(ours, job.theirs)
+    assert result.tensors.keys() == {f"blk.4.attn_{role}.weight" for role in ("k", "v", "k_norm")}
+    assert set(GgufSource(job.theirs).spec.tensors) == set(GgufSource(ours).spec.tensors)
+    assert run_cli("verify", job.theirs, "--source", path, "-q").exit_code == 0

@@ -179,6 +179,10 @@ class Decoder:
         """Tensors outside the layers, besides the usual ones."""
         return iter(())
 
+    def never_read(self, config: Config) -> frozenset[str]:  # noqa: ARG002
+        """Tensors that files of llama.cpp's converter can have, and that nothing reads."""
+        return frozenset()
+
     def orders(self, config: Config) -> Mapping[str, HeadOrder]:
         """Orders of rows and columns in the file, by the names that modules have for them."""
         sizes = self.sizes(config)

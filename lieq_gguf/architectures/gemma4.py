@@ -156,6 +156,12 @@ class Gemma4(Decoder):
         of_tokens = _TOKEN_INPUTS if config["hidden_size_per_layer_input"] else ()
         return (*attention, *FEED_FORWARD, SANDWICH_NORMS[3], *of_tokens, *_SCALE)
 
+    def never_read(self, config: Config) -> frozenset[str]:
+        """Keys and values of layers that use those of earlier ones; published weights have them."""
+        sharing = (layer for layer in range(config["num_hidden_layers"]) if self._shares_keys(config, layer))
+        roles = [module.role for module in (*_KEYS, *_VALUES)]
+        return frozenset(f"blk.{layer}.{role}.weight" for layer in sharing for role in roles)
+
     def outer_tensors(self, config: Config) -> Iterator[TensorSpec]:
         """The second table of tokens, and how the embedding is projected beside it."""
         sizes = self.sizes(config)

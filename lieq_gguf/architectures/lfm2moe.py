@@ -37,6 +37,10 @@ class Lfm2Moe(Lfm2):
         "vocab_size": 65536,
     }  # fmt: skip
 
+    def completed(self, config: Config) -> dict[str, Any]:
+        """The configuration; transformers adjusts no width here, whatever it says."""
+        return super().completed(config) | {"block_auto_adjust_ff_dim": False}
+
     def check(self, config: Config) -> None:
         """Refuse also numbers of experts that cannot be, and shares that the graph does not compute."""
         super().check(config)

@@ -55,7 +55,7 @@ class Ministral3(Llama):
 
     def check_rope(self, rope: Config) -> None:
         """Refuse rotary parameters that the graph does not support."""
-        super().check_rope({**rope, "mscale": None, "mscale_all_dim": None})
+        super().check_rope({**rope, "mscale": None, "mscale_all_dim": None, "attention_factor": None})
         if rope["rope_type"] == "yarn":
             check_yarn(rope, takes_all_dims=True)
 

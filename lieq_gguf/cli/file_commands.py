@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,6 +50,7 @@ def verify(
 
     Example: `lieq-gguf verify llama.gguf --source ./Llama-3.2-1B`
     """
+    from lieq_gguf.errors import VerificationError
     from lieq_gguf.evaluation import health
     from lieq_gguf.formats.gguf_file import GgufFile
     from lieq_gguf.job import open_model
@@ -58,7 +58,7 @@ def verify(
     from lieq_gguf.records.files import SCHEMA_VERSION
     from lieq_gguf.records.options import ComputeOptions
     from lieq_gguf.records.plan import QuantPlan
-    from lieq_gguf.sources import is_gguf
+    from lieq_gguf.sources.model_directory import ModelDirectory
     from lieq_gguf.writing import verification
 
     if of.source is None:
@@ -66,10 +66,14 @@ def verify(
     progress = out.progress()
     types = None if plan is None else QuantPlan.load(plan).types
     content = GgufFile(file)
-    source_options = of.options()
-    if of.source is not None and not is_gguf(Path(of.source)) and any(".nextn." in name for name in content.types):
-        source_options = replace(source_options, mtp="keep")
-    model = None if of.source is None else open_model(of.source, source_options, progress)
+    model = None if of.source is None else open_model(of.source, of.options(), progress)
+    if isinstance(model, ModelDirectory) and any(".nextn." in name for name in content.types):
+        if not (model.has_mtp and model.family.keeps_mtp):
+            raise VerificationError(
+                f"{file} has a head for multi-token prediction, and {model.path} none that it can be compared with; "
+                "compare a file without it"
+            )
+        model = ModelDirectory(model.path, of.adapter, keeps_mtp=True)
     n_weights = sum(t.spec.n_weights for t in content.tensors)
     with progress.stage("verify", "Verifying", n_weights) as advance:
         result = verification.verify(file, types, n_threads=threads, advance=advance)

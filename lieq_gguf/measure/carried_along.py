@@ -24,7 +24,8 @@ class CarriedAlong:
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
-        self.has_tokens = bool(getattr(config, "hidden_size_per_layer_input", None))
+        self._n_token_inputs = int(getattr(config, "hidden_size_per_layer_input", None) or 0)
+        self.has_tokens = self._n_token_inputs > 0
         self._modes = sharing_modes(config)
         self._types: list[str] = list(getattr(config, "layer_types", None) or [])
         self._heads: dict[str, tuple[int, int]] = {}
@@ -44,8 +45,9 @@ class CarriedAlong:
     def arguments(self, carried: torch.Tensor, device: torch.device, inputs: torch.Tensor | None) -> dict[str, Any]:
         """What a layer is called with, from what is carried and the layer's inputs ``[n_tokens, width]`` by token."""
         result: dict[str, Any] = {}
-        if self.has_tokens and inputs is not None:
-            result["per_layer_input"] = inputs[carried[..., 0].long()].to(device)
+        if self.has_tokens:  # none have been embedded where a layer is only timed
+            nothing = carried.new_zeros(*carried.shape[:-1], self._n_token_inputs)
+            result["per_layer_input"] = (nothing if inputs is None else inputs[carried[..., 0].long()]).to(device)
         if self._heads:
             result["shared_kv_states"] = {
                 kind: tuple(self._split(part, kind).to(device) for part in pair)

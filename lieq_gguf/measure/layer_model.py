@@ -145,6 +145,7 @@ class LayerModel:
         embedded = fresh.get_input_embeddings().weight.detach() * self._scales()
         if self._carried.has_tokens:
             slots = [list(dict.fromkeys(self._kinds)).index(kind) for kind in self._kinds]
+            fresh.layers = nn.ModuleList()  # only norm and scales are needed
             width: int = fresh.hidden_size_per_layer_input
             columns = torch.tensor([slot * width + i for slot in slots for i in range(width)])
             self._token_inputs = TokenInputs(

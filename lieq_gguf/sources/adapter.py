@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from lieq_gguf.errors import SourceError
 from lieq_gguf.records.spec import ModelSpec
+from lieq_gguf.sources.weight_files import FOR_IMAGES_AND_SOUND, SEVERAL_MATRICES, own_name
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,8 @@ _UPDATE = re.compile(
 _REPLACEMENT = re.compile(
     r"(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.(?P<adapter>[^.]+))?)?\.(?P<kind>weight|bias)"
 )
+
+_WRAPPED = re.compile(r"^(model\.)?language_model\.(model\.)?")
 
 # Safetensors' name of a type to the integer type of its bits, and the bits that are all set in NaN and infinity.
 _EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
@@ -252,13 +255,16 @@ def _assign(
         match = update or replacement
         if match is None:
             raise SourceError(f"{file} has a tensor {key}, which is not part of a LoRA adapter; {_MERGE_ELSEWHERE}")
-        target = f"{match['module']}.{'weight' if replacement is None or update else replacement['kind']}"
+        target = _usual_name(f"{match['module']}.{'weight' if replacement is None or update else replacement['kind']}")
         if spec.has_tied_embeddings and target in ("model.embed_tokens.weight", "lm_head.weight"):
             raise SourceError(
                 f"{file} changes {match['module']}, but embedding and output of {spec.name} are one matrix, and the "
                 f"adapter unties them; {_MERGE_ELSEWHERE}"
             )
         if target not in names:
+            if SEVERAL_MATRICES.search(target) or FOR_IMAGES_AND_SOUND.search(target):
+                of_what = "several matrices at once" if SEVERAL_MATRICES.search(target) else "images or sound"
+                raise SourceError(f"{file} has {key}, which is for {of_what}; {_MERGE_ELSEWHERE}")
             raise SourceError(
                 f"{file} has {key}, but {spec.name} with {spec.n_layers} layers has no {target}; was the adapter made "
                 "for another model?"
@@ -274,6 +280,14 @@ def _assign(
     if not matrices and not replacements:
         raise SourceError(f"{file} holds no tensors; expected those of a LoRA adapter: save it again")
     return matrices, replacements
+
+
+def _usual_name(target: str) -> str:
+    """The name of a tensor of a model by itself, for that of a language model inside another one."""
+    inner = _WRAPPED.sub("", target)
+    if inner != target:
+        target = inner if inner.startswith("lm_head.") else f"model.{inner}"
+    return own_name(re.sub(r"^backbone\.", "model.", target))
 
 
 def _make_update(

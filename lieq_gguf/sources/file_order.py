@@ -35,7 +35,9 @@ def multiplied(loaded: torch.Tensor, factors: Factors, *, back: bool = False) ->
     """A tensor whose rows are multiplied, in float32 and one factor after the other, or divided to have it ``back``."""
     if all(factor == 1 for _, factor in factors):
         return loaded
-    result = loaded.float().clone()
+    import torch
+
+    result = loaded.to(torch.float32, copy=True)
     for rows, factor in factors:
         result[rows] *= 1 / factor if back else factor
     return result

@@ -94,7 +94,8 @@ class GgufSource:
             specs = [_as_llama_quantize(t, self._places[t.name].quant_type) for t in tensors]
         else:
             by_name = {t.name: t for t in _family_tensors(self._family, config, {t.name: t.shape for t in tensors})}
-            specs = [by_name.get(t.name, t) for t in tensors]
+            left_out = self._family.never_read(config)
+            specs = [by_name.get(t.name, t) for t in tensors if t.name not in left_out]
         self.spec = ModelSpec(
             name=model_name(path),
             architecture=first.architecture,
@@ -332,7 +333,8 @@ class GgufSource:
             return None, {}, f"{name} model of an unusual kind ({error})"
         if stored.unread:
             return None, {}, f"{name} model of an unusual kind ({stored.unread[0]} is set)"
-        found = {name: shape for name, shape in shapes.items() if name not in COMPUTED_TENSORS}
+        left_out = COMPUTED_TENSORS | family.never_read(config)
+        found = {name: shape for name, shape in shapes.items() if name not in left_out}
         if expected != found:
             odd = sorted(expected.items() ^ found.items())[0]
             return None, {}, f"{name} model of an unusual kind (tensor {odd[0]} of shape {odd[1]})"

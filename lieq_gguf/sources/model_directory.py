@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _KEEPING = ", ".join(family.gguf_name for family in FAMILIES if family.keeps_mtp)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tekken.json",
+)  # fmt: skip
 _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[0-9a-f]{40}")
 
 
@@ -126,7 +129,9 @@ class ModelDirectory:
 
     def read_rows(self, tensor: TensorSpec, rows: Sequence[int]) -> torch.Tensor:
         """Some rows ``[n_rows, n_in]`` of a table of tokens."""
-        return self.read(tensor)[list(rows)]
+        assert tensor.source_name is not None
+        factors = self.family.factors(self.spec.config, tensor.source_name)  # of a table they are the same for all rows
+        return multiplied(self._merged(tensor.source_name)[list(rows)], factors)
 
     def read_head(self) -> torch.Tensor:
         """The output matrix that transformers uses: one of its own if the files have one, otherwise the embedding."""
@@ -190,14 +195,15 @@ class ModelDirectory:
         config = self.transformers_config()
         for key in self.family.folded_settings:  # the weights are read without factors here
             setattr(config, key, self.spec.config[key])
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
         names = {name for tensor in self.spec.tensors for name in tensor.source_names} | {HEAD}
-        if any(self._weights.is_renamed(name) for name in names & self._weights.names):
+        has_class = type(config) in AutoModelForCausalLM._model_mapping
+        if not has_class or any(self._weights.is_renamed(name) for name in names & self._weights.names):
             raise SourceError(
                 f"{self.path} has decoded weights under names that transformers does not read; make an F16 GGUF of it "
                 "(convert --types F16) and compare with that"
             )
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
         decoded = {name: self._weights.read(name) for name in names & self._weights.names}
         model = kind.from_pretrained(None, config=config, state_dict=decoded, **options)
         return model
@@ -271,8 +277,13 @@ class ModelDirectory:
             for name in self.family.header_parameters
         }
 
+    @property
+    def has_mtp(self) -> bool:
+        """Whether it has a head for multi-token prediction, which need not be in use."""
+        return any(name.startswith(MTP_PREFIX) for name in self._weights.names)
+
     def _require_mtp(self) -> None:
-        if not any(name.startswith(MTP_PREFIX) for name in self._weights.names):
+        if not self.has_mtp:
             raise SourceError(f"{self.path} has no head for multi-token prediction; leave out --mtp keep")
         if not self.family.keeps_mtp:
             raise SourceError(
@@ -281,9 +292,11 @@ class ModelDirectory:
             )
 
     def _stored(self, name: str) -> torch.Tensor:
+        return multiplied(self._merged(name), self.family.factors(self.spec.config, name))
+
+    def _merged(self, name: str) -> torch.Tensor:
         loaded = self._weights.read(name)
-        loaded = loaded if self.adapter is None else self.adapter.merged(name, loaded)
-        return multiplied(loaded, self.family.factors(self.spec.config, name))
+        return loaded if self.adapter is None else self.adapter.merged(name, loaded)
 
     def _names_in_use(self, config: Mapping[str, Any]) -> frozenset[str]:
         """Names of the tensors, without an output matrix that is the embedding once more.

@@ -45,6 +45,10 @@ _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|up_proj|down_proj)")  # one
 _FUSED = re.compile(r"(.*\.shared_mlp)\.gate_up_proj\.weight")
 _HALVES = {"gate_proj": 0, "up_proj": 1}
 
+SEVERAL_MATRICES = re.compile(r"\.(experts|shared_mlp)\.(gate_up_proj|up_proj|down_proj)\b")
+"""In names of tensors that hold several matrices."""
+FOR_IMAGES_AND_SOUND = re.compile(r"visual|vision|audio|projector|image|video|speech")
+"""In names of tensors that are no part of a language model."""
 _COMPUTED = re.compile(r".*\.(inv_freq|masked_bias|position_ids)|(.*\.)?lm_head\.weight")
 # parts of a model that are no part of its language model, by what is said of them
 _PARTS = {
@@ -52,7 +56,7 @@ _PARTS = {
         r"(^|\.)mtp\."
     ),
     "the parts for images and sound ({}) are left out; llama.cpp reads them from a file of their own, published as "
-    "mmproj beside GGUF files of the model": re.compile(r"visual|vision|audio|projector|image|video|speech"),
+    "mmproj beside GGUF files of the model": FOR_IMAGES_AND_SOUND,
 }
 
 
@@ -105,7 +109,7 @@ class WeightFiles:
         self._headers: dict[Path, Any] = {}
         shard_of, self.notes = _find_shards(path)
         self._shards = sorted(set(shard_of.values()))
-        places, prefix = _with_usual_names({_renamed(name): _Place(shard, name) for name, shard in shard_of.items()})
+        places, prefix = _with_usual_names({own_name(name): _Place(shard, name) for name, shard in shard_of.items()})
         self.prefix = prefix
         self._stored = shard_of
         self._places = dict(self._with_single_matrices(places))
@@ -169,13 +173,18 @@ class WeightFiles:
         place = self._places[name]
         return StoredTensor(place.stored_name, place.shard, *self._shape_and_dtype(place))
 
+    def is_part(self, name: str) -> bool:
+        """Whether the files have it as a part of a larger tensor."""
+        place = self._places[name]
+        return place.expert is not None or place.half is not None
+
     def stored_name(self, name: str) -> str:
         """The name that the files have for a tensor."""
         return self._places[name].stored_name
 
     def is_renamed(self, name: str) -> bool:
         """Whether the files have another name for a tensor, apart from what all begin with, or several in one."""
-        return _renamed(self.stored_name(name)) != self.stored_name(name)
+        return own_name(self.stored_name(name)) != self.stored_name(name)
 
     def is_zero(self, name: str) -> bool:
         """Whether all bytes of a stored tensor are zero; it is read until one is not."""
@@ -324,7 +333,7 @@ def _open_shard(shard: Path) -> Any:
         ) from None
 
 
-def _renamed(name: str) -> str:
+def own_name(name: str) -> str:
     """The name in transformers' model of a tensor in a file, but for the prefix."""
     for published, own in _RENAMED:
         name = published.sub(own, name)

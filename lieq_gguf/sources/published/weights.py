@@ -72,9 +72,14 @@ class PublishedWeights:
                 self._format.check(self._module(name), parts, (shape[0], shape[1]))
                 continue
             if name in self._files.names and (stored := self._files.stored(name)).dtype not in PLAIN_DTYPES:
+                several = self._files.is_part(name)
                 raise SourceError(
-                    f"{stored.name} in {stored.file} is {stored.dtype}, but no tensor beside it ends in {self._marks}; "
-                    "download the model again"
+                    f"{stored.name} in {stored.file} is {stored.dtype}, "
+                    + (
+                        "and holds several matrices, which cannot be decoded; give the model that it was made from"
+                        if several
+                        else f"but no tensor beside it ends in {self._marks}; download the model again"
+                    )
                 )
             plain[name] = shape
         self._files.require(plain)
@@ -116,6 +121,7 @@ class PublishedWeights:
 
     def add_to(self, digest: hashlib._Hash) -> None:
         """Digest the headers and some bytes of every tensor."""
+        digest.update(repr(self._format).encode())
         self._files.add_to(digest)
 
     @property
