@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Errors of the layers of a file with error feedback over those of a file without: same types, unseen text.
 
-Usage: compare_block_errors.py TEXT [--bits 3] [FAMILY|MODEL_DIR …]
+Usage: compare_block_errors.py TEXT [--bits 3] [--n-tokens 16384] [FAMILY|MODEL_DIR …]
 
 FAMILY is a name in tests/support/families.py, for which a tiny model is made; the default is all families. A block
 error is the change of a layer's output, both on the states that quantised layers have made, as in the feedback pass.
@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("models", nargs="*", default=list(TINY_MODELS), metavar="FAMILY|MODEL_DIR")
     parser.add_argument("--bits", default="3")
-    arguments = parser.parse_args()
+    parser.add_argument("--n-tokens", default="16384")
+    arguments = parser.parse_intermixed_args()
     header = ("model", "bits", "mean block error without", "with", "ratio", "layers that gain")
     print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
     for name in arguments.models:
@@ -45,7 +46,8 @@ def main() -> None:
             folder = Path(scratch)
             model = TINY_MODELS[name].write(folder / name) if name in TINY_MODELS else Path(name)
             bits = str(max(float(arguments.bits), least_bits(model)))
-            errors = [block_errors(model, convert(model, folder, bits, fed), arguments.text) for fed in (False, True)]
+            files = [convert(model, folder, bits, arguments.n_tokens, feedback) for feedback in (False, True)]
+            errors = [block_errors(model, file, arguments.text) for file in files]
             without, with_feedback = errors
             cells = f"{without.mean():.4f} | {with_feedback.mean():.4f} | {with_feedback.mean() / without.mean():.3f}"
             n_better = int((with_feedback < without).sum())
@@ -58,12 +60,12 @@ def least_bits(model: Path) -> float:
     return 3.0 if all(width % 256 == 0 for width in widths) else 4.5
 
 
-def convert(model: Path, folder: Path, bits: str, feedback: bool) -> Path:
-    """A file of default options."""
+def convert(model: Path, folder: Path, bits: str, n_tokens: str, feedback: bool) -> Path:
+    """A file of default options, but for the number of calibration tokens."""
     file, switch = folder / f"{feedback}.gguf", "--error-feedback" if feedback else "--no-error-feedback"
     subprocess.run(
         [sys.executable, "-m", "lieq_gguf", "convert", model, "--bits", bits, switch, "-o", file, "--no-cache", "-q",
-         "--threads", str(N_THREADS), "--json"],
+         "--threads", str(N_THREADS), "--json", "--n-tokens", n_tokens],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     return file
