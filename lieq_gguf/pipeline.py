@@ -23,6 +23,7 @@ from lieq_gguf.records.plan import QuantPlan, quantizes_layers
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.request import ImatrixRequest, Request, ScoreRequest
 from lieq_gguf.scorers import scorers
+from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.source import Source
 from lieq_gguf.tokenizers import Vocabulary, known_deviation, tokenizer_differences
 from lieq_gguf.writing.header import Header, make_header
@@ -271,7 +272,13 @@ def compare(
 
     beginning = (text or read_calibration_text(None)).content[:_COMPARED_CHARACTERS]
     with progress.stage("compare", "Comparing", source.spec.n_layers) as advance:
-        return check_equality(source, file, beginning, compute, advance)
+        equality = check_equality(source, file, beginning, compute, advance)
+    if isinstance(source, ModelDirectory) and source.transformers_ids("", add_special_tokens=True) is None:
+        progress.note(
+            f"transformers cannot load the tokenizer of {source.path}, so it was not compared which tokens it adds to "
+            "a text"
+        )
+    return equality
 
 
 def check_tokenizer(source: Source, file: Path, vocabulary: Vocabulary | None, progress: Progress) -> None:

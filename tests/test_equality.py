@@ -292,3 +292,14 @@ def test_of_a_model_that_llama_cpp_runs_the_weights_are_compared(
     monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda *_: None)
     with pytest.raises(VerificationError, match=r"blk\.1\.ffn_up\.weight has other weights"):
         check_equality(open_source(other, SourceOptions()), file, TEXT, ComputeOptions())
+
+
+def test_a_tokenizer_that_transformers_cannot_load_is_noted(
+    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, file = TINY_MODELS["smollm2"].write(tmp_path / "model"), tmp_path / "out.gguf"
+    convert_plainly(path, file)
+    monkeypatch.setattr(ModelDirectory, "_transformers_tokenizer", None)
+    done = run_cli("verify", file, "--source", path)
+    assert done.exit_code == 0
+    assert "so it was not compared which tokens it adds" in done.stderr
