@@ -57,7 +57,7 @@ def main() -> None:
 def least_bits(model: Path) -> float:
     """Enough for rows that fit no 256-weight block."""
     widths = {t.shape[-1] for layer in ModelDirectory(model).spec.layer_matrices for t in layer}
-    return 3.0 if all(width % 256 == 0 for width in widths) else 4.5
+    return 0.0 if all(width % 256 == 0 for width in widths) else 4.5
 
 
 def convert(model: Path, folder: Path, bits: str, n_tokens: str, feedback: bool) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import gguf
 
 from lieq_gguf.architectures.checks import Config, require_count, require_experts
+from lieq_gguf.architectures.experts import add_expert_counts, expert_sizes, source_expert_counts
 from lieq_gguf.architectures.lfm2 import ATTENTION_LAYER, CONVOLUTION_LAYER, FEED_FORWARD, LAYER_NORMS, Lfm2
 from lieq_gguf.architectures.modules import LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
@@ -58,11 +59,7 @@ class Lfm2Moe(Lfm2):
 
     def sizes(self, config: Config) -> dict[str, int]:
         """The sizes of the dense models, and those of experts."""
-        return super().sizes(config) | {
-            "n_experts": int(config["num_experts"]),
-            "n_experts_used": int(config["num_experts_per_tok"]),
-            "n_expert_ff": int(config["moe_intermediate_size"]),
-        }
+        return super().sizes(config) | expert_sizes(config, int(config["num_experts"]))
 
     def layer_modules(self, config: Config, layer: int) -> tuple[LayerModule, ...]:
         """Those of the dense models, with experts in place of the network of later layers."""
@@ -73,10 +70,7 @@ class Lfm2Moe(Lfm2):
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The keys of the dense models, and those of experts."""
         super().add_hyper_parameters(config, writer)
-        sizes = self.sizes(config)
-        writer.add_expert_count(sizes["n_experts"])
-        writer.add_expert_used_count(sizes["n_experts_used"])
-        writer.add_expert_feed_forward_length(sizes["n_expert_ff"])
+        add_expert_counts(self.sizes(config), writer)
         writer.add_leading_dense_block_count(config["num_dense_layers"])
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
@@ -85,9 +79,10 @@ class Lfm2Moe(Lfm2):
         if stored.value("expert_gating_func") != gguf.ExpertGatingFuncType.SIGMOID:
             raise ArchitectureError("the router is no sigmoid")
         n_dense = stored.value("leading_dense_block_count", 0)
-        return super().source_config(stored) | {
-            "num_experts": stored.count("expert_count"),
-            "num_experts_per_tok": stored.count("expert_used_count"),
-            "moe_intermediate_size": stored.count("expert_feed_forward_length"),
-            "num_dense_layers": stored.count("leading_dense_block_count") if n_dense else 0,
-        }
+        return (
+            super().source_config(stored)
+            | source_expert_counts(stored)
+            | {
+                "num_dense_layers": stored.count("leading_dense_block_count") if n_dense else 0,
+            }
+        )

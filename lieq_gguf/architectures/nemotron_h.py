@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import gguf
 
 from lieq_gguf.architectures.checks import Config, require_count, require_experts, require_kinds, require_number
+from lieq_gguf.architectures.experts import add_expert_counts, expert_sizes, source_expert_counts
 from lieq_gguf.architectures.mamba2 import Mamba2, mamba_modules
 from lieq_gguf.architectures.modules import LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
@@ -190,13 +191,14 @@ class NemotronHMoe(NemotronH):
     def sizes(self, config: Config) -> dict[str, int]:
         """The common sizes, and those of experts."""
         sizes = super().sizes(config)
-        return sizes | {
-            "n_experts": int(config["n_routed_experts"]),
-            "n_experts_used": int(config["num_experts_per_tok"]),
-            "n_expert_ff": int(config["moe_intermediate_size"]),
-            "n_shared_ff": int(config["moe_shared_expert_intermediate_size"]),
-            "expert_width": int(config["moe_latent_size"] or sizes["width"]),
-        }
+        return (
+            sizes
+            | expert_sizes(config, int(config["n_routed_experts"]))
+            | {
+                "n_shared_ff": int(config["moe_shared_expert_intermediate_size"]),
+                "expert_width": int(config["moe_latent_size"] or sizes["width"]),
+            }
+        )
 
     def layer_modules(self, config: Config, layer: int) -> tuple[LayerModule, ...]:
         """The modules of the layer's kind; with experts in a narrower space, also the ways to it and back."""
@@ -212,9 +214,7 @@ class NemotronHMoe(NemotronH):
         """The common keys, and those of experts."""
         super().add_hyper_parameters(config, writer)
         sizes = self.sizes(config)
-        writer.add_expert_count(sizes["n_experts"])
-        writer.add_expert_used_count(sizes["n_experts_used"])
-        writer.add_expert_feed_forward_length(sizes["n_expert_ff"])
+        add_expert_counts(sizes, writer)
         writer.add_expert_shared_feed_forward_length(sizes["n_shared_ff"])
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
@@ -227,18 +227,19 @@ class NemotronHMoe(NemotronH):
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """The common keys, and those of experts."""
         n_latent = stored.value("moe_latent_size", None)
-        return super().source_config(stored) | {
-            "n_routed_experts": stored.count("expert_count"),
-            "num_experts_per_tok": stored.count("expert_used_count"),
-            "moe_intermediate_size": stored.count("expert_feed_forward_length"),
-            "moe_shared_expert_intermediate_size": stored.count("expert_shared_feed_forward_length"),
-            "n_shared_experts": stored.count("expert_shared_count", 1),
-            "norm_topk_prob": stored.value("expert_weights_norm", False),
-            "routed_scaling_factor": stored.number("expert_weights_scale", 1.0),
-            "n_group": stored.count("expert_group_count", 1),
-            "topk_group": stored.count("expert_group_used_count", 1),
-            "moe_latent_size": None if n_latent is None else stored.count("moe_latent_size"),
-        }
+        return (
+            super().source_config(stored)
+            | source_expert_counts(stored, "n_routed_experts")
+            | {
+                "moe_shared_expert_intermediate_size": stored.count("expert_shared_feed_forward_length"),
+                "n_shared_experts": stored.count("expert_shared_count", 1),
+                "norm_topk_prob": stored.value("expert_weights_norm", False),
+                "routed_scaling_factor": stored.number("expert_weights_scale", 1.0),
+                "n_group": stored.count("expert_group_count", 1),
+                "topk_group": stored.count("expert_group_used_count", 1),
+                "moe_latent_size": None if n_latent is None else stored.count("moe_latent_size"),
+            }
+        )
 
 
 def _kinds(config: Config) -> list[str]:

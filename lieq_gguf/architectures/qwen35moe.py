@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import gguf
 
 from lieq_gguf.architectures.checks import Config, require_count, require_experts
+from lieq_gguf.architectures.experts import add_expert_counts, expert_sizes, source_expert_counts
 from lieq_gguf.architectures.modules import EXPERTS, LayerModule
 from lieq_gguf.architectures.qwen35 import Qwen35
 from lieq_gguf.architectures.stored_parameters import StoredParameters
@@ -46,27 +47,22 @@ class Qwen35Moe(Qwen35):
 
     def sizes(self, config: Config) -> dict[str, int]:
         """The sizes of the dense models, and those of experts."""
-        return super().sizes(config) | {
-            "n_experts": int(config["num_experts"]),
-            "n_experts_used": int(config["num_experts_per_tok"]),
-            "n_expert_ff": int(config["moe_intermediate_size"]),
-            "n_shared_ff": int(config["shared_expert_intermediate_size"]),
-        }
+        of_experts = expert_sizes(config, int(config["num_experts"]))
+        return super().sizes(config) | of_experts | {"n_shared_ff": int(config["shared_expert_intermediate_size"])}
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The keys of the dense models, and those of experts."""
         super().add_hyper_parameters(config, writer)
         sizes = self.sizes(config)
-        writer.add_expert_count(sizes["n_experts"])
-        writer.add_expert_used_count(sizes["n_experts_used"])
-        writer.add_expert_feed_forward_length(sizes["n_expert_ff"])
+        add_expert_counts(sizes, writer)
         writer.add_expert_shared_feed_forward_length(sizes["n_shared_ff"])
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """The keys of the dense models, and those of experts."""
-        return super().source_config(stored) | {
-            "num_experts": stored.count("expert_count"),
-            "num_experts_per_tok": stored.count("expert_used_count"),
-            "moe_intermediate_size": stored.count("expert_feed_forward_length"),
-            "shared_expert_intermediate_size": stored.count("expert_shared_feed_forward_length"),
-        }
+        return (
+            super().source_config(stored)
+            | source_expert_counts(stored)
+            | {
+                "shared_expert_intermediate_size": stored.count("expert_shared_feed_forward_length"),
+            }
+        )

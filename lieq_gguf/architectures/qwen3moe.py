@@ -8,6 +8,7 @@ import gguf
 
 from lieq_gguf.architectures.checks import Config, require_count, require_experts
 from lieq_gguf.architectures.decoder import Decoder
+from lieq_gguf.architectures.experts import add_expert_counts, expert_sizes, source_expert_counts
 from lieq_gguf.architectures.modules import ATTENTION, EXPERTS, HEAD_NORMS, NORMS
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
@@ -37,27 +38,15 @@ class Qwen3Moe(Decoder):
     def sizes(self, config: Config) -> dict[str, int]:
         """The common sizes, the number of experts and their width."""
         n_experts = int(config.get("num_experts") or config["num_local_experts"])
-        return super().sizes(config) | {
-            "n_experts": n_experts,
-            "n_experts_used": int(config["num_experts_per_tok"]),
-            "n_expert_ff": int(config["moe_intermediate_size"]),
-        }
+        return super().sizes(config) | expert_sizes(config, n_experts)
 
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """The common keys and those of the experts."""
-        n_experts = stored.count("expert_count")
-        return super().source_config(stored) | {
-            "num_experts": n_experts,
-            "num_local_experts": n_experts,
-            "num_experts_per_tok": stored.count("expert_used_count"),
-            "moe_intermediate_size": stored.count("expert_feed_forward_length"),
-            "norm_topk_prob": True,
-        }
+        counts = source_expert_counts(stored)
+        others = {"num_local_experts": counts["num_experts"], "norm_topk_prob": True}
+        return super().source_config(stored) | counts | others
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The common keys and those of the experts."""
         super().add_hyper_parameters(config, writer)
-        sizes = self.sizes(config)
-        writer.add_expert_count(sizes["n_experts"])
-        writer.add_expert_used_count(sizes["n_experts_used"])
-        writer.add_expert_feed_forward_length(sizes["n_expert_ff"])
+        add_expert_counts(self.sizes(config), writer)

@@ -45,9 +45,12 @@ class CarriedAlong:
     def arguments(self, carried: torch.Tensor, device: torch.device, inputs: torch.Tensor | None) -> dict[str, Any]:
         """What a layer is called with, from what is carried and the layer's inputs ``[n_tokens, width]`` by token."""
         result: dict[str, Any] = {}
-        if self.has_tokens:  # none have been embedded where a layer is only timed
-            nothing = carried.new_zeros(*carried.shape[:-1], self._n_token_inputs)
-            result["per_layer_input"] = (nothing if inputs is None else inputs[carried[..., 0].long()]).to(device)
+        if self.has_tokens:
+            if inputs is None:  # nothing has been embedded where a layer is only timed
+                of_tokens = carried.new_zeros(*carried.shape[:-1], self._n_token_inputs)
+            else:
+                of_tokens = inputs[carried[..., 0].long()]
+            result["per_layer_input"] = of_tokens.to(device)
         if self._heads:
             result["shared_kv_states"] = {
                 kind: tuple(self._split(part, kind).to(device) for part in pair)

@@ -43,7 +43,7 @@ class Weights(Protocol):
         """Free memory used for reading."""
 
 
-RowsOf: TypeAlias = Callable[[TensorSpec, torch.Tensor], torch.Tensor]
+RowsOf: TypeAlias = Callable[[TensorSpec, Sequence[int]], torch.Tensor]
 """Rows ``[n_tokens, n_in]`` of a table of all tokens, by their ids."""
 
 Recording: TypeAlias = dict[str, list[Any]]
@@ -77,7 +77,9 @@ class LayerModel:
         self.modules: Mapping[TensorSpec, tuple[str, ...]] = {}
         self.device = device
         self.in_bfloat16 = in_bfloat16
-        self._kinds = layer_kinds(config)
+        kinds = layer_kinds(config)
+        in_use = list(dict.fromkeys(kinds))
+        self._slots = [in_use.index(kind) for kind in kinds]  # of every layer, the module of its kind
         self._model = initialised(config, n_vocab=1, seed=0).to(device).requires_grad_(False)
         self._model.get_input_embeddings().weight.fill_(1)  # type: ignore[operator]  # so embed sees the scale
         self._init_weights = self._model._init_weights
@@ -120,20 +122,16 @@ class LayerModel:
             ids: Token ids ``[n_chunks, chunk_size]``.
             rows_of: Rows of its tables; None for those of the source.
         """
-        rows_of = rows_of or (lambda tensor, used: source.read_rows(tensor, used.tolist()))
+        rows_of = rows_of or source.read_rows
         outer = {t.name: t for t in source.spec.tensors if t.layer is None}
-        used = torch.from_numpy(np.unique(ids))
+        used: list[int] = np.unique(ids).tolist()
         embedded = rows_of(source.spec.embedding, used).float() * self._scales()
         if "per_layer_token_embd.weight" in outer:
             norm = self._model.get_submodule("per_layer_projection_norm")
             norm.load_state_dict({"weight": source.read(outer["per_layer_proj_norm.weight"])})
-            table, projection = (
-                rows_of(outer["per_layer_token_embd.weight"], used),
-                outer["per_layer_model_proj.weight"],
-            )
-            self._token_inputs = TokenInputs(
-                self._model, embedded.to(self.device), table, source.read(projection).to(self.device)
-            )
+            table = rows_of(outer["per_layer_token_embd.weight"], used)
+            projection = source.read(outer["per_layer_model_proj.weight"])
+            self._token_inputs = TokenInputs(self._model, embedded.to(self.device), table, projection.to(self.device))
         return self._states(ids, embedded)
 
     def embed_untrained(self, ids: npt.NDArray[np.int64], seed: int) -> torch.Tensor:
@@ -144,10 +142,9 @@ class LayerModel:
         fresh: Any = initialised(self.config, n_vocab=len(np.unique(ids)), seed=seed).requires_grad_(False)
         embedded = fresh.get_input_embeddings().weight.detach() * self._scales()
         if self._carried.has_tokens:
-            slots = [list(dict.fromkeys(self._kinds)).index(kind) for kind in self._kinds]
             fresh.layers = nn.ModuleList()  # only norm and scales are needed
             width: int = fresh.hidden_size_per_layer_input
-            columns = torch.tensor([slot * width + i for slot in slots for i in range(width)])
+            columns = torch.tensor([slot * width + i for slot in self._slots for i in range(width)])
             self._token_inputs = TokenInputs(
                 fresh.to(self.device),
                 embedded.to(self.device),
@@ -385,7 +382,7 @@ class LayerModel:
     def _prepare(self, index: int) -> None:
         """Select the module for the layer of an index, and make room for its weights."""
         self.index = index
-        self.layer = self._layers[list(dict.fromkeys(self._kinds)).index(self._kinds[index])]
+        self.layer = self._layers[self._slots[index]]
         self._of_tokens = None if self._token_inputs is None else self._token_inputs.of_layer(index)
         self.forget_rounded()
         with torch.inference_mode(mode=False):

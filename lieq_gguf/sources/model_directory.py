@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from lieq_gguf.sources.adapter import LoraAdapter, load_adapter
 from lieq_gguf.sources.directory_metadata import directory_metadata
 from lieq_gguf.sources.file_order import FloatArray, file_rows, multiplied
 from lieq_gguf.sources.published import find_format
+from lieq_gguf.sources.published.stored import WeightFormat
 from lieq_gguf.sources.published.weights import PublishedWeights
 from lieq_gguf.sources.source import SourceMetadata
 from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, MTP_PREFIX, WEIGHTS_FILE, WeightFiles
@@ -64,12 +66,11 @@ class ModelDirectory:
         """Open a model, optionally with the directory of a LoRA adapter, and with its head for several tokens."""
         self.path = path
         self.repository = repository_of(path)
-        config, self.family = read_supported_config(path)
-        whole = _read_config(path)
-        self.is_wrapper = is_wrapper(whole)
-        stored_as, files = find_format(path, whole), WeightFiles(path)
-        self._weights = files if stored_as is None else PublishedWeights(files, stored_as)
-        config = {**config, **self._header_parameters(config["num_hidden_layers"])}
+        supported = read_supported_config(path)
+        self.family, self.is_wrapper = supported.family, supported.is_wrapper
+        files = WeightFiles(path)
+        self._weights = files if supported.stored_as is None else PublishedWeights(files, supported.stored_as)
+        config = {**supported.config, **self._header_parameters(supported.config["num_hidden_layers"])}
         if keeps_mtp:
             self._require_mtp()
             config[MTP_KEPT] = 1
@@ -107,6 +108,11 @@ class ModelDirectory:
             for note in weights.left_out(used)
         ]
         return tuple(notes) + (() if self.adapter is None else self.adapter.notes)
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether it has a head for multi-token prediction, which need not be in use."""
+        return any(name.startswith(MTP_PREFIX) for name in self._weights.names)
 
     @property
     def notes_on_scores(self) -> tuple[str, ...]:
@@ -277,11 +283,6 @@ class ModelDirectory:
             for name in self.family.header_parameters
         }
 
-    @property
-    def has_mtp(self) -> bool:
-        """Whether it has a head for multi-token prediction, which need not be in use."""
-        return any(name.startswith(MTP_PREFIX) for name in self._weights.names)
-
     def _require_mtp(self) -> None:
         if not self.has_mtp:
             raise SourceError(f"{self.path} has no head for multi-token prediction; leave out --mtp keep")
@@ -322,21 +323,38 @@ def model_name(path: Path) -> str:
     return (repository_of(path) or path.resolve().name).rpartition("/")[2]
 
 
-def read_supported_config(path: Path) -> tuple[Mapping[str, Any], Decoder]:
+@dataclass(frozen=True)
+class SupportedConfig:
+    """What ``config.json`` of a directory says.
+
+    Attributes:
+        config: That of the language model, complete.
+        family: Its family.
+        stored_as: The format of weights that are published quantised, or None.
+        is_wrapper: Whether the language model is inside a model of images or sound.
+    """
+
+    config: Mapping[str, Any]
+    family: Decoder
+    stored_as: WeightFormat | None
+    is_wrapper: bool
+
+
+def read_supported_config(path: Path) -> SupportedConfig:
     """Read ``config.json`` of a directory; the weights may still be missing.
 
     Raises:
         SourceError: if it is missing or damaged, or the weights are quantised in a format that cannot be read.
         ArchitectureError: if the architecture is not supported.
     """
-    config = _read_config(path)
-    find_format(path, config)
-    config = language_model_config(config)
+    whole = _read_config(path)
+    stored_as = find_format(path, whole)
+    config = language_model_config(whole)
     with _complete_config(path):
         family = find_family(config)
         config = family.completed(config)
         family.check(config)
-    return config, family
+    return SupportedConfig(config, family, stored_as, is_wrapper(whole))
 
 
 @contextmanager

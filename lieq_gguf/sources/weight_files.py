@@ -150,8 +150,11 @@ class WeightFiles:
             f"{part.format(f'{sum(sizes) / 1e9:.2f} GB')}" for part in _PARTS if (sizes := n_bytes.pop(part, None))
         ]
         if n_bytes:
+            first = next(iter(n_bytes))
             notes.append(
-                f"{len(n_bytes)} tensors that the model does not use are left out; the first is {next(iter(n_bytes))}"
+                f"{first}, which the model does not use, is left out"
+                if len(n_bytes) == 1
+                else f"{len(n_bytes)} tensors that the model does not use are left out; the first is {first}"
             )
         return tuple(notes)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -127,8 +127,8 @@ class FeedbackPass:
     def _embedded(self) -> torch.Tensor:
         """States before the first layer ``[n_chunks, chunk_size, state_width]``, from quantised tables."""
 
-        def rows_of(tensor: TensorSpec, ids: torch.Tensor) -> torch.Tensor:
-            rows = self._source.read_rows(tensor, ids.tolist()).float().numpy()
+        def rows_of(tensor: TensorSpec, ids: Sequence[int]) -> torch.Tensor:
+            rows = self._source.read_rows(tensor, ids).float().numpy()
             quant_type = QUANT_TYPES[self._plan.types[tensor.name]]
             decoded = ggml.dequantize(encoders.quantize(rows, quant_type, None, self._n_threads), quant_type)
             return torch.from_numpy(decoded)

@@ -57,11 +57,12 @@ class OuterDamage(Observer):
 
     def finish(self, layer: LayerModel, hidden: torch.Tensor) -> None:
         """Quantise the embedding of the sample and run the first layer on it, and the second table for every layer."""
-        before = hidden[self._sample]
         if layer.index == 0:
+            before = hidden[self._sample]
             probed = layer.with_hidden(before, self._probed(layer.hidden_part(before)))
             self._embedding_error = layer.relative_change(layer.forward(before), layer.forward(probed))
         if layer.token_table is not None:
+            before = hidden[self._sample]
             intact = layer.forward(before)
             if self._probed_table is None:
                 self._probed_table = self._probed(layer.token_table.float())
