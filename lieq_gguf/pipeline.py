@@ -31,7 +31,7 @@ from lieq_gguf.writing.verification import verify
 from lieq_gguf.writing.writer import encode_tensors, write_file
 
 if TYPE_CHECKING:
-    from lieq_gguf.writing.equality import Equality
+    from lieq_gguf.writing.differences import Equality
     from lieq_gguf.writing.feedback_pass import FeedbackPass
 
 _COMPARED_CHARACTERS = 2000  # more than the tokens that are compared
@@ -86,7 +86,7 @@ class Conversion:
         prepared: Its plan and figures.
         seconds: Stage name to wall-clock seconds.
         block_errors: With error feedback, one per layer: how far quantising all its matrices moves its output.
-        equality: How equal the file and its model are; None for a model that only llama.cpp runs, or without proof.
+        equality: How equal the file and its model are; None without proof.
     """
 
     output: Path
@@ -262,7 +262,7 @@ def _verify(file: Path, prepared: PreparedFile, progress: Progress) -> Equality 
 
 def compare(
     source: Source, file: Path, compute: ComputeOptions, progress: Progress, text: CalibrationText | None = None
-) -> Equality | None:
+) -> Equality:
     """Prove that a file is the model that it was made from, on the beginning of a text or of the shipped one.
 
     Raises:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.command import RunCli
 from support.families import LLAMA_3_ROPE, TINY_MODELS, YARN_ROPE
+from support.gguf_files import rewrite, with_unheard_of_value
 from support.reports import PLAIN, edit_json, edit_weights, negate_up, untie_head
 from support.requests import convert_plainly, on_text, request_of
 
@@ -278,20 +279,76 @@ def test_a_file_of_another_shape_is_told(tiny_model: Path, tmp_path: Path) -> No
         check_equality(open_source(other), file, TEXT, ComputeOptions())
 
 
-def test_of_a_model_that_llama_cpp_runs_the_weights_are_compared(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def odd(source: Path, target: Path, **values: Any) -> Path:
+    """The same model, with a number that nobody knows: only llama.cpp runs it."""
+
+    def change(given: dict[str, Any]) -> None:
+        with_unheard_of_value(given)
+        given.update(values)
+
+    rewrite(source, target, change)
+    assert not open_source(target, SourceOptions(allow_requantize=True)).has_transformers_model
+    return target
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q2_K", "Q8_0"])
+@pytest.mark.parametrize("name", ["smollm2", "qwen3moe", "nemotron-h", "gemma4", "exaone4", "falcon-h1"])
+def test_a_model_that_llama_cpp_runs_is_compared_with_itself(name: str, type_name: str, tmp_path: Path) -> None:
+    """Layers behind the first, whose update counts without the embedding, are as far off as with transformers."""
+    exact_type = "F32" if name == "falcon-h1" else "F16"
+    exact = convert_plainly(TINY_MODELS[name].write(tmp_path / "model"), tmp_path / "exact.gguf", exact_type)
+    file = convert_plainly(exact, tmp_path / "out.gguf", type_name)
+    expected = check_equality(open_source(exact), file, TEXT, ComputeOptions())
+    odd_file = odd(file, tmp_path / "odd-out.gguf")
+    found = check_equality(open_source(odd(exact, tmp_path / "odd.gguf")), odd_file, TEXT, ComputeOptions())
+    assert found.reference == "its source"
+    assert found.layer_errors[1:] == pytest.approx(expected.layer_errors[1:], rel=0.2, abs=1e-3)
+    assert found.head_error == pytest.approx(expected.head_error, rel=0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q8_0"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.layer_norm_rms_epsilon", 1e-4),
+        ("llama.rope.freq_base", 5e5),
+        ("tokenizer.ggml.add_bos_token", True),
+    ],
+)
+def test_another_number_of_a_model_that_llama_cpp_runs_is_told(
+    key: str, value: object, type_name: str, tmp_path: Path, run_cli: RunCli
 ) -> None:
-    exact = convert_plainly(tiny_model, tmp_path / "exact.gguf")
-    file = convert_plainly(exact, tmp_path / "out.gguf", "Q4_K")
-    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda *_: None)
-    assert check_equality(open_source(exact), file, TEXT, ComputeOptions()) is None
-    changed = Path(shutil.copytree(tiny_model, tmp_path / "changed"))
-    edit_weights(negate_up)(changed)
-    monkeypatch.undo()
-    other = convert_plainly(changed, tmp_path / "other.gguf")
-    monkeypatch.setattr("lieq_gguf.sources.gguf_source.family_named", lambda *_: None)
+    model = convert_plainly(TINY_MODELS["smollm2"].write(tmp_path / "model"), tmp_path / "exact.gguf")
+    source = odd(model, tmp_path / "odd.gguf")
+    file = odd(convert_plainly(model, tmp_path / "plain.gguf", type_name), tmp_path / "out.gguf")
+    passed = run_cli("verify", file, "--source", source)
+    assert passed.exit_code == 0, passed.stderr
+    assert "layers in llama.cpp are at most" in passed.stdout
+    done = run_cli("verify", odd(file, tmp_path / "changed.gguf", **{key: value}), "--source", source, "-q")
+    assert done.exit_code == 1
+    *_warnings, line = done.stderr.splitlines()
+    assert f"{key} has another value" in line
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q2_K", "Q8_0"])
+def test_another_graph_is_told(type_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where metadata say the same; here they are not compared."""
+    monkeypatch.setattr("lieq_gguf.writing.graph_equality._OF_PEOPLE", ("general.", "lieq.", "llama."))
+    model = convert_plainly(TINY_MODELS["smollm2"].write(tmp_path / "model"), tmp_path / "exact.gguf")
+    source = open_source(odd(model, tmp_path / "odd.gguf"))
+    file = convert_plainly(model, tmp_path / "plain.gguf", type_name)
+    other = odd(file, tmp_path / "out.gguf", **{"llama.attention.layer_norm_rms_epsilon": 3.0})
+    with pytest.raises(VerificationError, match="embedding or layer 0 otherwise than its source"):
+        check_equality(source, other, TEXT, ComputeOptions())
+
+
+def test_weights_of_a_model_that_llama_cpp_runs_are_compared(tmp_path: Path) -> None:
+    path = TINY_MODELS["smollm2"].write(tmp_path / "model")
+    file = odd(convert_plainly(path, tmp_path / "exact.gguf"), tmp_path / "odd.gguf")
+    edit_weights(negate_up)(path)
+    source = odd(convert_plainly(path, tmp_path / "other.gguf"), tmp_path / "odd-other.gguf")
     with pytest.raises(VerificationError, match=r"blk\.1\.ffn_up\.weight has other weights"):
-        check_equality(open_source(other, SourceOptions()), file, TEXT, ComputeOptions())
+        check_equality(open_source(source), file, TEXT, ComputeOptions())
 
 
 def test_a_tokenizer_that_transformers_cannot_load_is_noted(

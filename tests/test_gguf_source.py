@@ -16,6 +16,7 @@ import pytest
 import torch
 from support.command import RunCli
 from support.families import TINY_MODELS
+from support.gguf_files import rewrite, with_unheard_of_value
 from support.models import write_model
 from support.requests import convert_plainly, measured, on_text, request_of
 from support.tolerances import F16_PRODUCT, F16_SUMS, FLOAT32_LOGITS, assert_logits_close
@@ -45,34 +46,6 @@ from lieq_gguf.sources.source import Source
 from lieq_gguf.writing.writer import encode_tensors
 
 SILENT = Progress(silent=True)
-
-
-def rewrite(
-    source: Path,
-    target: Path,
-    change: Callable[[dict[str, Any]], None] = lambda _values: None,
-    keep: Callable[[str], bool] = lambda _name: True,
-    convert: Callable[[str, np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], int]] | None = None,
-    order: Callable[[str], Any] = lambda _name: 0,
-) -> Path:
-    """The same file with other values (None removes one), some of the tensors, other types, or another order."""
-    file = GgufFile(source)
-    values: dict[str, Any] = {key: file.value_bytes(key) for key in file.keys}
-    change(values)
-    writer = HeaderWriter("")
-    for key, value in values.items():
-        if isinstance(value, bytes):
-            writer.values[key] = value
-        elif value is not None:
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    tensors = []
-    for t in sorted((t for t in file.tensors if keep(t.spec.name)), key=lambda t: order(t.spec.name)):
-        data, kind = t.data, t.quant_type.ggml_id
-        if convert is not None:
-            data, kind = convert(t.spec.name, ggml.dequantize(t.data, t.quant_type))
-        tensors.append((TensorLayout(t.spec.name, t.spec.shape, kind, data.nbytes), data))
-    write_gguf(target, writer.values, tensors)
-    return target
 
 
 @pytest.fixture(scope="session")
@@ -476,10 +449,6 @@ def as_architecture(name: str) -> Callable[[dict[str, Any]], None]:
             values[f"{name}.attention.{key}"] = struct.pack("<II", gguf.GGUFValueType.UINT32, 64)
 
     return change
-
-
-def with_unheard_of_value(values: dict[str, Any]) -> None:
-    values["llama.unheard_of"] = 1
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from lieq_gguf.cli.output import print_json, stdout
 from lieq_gguf.cli.parsing import refuse_given, revision_of, thread_counts
 
 if TYPE_CHECKING:
-    from lieq_gguf.writing.equality import Equality
+    from lieq_gguf.writing.differences import Equality
 
 
 def inspect(
@@ -86,17 +86,15 @@ def verify(
     else:
         against = "" if plan is None else f", types as in {plan}"
         print(f"{file}: {result.n_tensors} tensors read back, all finite{against}; llama.cpp loads and runs it")
-        if model is not None:
+        if equality is not None:
             print(f"it is the model of {of.source}: {_how_equal(equality)}")
         print(f"{answers.n_prompts} short continuations: {answers.verdict}")
 
 
-def _how_equal(equality: Equality | None) -> str:
-    if equality is None:
-        return "its weights are compared, since only llama.cpp runs this architecture"
+def _how_equal(equality: Equality) -> str:
     return (
         f"from the same input, layers in llama.cpp are at most {max(equality.layer_errors):.1%} off those of "
-        "transformers, which rounding explains"
+        f"{equality.reference}, which rounding explains"
     )
 
 

@@ -90,6 +90,14 @@ class Node:
         strides = tuple(reversed(self._struct.nb))
         return np.ndarray(self.shape, _NUMBERS[self._struct.type], content.data, strides=strides)
 
+    def write(self, values: npt.NDArray[np.float32]) -> None:
+        """Put other values in their place, of the same number, for what is computed from them."""
+        content = np.ascontiguousarray(values, dtype=np.float32)
+        library = _graph_functions()
+        if library.ggml_nbytes(self._address) != content.nbytes:
+            raise QuantizationError(f"node {self.name} does not hold {content.size} neighbouring numbers")
+        library.ggml_backend_tensor_set(self._address, content.ctypes.data, 0, content.nbytes)
+
     def read_rows(self) -> npt.NDArray[np.float32]:
         """Its values as rows, such as hidden states ``[n_tokens, d_model]``."""
         return np.asarray(self.read(), dtype=np.float32).reshape(-1, self.shape[-1])
@@ -103,6 +111,10 @@ def _graph_functions() -> ctypes.CDLL:
         "ggml_op_name": (ctypes.c_char_p, [ctypes.c_int]),
         "ggml_nbytes": (ctypes.c_size_t, [ctypes.c_void_p]),
         "ggml_backend_tensor_get": (
+            None,
+            [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
+        ),
+        "ggml_backend_tensor_set": (
             None,
             [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
         ),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,52 +30,30 @@ from lieq_gguf.records.options import ComputeOptions, SourceOptions
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.source import Source
-from lieq_gguf.writing.compared_weights import ComparedWeights, DifferenceError
+from lieq_gguf.writing.compared_weights import ComparedWeights
+from lieq_gguf.writing.differences import (
+    EMULATED_FACTOR,
+    DifferenceError,
+    Equality,
+    change,
+    check_head,
+    check_layer,
+    layer_bound,
+    logits_change,
+    rounded,
+)
+from lieq_gguf.writing.graph_equality import compare_graphs
 
 FloatArray = npt.NDArray[np.float32]
 
 N_TOKENS = 64
+_TRANSFORMERS = "transformers"
 _PLAIN_TEXT = "Hello"  # no tokenizer splits it unusually
-
-PLAIN_BOUNDS = {"F32": 0.01, "F16": 0.01, "BF16": 0.05}  # of layers and of logits
-QUANTIZED_LAYER_BOUND = 0.25
-"""Largest error of a layer's output, over the length of its update ``h_out - h_in``, at four of five tokens. llama.cpp
-rounds the input of every product: to F16 by 2⁻¹¹/√3 (kernels of ARM also add in F16, thrice as much), to BF16 by eight
-times that, and to 8 bits by 0.6 to 1.4 %, more beside massive activations; queries and keys carry that into an
-exponent. Measured: 0.001 with F16; of two to eight bits 0.08 in SmolLM2 and 0.03 in the tiny models of the tests.
-Beyond the bound, the rounding is emulated in the layer, and what it changes there is allowed three times."""
-
-QUANTIZED_HEAD_BOUND = 0.15
-"""Error of the logits, root mean square in standard deviations. Measured: 0.0004 with F16, 0.024 with Q6_K."""
-
-_EMULATED_FACTOR = 3.0
-_ROUNDED_TOGETHER = 256  # numbers with one scale, for the K types; others have smaller blocks and less error
-_SHARE = 0.8
-_LEAST_UPDATE = 0.01  # of the hidden state: a layer that does nothing yet has no update
-
-_TINY = float(np.finfo(np.float32).tiny)
-
-
-@dataclass(frozen=True)
-class Equality:
-    """How equal the file and its model are; a difference beyond rounding raises instead.
-
-    Attributes:
-        layer_errors: For each layer, the change of its update at four of five tokens.
-        head_error: The change of the logits, root mean square in their standard deviations.
-    """
-
-    layer_errors: tuple[float, ...]
-    head_error: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The document for ``--json``."""
-        return {"layer_errors": list(self.layer_errors), "head_error": self.head_error}
 
 
 def check_equality(
     source: Source, file: Path, text: str, compute: ComputeOptions, advance: Callable[[float], None] = lambda _n: None
-) -> Equality | None:
+) -> Equality:
     """Compare a file with the model that it was made from.
 
     Args:
@@ -87,7 +64,7 @@ def check_equality(
         advance: Called with the number of layers that are done.
 
     Returns:
-        How equal they are; None for a model that only llama.cpp runs, of which the weights alone are compared.
+        How equal they are. A model that only llama.cpp runs is compared in its graph.
 
     Raises:
         VerificationError: at the first difference that rounding does not explain, naming it.
@@ -110,14 +87,12 @@ class _Comparison:
     written: GgufSource
     compute: ComputeOptions
 
-    def run(self, text: str, advance: Callable[[float], None]) -> Equality | None:
+    def run(self, text: str, advance: Callable[[float], None]) -> Equality:
         spec, weights = self.source.spec, ComparedWeights(self.source, self.written)
         _compare_shapes(spec, self.written.spec)
         if not self.source.has_transformers_model:
-            for tensor in spec.tensors:
-                weights.read(tensor)
-                weights.release()
-            return None
+            weights.compare_all()
+            return compare_graphs(self.source, self.written, text, N_TOKENS, self.compute.n_threads, advance)
         if not self.written.has_transformers_model:
             raise DifferenceError(self.written.why_not_supported)
         config = self.source.transformers_config()
@@ -132,6 +107,7 @@ class _Comparison:
                 weights.read(tensor)
         with torch.inference_mode():
             return Equality(
+                _TRANSFORMERS,
                 tuple(self._layer_errors(layer, weights, ids, hidden, advance)),
                 self._head_error(layer, weights, hidden[-1], logits),
             )
@@ -173,17 +149,12 @@ class _Comparison:
             layer.load(weights, index)
             after = layer.forward(before, exact=True)
             expected = layer.hidden_part(after)[0]
-            error = _change(layer.hidden_part(before)[0], expected, found)
+            error = change(layer.hidden_part(before)[0], expected, found)
             types = {self.written.stored_type(t) for t in self.source.spec.layer_matrices[index]}
-            bound = max(PLAIN_BOUNDS.get(t.name, QUANTIZED_LAYER_BOUND) for t in types)
+            bound = layer_bound(types)
             if not error <= bound:  # NaN is not
-                bound = max(bound, _EMULATED_FACTOR * _emulated_change(layer, before, expected, types))
-            if not error <= bound:
-                place = "embedding or layer 0" if index == 0 else f"layer {index}"
-                raise DifferenceError(
-                    f"llama.cpp computes {place} otherwise than transformers, {error:.0%} off where rounding explains "
-                    f"{bound:.0%}"
-                )
+                bound = max(bound, EMULATED_FACTOR * _emulated_change(layer, before, expected, types))
+            check_layer(index, error, bound, _TRANSFORMERS)
             yield error
             before = layer.with_hidden(after, found[None])
             advance(1)
@@ -193,14 +164,8 @@ class _Comparison:
     ) -> float:
         matrix = weights.head()
         head = layer.output_head(weights, matrix)  # type: ignore[arg-type]  # rows are read when they are needed
-        expected = head.logits(hidden).numpy()
-        error = float(np.sqrt(np.square(logits - expected, dtype=np.float64).mean()) / expected.std())
-        bound = PLAIN_BOUNDS.get(matrix.quant_type.name, QUANTIZED_HEAD_BOUND)
-        if not error <= bound:
-            raise DifferenceError(
-                f"llama.cpp computes the logits otherwise than transformers from the same last layer, {error:.2g} "
-                f"standard deviations off where rounding explains {bound:g}"
-            )
+        error = logits_change(head.logits(hidden).numpy(), logits)
+        check_head(error, matrix.quant_type, _TRANSFORMERS)
         return error
 
 
@@ -227,12 +192,6 @@ class _Watcher:
         self.outputs[node.output_of_layer] = node.read_rows()
 
 
-def _change(before: torch.Tensor, expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Error of a layer's output ``[n_tokens, d_model]`` over its update, the largest of the better four fifths."""
-    size, update, error = (np.linalg.norm(x.numpy(), axis=1) for x in (before, expected - before, found - expected))
-    return float(np.quantile(error / np.maximum(update, _LEAST_UPDATE * size + _TINY), _SHARE))
-
-
 def _emulated_change(
     layer: LayerModel, before: torch.Tensor, expected: torch.Tensor, types: Collection[QuantType]
 ) -> float:
@@ -240,21 +199,12 @@ def _emulated_change(
 
     ``before`` are states ``[1, n_tokens, state_width]``, ``expected`` hidden states ``[n_tokens, d_model]``.
     """
-
-    def rounded(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        x = inputs[0]
-        if not any(t.is_quantized for t in types):
-            return (x.half().float() if all(t.name == "F16" for t in types) else x.bfloat16().float(),)
-        blocks = x.reshape(-1, _ROUNDED_TOGETHER if x.shape[-1] % _ROUNDED_TOGETHER == 0 else x.shape[-1])
-        step = blocks.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / 127
-        return ((blocks / step).round().mul(step).reshape(x.shape),)
-
     with ExitStack() as hooks:
         for module in layer.layer.modules():
             if isinstance(module, nn.Linear):
-                hooks.enter_context(module.register_forward_pre_hook(rounded))
+                hooks.enter_context(module.register_forward_pre_hook(lambda _m, given: (rounded(given[0], types),)))
         found = layer.hidden_part(layer.forward(before, exact=True))[0]
-        return _change(layer.hidden_part(before)[0], expected, found)
+        return change(layer.hidden_part(before)[0], expected, found)
 
 
 def _compare_shapes(expected: ModelSpec, found: ModelSpec) -> None:
