@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from lieq_gguf.allocation.methods import METHODS
 from lieq_gguf.allocation.problem import Group, Problem
 from lieq_gguf.allocation.time_limit import check_speed
+from lieq_gguf.allocation.way_out import way_out
 from lieq_gguf.errors import BudgetError, FormatError
-from lieq_gguf.quant_types import QUANT_TYPES, QuantType
-from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.plan import QuantPlan, quantizes_layers
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import ModelSpec
@@ -23,13 +22,11 @@ def check_reachable(problem: Problem) -> None:
         BudgetError: if the target is outside the range of the types, naming the range and what would widen it; if the
             method has no two widths for it; or if no choice is fast enough.
     """
-    budget, options = problem.budget, problem.options
-    low, high = problem.range()
-    # A target above the largest type is a mistake of the user; the factor allows for rounding of the decimal.
-    if problem.least > problem.limit or budget.value > high * 1.0001:
+    options = problem.options
+    if not problem.is_within_range:
         raise BudgetError(
-            f"{budget} is out of reach: {problem.spec.name} can have {_shown_range(budget, low, high)}; "
-            f"{_advice(problem, low)}"
+            f"{problem.budget} is out of reach: {problem.spec.name} can have {_shown_range(problem)}; "
+            f"{way_out(problem)}"
         )
     method = METHODS[options.method]
     method.check(problem)
@@ -83,63 +80,23 @@ def expected_kld(spec: ModelSpec, types: Mapping[str, str], scores: LayerScores)
     return scores.kld_per_block_error * total
 
 
-def _shown_range(budget: BitBudget, low: float, high: float) -> str:
+def _shown_range(problem: Problem) -> str:
     """The range, rounded inwards, so that the printed limits can be reached."""
-    if budget.kind == "size":
-        return f"{math.ceil(low):,} to {math.floor(high):,} bytes"
-    unit = "bits of file per weight" if budget.kind == "file-bits" else "bits per weight"
-    return f"{math.ceil(low * 1e4 - 1e-6) / 1e4:.4f} to {math.floor(high * 1e4 + 1e-6) / 1e4:.4f} {unit}"
-
-
-def _advice(problem: Problem, low: float) -> str:
-    """Why a target is outside the range, and what would widen the range."""
-    budget, options, spec = problem.budget, problem.options, problem.spec
-    is_small = budget.value < low
-    hints = []
-    if budget.covers_file and is_small:
-        outer = [t for t in spec.outer_matrices if t.name in problem.fixed]
-        share = sum(t.n_weights for t in spec.outer_matrices) / spec.n_weights
-        names = ", ".join(dict.fromkeys(problem.fixed[t.name].name for t in outer))
-        given = f", in {names}: --embedding-type and --output-type can be smaller" if outer else ""
-        hints.append(f"embedding and output are {share:.0%} of the weights{given}")
-    n_pinned = sum(t.name in problem.fixed for layer in spec.layer_matrices for t in layer)
-    if n_pinned:
-        hints.append(f"{n_pinned} matrices of the layers are pinned")
-    if is_small and options.profile == "edge":
-        hints.append("--profile quality or cpu has smaller types")
-    widths = sorted({t.shape[-1] for g in problem.groups for t in g.tensors if t.shape[-1] % 256})
-    if is_small and widths:
-        rows = " and ".join(str(w) for w in widths)
-        hints.append(f"rows of {rows} weights do not fit the 256-weight blocks of the smaller types")
-        fitting = [q for q in QUANT_TYPES.values() if all(q.fits(width) for width in widths)]
-        smallest = min(fitting, key=lambda q: q.bits_per_weight)
-        if problem.granularity == "layer":
-            hints[-1] += "; --granularity tensor uses those where they fit"
-        elif smallest not in problem.offered_types:
-            hints[-1] += f"; --types +{smallest.name} allows a type of {smallest.bits_per_weight:g} bits that fits them"
-        return "; ".join(hints)
-
-    def bits(quant_type: QuantType) -> float:
-        return quant_type.nominal_bits if budget.kind == "nominal" else quant_type.bits_per_weight
-
-    others = sorted((q for q in QUANT_TYPES.values() if q not in problem.offered_types), key=bits)
-    offered = [bits(q) for q in problem.offered_types]
-    if is_small:
-        nearest = [q for q in reversed(others) if bits(q) < min(offered)]
+    (low, high), kind = problem.range(), problem.budget.kind
+    if kind == "size":
+        limits, unit = (f"{math.ceil(low):,}", f"{math.floor(high):,}"), "bytes"
     else:
-        nearest = [q for q in others if bits(q) > max(offered)]
-    if budget.bits_per_weight is not None and not budget.covers_file:  # name a type that reaches the target
-        reaching = [q for q in nearest if (bits(q) <= budget.value if is_small else bits(q) >= budget.value)]
-        nearest = reaching
-    if nearest and problem.groups and not (is_small and options.profile == "edge"):
-        size = "smaller" if is_small else "larger"
-        hints.append(f"--types allows {size} types, for example {nearest[0].name}")
-    return "; ".join(hints or ["choose a target inside this range"])
+        limits = f"{math.ceil(low * 1e4 - 1e-6) / 1e4:.4f}", f"{math.floor(high * 1e4 + 1e-6) / 1e4:.4f}"
+        unit = "bits of file per weight" if kind == "file-bits" else "bits per weight"
+    return f"{' to '.join(limits)} {unit}" if high > low else f"only {limits[0]} {unit}"
 
 
 def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> None:
     if scorer not in scores.by_scorer:
-        raise FormatError(f"the scores have no '{scorer}'; they have {', '.join(scores.by_scorer)}")
+        raise FormatError(
+            f"the scores have no '{scorer}'; they have {', '.join(scores.by_scorer)}: "
+            "name one of these with --layer-score"
+        )
     for group in groups:
         for tensor in group.tensors:
             errors = scores.type_errors.get(tensor.name, {})

@@ -11,9 +11,12 @@ from lieq_gguf.allocation.decode_costs import DecodeCosts
 from lieq_gguf.allocation.methods import METHODS
 from lieq_gguf.allocation.problem import PROFILES, AllocationOptions, Group, Pin, Problem
 from lieq_gguf.errors import BudgetError
-from lieq_gguf.quant_types import F16, QUANT_TYPES, QuantType
+from lieq_gguf.quant_types import DEFAULT_LADDER, F16, QUANT_TYPES, QuantType
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
+
+_IN_SMALL_BLOCKS = tuple(QUANT_TYPES[name] for name in ("Q2_0", "Q4_0", "IQ4_NL", "Q5_0", "Q8_0"))
+_OPTION_OF_OUTER = {False: "--embedding-type", True: "--output-type"}
 
 
 def scorer_of(options: AllocationOptions) -> str:
@@ -49,21 +52,21 @@ def build_problem(
     types = types_on_offer(options.types, has_imatrix, options.profile)
     fixed = {t.name: QUANT_TYPES[t.fixed_type] for t in spec.tensors if not t.is_matrix}
     fixed |= _pinned(spec, options.pins, has_imatrix)
-    groups = []
     for tensor in spec.outer_matrices:
         outer_type = _outer_type(tensor, spec, budget, options, types, fixed.get(tensor.name))
         if outer_type is not None:
             fixed[tensor.name] = outer_type
-        else:
-            groups.append(Group(None, (tensor,), _choices((tensor,), types)))
+    free_outer = tuple(t for t in spec.outer_matrices if t.name not in fixed)
+    _require_types_of_outer(spec, free_outer, types)
+    groups = [Group(None, (tensor,), _choices((tensor,), types)) for tensor in free_outer]
     granularity = options.granularity or method.granularity
     for layer, matrices in enumerate(spec.layer_matrices):
         free = tuple(t for t in matrices if t.name not in fixed)
         together = ([free] if free else []) if granularity == "layer" else [(t,) for t in free]
         groups += [Group(layer, tensors, _choices(tensors, types)) for tensors in together]
     return Problem(
-        spec, budget, options, types, costs, header_bytes, error_feedback, fixed, tuple(groups), scorer_of(options),
-        granularity,
+        spec, budget, options, types, costs, header_bytes, error_feedback, has_imatrix, fixed, tuple(groups),
+        scorer_of(options), granularity,
     )  # fmt: skip
 
 
@@ -110,24 +113,44 @@ def _outer_type(
 
 
 def _choices(tensors: Sequence[TensorSpec], types: Sequence[QuantType]) -> tuple[QuantType, ...]:
-    """The types that fit all of some matrices. Embedding and output matrix never have importance."""
-    is_outer = tensors[0].layer is None
-    fitting = tuple(q for q in types if all(q.fits(t.shape[-1]) for t in tensors))
-    choices = tuple(q for q in fitting if not (is_outer and q.needs_imatrix))
+    """The types that fit all of some matrices of a layer, or the embedding or output matrix.
+
+    Raises:
+        BudgetError: if none does.
+    """
+    choices = tuple(q for q in types if all(_can_be(t, q) for t in tensors))
     if not choices:
-        widths = ", ".join(str(n) for n in sorted({t.shape[-1] for t in tensors}))
-        names = ", ".join(q.name for q in types)
-        where = tensors[0].name if is_outer else f"layer {tensors[0].layer}"
-        if fitting:
-            raise BudgetError(
-                f"all of the types {names} need an importance matrix, which {where} never has; "
-                f"name a type for it with {'--output-type' if where == 'output.weight' else '--embedding-type'}"
-            )
+        widths = sorted({t.shape[-1] for t in tensors})
+        where = tensors[0].name if tensors[0].layer is None else f"layer {tensors[0].layer}"
+        examples = [q.name for q in _IN_SMALL_BLOCKS if all(q.fits(width) for width in widths)]
         raise BudgetError(
-            f"none of the types {names} fits rows of {widths} weights in {where}; "
-            "allow types with blocks of 32, for example --types Q4_0,IQ4_NL,Q5_0,Q8_0"
+            f"none of the types {', '.join(q.name for q in types)} fits rows of {', '.join(map(str, widths))} weights "
+            f"in {where}; "
+            + (
+                f"allow types whose blocks do, for example --types {','.join(examples)}"
+                if examples
+                else "only types without blocks do: --types F16, at 16 bits per weight"
+            )
         )
     return choices
+
+
+def _require_types_of_outer(spec: ModelSpec, tensors: Sequence[TensorSpec], types: Sequence[QuantType]) -> None:
+    """Require a type without importance for embedding and output, where the method chooses theirs."""
+    if tensors and all(q.needs_imatrix for q in types):
+        has_both = len({_is_output(t, spec) for t in tensors}) > 1
+        option = _OPTION_OF_OUTER[tensors[0].name == "output.weight"]
+        names, options = " and ".join(t.name for t in tensors), " and ".join(_OPTION_OF_OUTER.values())
+        raise BudgetError(
+            f"all types you asked for ({', '.join(q.name for q in types)}) need an importance matrix, which "
+            f"{names} never {'has' if len(tensors) == 1 else 'have'}; add a K type, or name another type with "
+            f"{options if has_both else option}"
+        )
+
+
+def _can_be(tensor: TensorSpec, quant_type: QuantType) -> bool:
+    """Whether a matrix can be stored in a type; embedding and output matrix never have importance."""
+    return quant_type.fits(tensor.shape[-1]) and not (quant_type.needs_imatrix and tensor.layer is None)
 
 
 def _pinned(spec: ModelSpec, pins: Sequence[Pin], has_imatrix: bool) -> dict[str, QuantType]:
@@ -139,16 +162,17 @@ def _pinned(spec: ModelSpec, pins: Sequence[Pin], has_imatrix: bool) -> dict[str
     fixed = {}
     matrices = [t for t in spec.tensors if t.is_matrix]
     for pin in pins:
-        if pin.quant_type.needs_imatrix and not has_imatrix:
-            raise BudgetError(
-                f"--pin '{pin.pattern}={pin.quant_type.name}' needs an importance matrix; drop --no-imatrix"
-            )
         if not any(pin.matches(t.name) for t in matrices):
             raise BudgetError(f"--pin '{pin.pattern}' matches no matrix; their names are like {matrices[-1].name}")
     for tensor in matrices:
         pin_used = next((pin for pin in pins if pin.matches(tensor.name)), None)
         if pin_used is not None:
             _check_fit(tensor, pin_used.quant_type)
+            if pin_used.quant_type.needs_imatrix and not has_imatrix:
+                raise BudgetError(
+                    f"--pin '{pin_used.pattern}={pin_used.quant_type.name}' needs an importance matrix; "
+                    "drop --no-imatrix"
+                )
             fixed[tensor.name] = pin_used.quant_type
     return fixed
 
@@ -161,7 +185,12 @@ def _check_fit(tensor: TensorSpec, quant_type: QuantType) -> None:
     elif quant_type.needs_imatrix and tensor.layer is None:
         why = "needs an importance matrix, which embedding and output never have"
     if why is not None:
-        raise BudgetError(f"{tensor.name} of shape {tensor.shape} cannot be {quant_type.name}: it {why}")
+        usable = [q for q in DEFAULT_LADDER if _can_be(tensor, q) and not q.needs_imatrix]
+        nearest = min(usable, key=lambda q: abs(q.bits_per_weight - quant_type.bits_per_weight))
+        raise BudgetError(
+            f"{tensor.name} of shape {tensor.shape} cannot be {quant_type.name}: it {why}; name another type, for "
+            f"example {nearest.name}"
+        )
 
 
 def _is_output(tensor: TensorSpec, spec: ModelSpec) -> bool:
@@ -176,7 +205,8 @@ def _requested_outer_type(tensor: TensorSpec, spec: ModelSpec, options: Allocati
         if requested not in (None, options.embedding_type):
             raise BudgetError(
                 f"embedding and output of {spec.name} are one matrix, which cannot be both "
-                f"{options.embedding_type.name} and {options.output_type and options.output_type.name}"
+                f"{options.embedding_type.name} and {options.output_type and options.output_type.name}; "
+                "leave out --embedding-type or --output-type"
             )
         requested = options.embedding_type
     if requested is not None:

@@ -72,11 +72,20 @@ def _level_pairs(problem: Problem) -> list[tuple[QuantType, QuantType]]:
         and sum(g.cost(budget, low) for g in groups) <= problem.limit
     ]
     if not pairs:
+        names, two = ", ".join(q.name for q in common) or "none", _two_around(problem, common)
         raise BudgetError(
-            f"{budget} cannot be met with two widths of one type per layer; types that fit all layers: "
-            f"{', '.join(q.name for q in common) or 'none'}; use --method best or name two with --types LOW,HIGH"
+            f"{budget} cannot be met with two widths of one type per layer; types that fit all layers: {names}; "
+            f"use --method best" + (f", or two of these: --types {','.join(q.name for q in two)}" if two else "")
         )
     return pairs
+
+
+def _two_around(problem: Problem, types: Sequence[QuantType]) -> tuple[QuantType, ...]:
+    """Two types, one of which is within the budget and the other, if possible, above it; empty if there are none."""
+    ascending = sorted(types, key=lambda q: q.bits_per_weight)
+    affordable = [sum(g.cost(problem.budget, q) for g in problem.groups) <= problem.limit for q in ascending]
+    n_low = min(sum(affordable), len(ascending) - 1)
+    return tuple(ascending[n_low - 1 : n_low + 1]) if n_low > 0 else ()
 
 
 def full_ladder(

@@ -136,6 +136,7 @@ class Problem:
         costs: Decoding time of each type; None to ignore speed.
         header_bytes: Bytes before the first tensor of the file.
         error_feedback: Whether the file will be written with error feedback, which leaves less error.
+        has_imatrix: Whether it will be made with an importance matrix, which some types need.
         fixed: Types that are not chosen: those fixed by hand or by rule, and those of vectors.
         groups: The choices.
         scorer: Layer score that ranks or weights the layers.
@@ -149,6 +150,7 @@ class Problem:
     costs: DecodeCosts | None
     header_bytes: int
     error_feedback: bool
+    has_imatrix: bool
     fixed: Mapping[str, QuantType]
     groups: tuple[Group, ...]
     scorer: str
@@ -187,6 +189,14 @@ class Problem:
         """Smallest and largest amount that can be reached."""
         most = sum(max(g.cost(self.budget, q) for q in g.choices) for g in self.groups)
         return self.amount(self.least), self.amount(most)
+
+    @property
+    def is_within_range(self) -> bool:
+        """Whether the target can be met.
+
+        One above the largest type is a mistake of the user; the factor allows for rounding of the decimal.
+        """
+        return self.least <= self.limit and self.budget.value <= self.range()[1] * 1.0001
 
     def types(self, chosen: Sequence[QuantType]) -> dict[str, str]:
         """Type name of every tensor, with one type chosen per group."""
