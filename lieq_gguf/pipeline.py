@@ -294,10 +294,9 @@ def check_tokenizer(source: Source, file: Path, vocabulary: Vocabulary | None, p
         return
     caveat = "" if vocabulary is None else known_deviation(vocabulary, differences)
     if not caveat:
-        raise TokenizerError(
-            f"llama.cpp tokenises differently from {source.path}: {differences[0]}; "
-            "name the right pre-tokenizer with --pre-tokenizer"
-        )
+        has_name = vocabulary is not None and vocabulary.model == "gpt2"  # only byte-level BPE has a pre-tokenizer
+        advice = "name the right pre-tokenizer with --pre-tokenizer" if has_name else "please report this"
+        raise TokenizerError(f"llama.cpp tokenises differently from {source.path}: {differences[0]}; {advice}")
     progress.warn(f"{caveat}; for example {differences[0]}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.command import CliResult, RunCli
+from support.command import RunCli, assert_refused
 from support.models import write_model
 
 from lieq_gguf import pipeline
@@ -60,16 +60,6 @@ def documents(conversion: pipeline.Conversion, tmp_path: Path) -> Path:
     scores = LayerScores("tiny", 512, "text", 0, by_scorer, errors, dict.fromkeys(errors, 1.0))
     scores.save(path / "scores.json", "lim")
     return path
-
-
-def assert_refused(done: CliResult, words: str, folder: Path | None = None) -> None:
-    assert done.exit_code == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.endswith("\n")
-    assert len(done.stderr.splitlines()) == 1
-    assert words in done.stderr
-    assert folder is None or list(folder.iterdir()) == []
 
 
 def edit_json(file: Path, **changes: Any) -> None:

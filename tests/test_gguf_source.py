@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from support.command import RunCli
 from support.families import TINY_MODELS
-from support.gguf_files import rewrite, with_unheard_of_value
+from support.gguf_files import as_architecture, rewrite, split, with_unheard_of_value
 from support.models import write_model
 from support.requests import convert_plainly, measured, on_text, request_of
 from support.tolerances import F16_PRODUCT, F16_SUMS, FLOAT32_LOGITS, assert_logits_close
@@ -314,24 +312,6 @@ def test_quantised_source(conversion: pipeline.Conversion, tmp_path: Path, run_c
     assert GgufFile(output).bit_meter().layer_bpw <= 3
 
 
-def split(file: Path, folder: Path, count: int) -> list[Path]:
-    """Parts as llama-gguf-split makes them: metadata in the first, tensors in all."""
-    names = [t.spec.name for t in GgufFile(file).tensors]
-    paths = []
-    for i in range(count):
-
-        def change(values: dict[str, Any], i: int = i) -> None:
-            if i:
-                values.clear()
-            values["split.no"] = struct.pack("<IH", gguf.GGUFValueType.UINT16, i)
-            values["split.count"] = struct.pack("<IH", gguf.GGUFValueType.UINT16, count)
-            values["split.tensors.count"] = struct.pack("<Ii", gguf.GGUFValueType.INT32, len(names))
-
-        path = folder / f"whole-{i + 1:05d}-of-{count:05d}.gguf"
-        paths.append(rewrite(file, path, change, lambda name, i=i: names.index(name) % count == i))  # type: ignore[misc]
-    return paths
-
-
 def test_parts_are_one_model(f16_file: Path, tmp_path: Path) -> None:
     parts = split(f16_file, tmp_path, 3)
     whole, found = GgufSource(f16_file), GgufSource(parts[0])
@@ -436,19 +416,6 @@ def test_plan_has_the_name_of_the_file(f16_file: Path, tmp_path: Path, run_cli: 
     made = run_cli("plan", f16_file, "--bits", 16, "--types", "F16", "-o", plan, "-q")
     assert made.exit_code == 0, made.stderr
     assert json.loads(plan.read_text())["model"] == "small"
-
-
-def as_architecture(name: str) -> Callable[[dict[str, Any]], None]:
-    """The values of a Llama for another architecture of llama.cpp whose tensors are the same."""
-
-    def change(values: dict[str, Any]) -> None:
-        for key in [key for key in values if key.startswith("llama.")]:
-            values[name + key.removeprefix("llama")] = values.pop(key)
-        values["general.architecture"] = name
-        for key in ("key_length", "value_length"):
-            values[f"{name}.attention.{key}"] = struct.pack("<II", gguf.GGUFValueType.UINT32, 64)
-
-    return change
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -82,13 +83,7 @@ class DecodeCosts:
         Raises:
             OutputError: if the data folder cannot be created or written.
         """
-        target = data_root() / _OWN_FILE
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot create the folder {target.parent}: {error.strerror}; name another with LIEQ_GGUF_DATA"
-            ) from None
+        target = place_to_save()
         write_json(target, self.to_json())
         return target
 
@@ -113,6 +108,24 @@ class DecodeCosts:
         if "Q8_0" not in costs.picoseconds or not all(v > 0 for v in costs.picoseconds.values()):
             raise FormatError(f"{where} lacks Q8_0 or has costs that are not positive; measure with bench --types")
         return costs
+
+
+def place_to_save() -> Path:
+    """The file of this machine's own table, in a folder that exists and can be written.
+
+    Raises:
+        OutputError: if there is no such folder; before minutes of measuring.
+    """
+    target = data_root() / _OWN_FILE
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write into the folder {target.parent}: {error.strerror}; name another with LIEQ_GGUF_DATA"
+        ) from None
+    return target
 
 
 def decode_costs() -> DecodeCosts:

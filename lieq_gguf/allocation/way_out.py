@@ -104,7 +104,8 @@ def _smaller_outer(problem: Problem) -> list[str]:
     if spec.has_tied_embeddings:
         names = [name for name in names if getattr(options, name) is not None] or names[:1]
     for quant_type in (QUANT_TYPES[name] for name in _OF_OUTER):
-        if _works(problem, **dict.fromkeys(names, quant_type)):
+        requested: dict[str, Any] = dict.fromkeys(names, quant_type)
+        if _works(problem, **requested):
             given = " ".join(f"--{name.replace('_', '-')} {quant_type.name}" for name in names)
             return [f"{given} makes them small enough"]
     return []

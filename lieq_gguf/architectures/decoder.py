@@ -288,8 +288,9 @@ class Decoder:
         if f"{source}.bias" in source_names or has_bias:
             if not has_bias:
                 raise ArchitectureError(
-                    f"the weights hold {source}.bias, but {module.bias or 'a bias'} in config.json is not set; "
-                    "transformers would ignore it and llama.cpp would not"
+                    f"the weights hold {source}.bias, but {module.bias or 'a bias'} in config.json is not set, so "
+                    "transformers would ignore it and llama.cpp would not; remove it from the weights"
+                    + (f", or set {module.bias}" if module.bias else "")
                 )
             yield TensorSpec(f"blk.{layer}.{module.role}.bias", f"{source}.bias", shape[:1], layer, row_order)
 

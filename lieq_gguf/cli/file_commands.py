@@ -199,10 +199,12 @@ def _bench_types(files: Sequence[Path], counts: Sequence[int], out: options.Outp
     if files or len(counts) > 1:
         raise typer.BadParameter("expected no file and one number of threads", param_hint="--types")
     refuse_given(given, ("n_prompt", "n_generate", "repetitions"), "has no effect with --types; leave this out")
+    from lieq_gguf.allocation.decode_costs import place_to_save
     from lieq_gguf.cli.tables import costs_table
     from lieq_gguf.evaluation.bench_types import measure_decode_costs
     from lieq_gguf.quant_types import DEFAULT_LADDER, QUANT_TYPES
 
+    place_to_save()  # refused now, not after minutes
     types = (*DEFAULT_LADDER, QUANT_TYPES["Q2_0"])
     with out.progress().stage("bench", "Running", len(types)) as advance:
         costs = measure_decode_costs(types, counts[0], advance)

@@ -270,7 +270,10 @@ def _common_tokens(
 def _chunks(ids: list[int], n_ctx: int, n_chunks: int | None, bos_token: int | None) -> Iterator[list[int]]:
     available = len(ids) // n_ctx
     if available == 0 or n_ctx < 4:
-        raise EvaluationError(f"the text has {len(ids)} tokens; expected at least one sequence of {n_ctx}")
+        raise EvaluationError(
+            f"the text has {len(ids)} tokens; expected at least one sequence of {n_ctx}: use a smaller --n-ctx, or a "
+            "longer --text"
+        )
     for i in range(available if n_chunks is None else min(n_chunks, available)):
         chunk = ids[i * n_ctx : (i + 1) * n_ctx]
         yield chunk if bos_token is None else [bos_token, *chunk[1:]]

@@ -44,7 +44,8 @@ def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]
             for chunk in model.create_completion(prompt, **sampling):
                 yield chunk["choices"][0]["text"]
     except ValueError as error:
-        raise VerificationError(f"llama.cpp cannot answer with {file}: {error}") from None
+        advice = "; shorten the prompt" if "context window" in str(error) else ""
+        raise VerificationError(f"llama.cpp cannot answer with {file}: {error}{advice}") from None
     except Exception as error:
         if not uses_template:
             raise

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lieq_gguf.errors import EvaluationError
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import SourceTokenizer
@@ -71,6 +72,11 @@ def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageM
         with open_model(path, n_ctx=n_ctx, n_threads=n_threads) as model:
             yield model
         return
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise EvaluationError(
+            f"{path} is an adapter; compare with a file that it is merged into, which is made by "
+            f"convert MODEL --adapter {path} --types F16 --bits 16"
+        )
     source = ModelDirectory(path)  # raises a LieqError for an incomplete model
 
     import torch

@@ -52,7 +52,9 @@ class QuantPlan:
         names = {t.name for t in spec.tensors}
         for name in sorted(names ^ set(self.types)):
             where = f"{spec.name} has no such tensor" if name in self.types else "the plan has no type for it"
-            raise FormatError(f"the plan for {self.model} does not belong to {spec.name}: {name}: {where}")
+            raise FormatError(
+                f"the plan for {self.model} does not belong to {spec.name}: {name}: {where}; make a plan of {spec.name}"
+            )
         if len(self.layer_scores) not in (0, spec.n_layers):
             raise FormatError(
                 f"the plan for {self.model} has {len(self.layer_scores)} layer_scores; {spec.name} has {spec.n_layers} "
@@ -63,7 +65,7 @@ class QuantPlan:
             if quant_type.needs_imatrix and tensor.layer is None:
                 raise FormatError(
                     f"the plan gives {tensor.name} the type {quant_type.name}, which needs an importance matrix; "
-                    "embedding and output matrix never have one"
+                    "embedding and output matrix never have one: choose another type"
                 )
             if not quant_type.fits(tensor.shape[-1]) or (
                 not tensor.is_matrix and quant_type.is_quantized and quant_type.name != tensor.fixed_type

@@ -206,7 +206,7 @@ class ModelDirectory:
         if not has_class or any(self._weights.is_renamed(name) for name in names & self._weights.names):
             raise SourceError(
                 f"{self.path} has decoded weights under names that transformers does not read; make an F16 GGUF of it "
-                "(convert --types F16) and compare with that"
+                "(convert --types F16 --bits 16) and compare with that"
             )
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]

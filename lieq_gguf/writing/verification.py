@@ -82,10 +82,17 @@ def _check_tensors(
             if not is_finite:
                 raise VerificationError(
                     f"{tensor.spec.name} in {file} holds NaN or infinite values as {tensor.quant_type.name}; "
-                    "the source's values exceed the range of the type: choose another with --types"
+                    f"the source's values exceed the range of the type: choose another with {_type_option(tensor)}"
                 )
             advance(tensor.spec.n_weights * (rows.stop - rows.start) / len(tensor.data))
     return len(content.tensors), sum(t.spec.n_weights for t in content.tensors)
+
+
+def _type_option(tensor: StoredTensor) -> str:
+    """The option that gives a tensor another type."""
+    if tensor.spec.layer is not None:
+        return "--types"
+    return "--output-type" if tensor.spec.name == "output.weight" else "--embedding-type"
 
 
 def _row_slices(tensor: StoredTensor) -> Iterator[_RowSlice]:

@@ -38,3 +38,14 @@ def run_apart(arguments: Sequence[str], folder: Path | None = None) -> tuple[Cli
     done = subprocess.run([sys.executable, "-c", _PROGRAM, *arguments], cwd=folder, capture_output=True, text=True)
     *said, loaded = done.stderr.splitlines()
     return CliResult(done.returncode, done.stdout, "\n".join(said)), loaded.split()[1:]
+
+
+def assert_refused(done: CliResult, words: str, folder: Path | None = None) -> None:
+    """Require a refusal: one line on stderr with these words, and nothing in the folder for outputs."""
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith("\n")
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+    assert folder is None or list(folder.iterdir()) == []
