@@ -14,6 +14,8 @@ from lieq_gguf.records.plan import QuantPlan, quantizes_layers
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.records.spec import ModelSpec
 
+_LONGER_COMMAND_LINE = 64  # bytes
+
 
 def check_reachable(problem: Problem) -> None:
     """Refuse a target that cannot be met. Needs only headers, so it comes before any work.
@@ -81,14 +83,20 @@ def expected_kld(spec: ModelSpec, types: Mapping[str, str], scores: LayerScores)
 
 
 def _shown_range(problem: Problem) -> str:
-    """The range, rounded inwards, so that the printed limits can be reached."""
+    """The range, rounded inwards, so that the printed limits can be reached.
+
+    A file keeps the command line, which is longer with another target.
+    """
     (low, high), kind = problem.range(), problem.budget.kind
+    is_point = low == high
+    if problem.budget.covers_file:
+        low = problem.amount(problem.least + 8 * _LONGER_COMMAND_LINE)
     if kind == "size":
         limits, unit = (f"{math.ceil(low):,}", f"{math.floor(high):,}"), "bytes"
     else:
         limits = f"{math.ceil(low * 1e4 - 1e-6) / 1e4:.4f}", f"{math.floor(high * 1e4 + 1e-6) / 1e4:.4f}"
         unit = "bits of file per weight" if kind == "file-bits" else "bits per weight"
-    return f"{' to '.join(limits)} {unit}" if high > low else f"only {limits[0]} {unit}"
+    return f"only {limits[0]} {unit}" if is_point else f"{' to '.join(limits)} {unit}"
 
 
 def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> None:

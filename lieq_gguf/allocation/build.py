@@ -79,11 +79,11 @@ def types_on_offer(types: Sequence[QuantType], has_imatrix: bool, profile: str =
     of_profile = tuple(t for t in types if t.family in PROFILES[profile].families)
     names = ", ".join(t.name for t in types)
     if not of_profile:
-        raise BudgetError(f"--profile {profile} has {PROFILES[profile].summary}; you asked for {names}: add a K type")
+        raise BudgetError(f"--profile {profile} has {PROFILES[profile].summary}; you asked for {names}: add K types")
     left = tuple(t for t in of_profile if has_imatrix or not t.needs_imatrix)
     if not left:
         raise BudgetError(
-            f"all types you asked for ({names}) need an importance matrix; drop --no-imatrix or add a K type"
+            f"all types you asked for ({names}) need an importance matrix; drop --no-imatrix or add K types"
         )
     return left
 

@@ -131,7 +131,7 @@ def _other_types(problem: Problem, is_small: bool) -> list[str]:
     for needs_imatrix in (False, True):
         for q in others:
             is_barred = q.needs_imatrix and not problem.has_imatrix
-            types = tuple(dict.fromkeys([*problem.options.types, q]))
+            types = (*problem.offered_types, q)
             if is_barred == needs_imatrix and _works(problem, has_imatrix=is_barred or None, types=types):
                 return [_named(q, is_small, is_barred, problem.options.types)]
     return []
