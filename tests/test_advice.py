@@ -1,10 +1,9 @@
 """The advice of refusals works: each one is made on the command line, and then what it says is done.
 
 A row is a command that is refused, what the message says, and the commands that follow its advice, which must succeed.
-Left out is what cannot be followed here: to download a file again, to log in, to free space, to reinstall a package, to
-merge an adapter with PEFT, to convert with llama.cpp's converter, to report a mistake of this program, to wait until
-the machine is idle, and to name another model. The hub's refusals are tested in
-test_hub.
+Left out is what cannot be followed here: to download a file again, to log in, to free space, to reinstall a package,
+to convert with llama.cpp's converter, to report a mistake of this program, to wait until the machine is idle, and to
+name another model. The hub's refusals are tested in test_hub.
 """
 
 from __future__ import annotations
@@ -27,13 +26,14 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 from support import tokenizer_fixtures
 from support.command import CliResult, RunCli, assert_refused
+from support.families import TINY_MODELS
 from support.gguf_files import as_architecture, rewrite, split
 from support.models import write_model
 from support.published import Published, fp8, write_both
 from support.reports import Change, edit_json, edit_weights
 from support.requests import convert_plainly, measured, on_text
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lieq_gguf
 from lieq_gguf.allocation.allocate import allocate
@@ -131,6 +131,12 @@ def published(models: Models, path: Path) -> Path:
     return write_both(models["tiny"], Published(FP8, fp8((128, 128))), path)[0]
 
 
+def failing_template(models: Models, path: Path) -> Path:
+    """A file whose chat template refuses every conversation."""
+    template = {"tokenizer.chat_template": "{{ raise_exception('no system message') }}"}
+    return rewrite(models["f16"], path.with_suffix(".gguf"), lambda values: values.update(template))
+
+
 def adapter(_models: Models, path: Path) -> Path:
     path.mkdir()
     module = f"base_model.model.{UP}"
@@ -181,6 +187,8 @@ MAKERS: Mapping[str, Callable[[Models, Path], Path]] = {
     "q4": quantised_file,
     "gemma": gemma_file,
     "parts": parts,
+    "failing-template": failing_template,
+    "granite-swa": lambda _models, path: TINY_MODELS["granite_swa"].write(path),
     "fp8": published,
     "adapter": adapter,
     "records": records,
@@ -267,6 +275,17 @@ def huge(name: str) -> Change:
 
 def without_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in weights.items() if not name.endswith(".bias")}
+
+
+def name_rotated_layers(path: Path) -> None:
+    """A base of zero for the layers that are not rotated."""
+    rotated = json.loads((path / "config.json").read_text())["no_rope_layers"]
+    edit_json("config.json", layer_rope_theta=[10_000.0 if is_rotated else 0.0 for is_rotated in rotated])(path)
+
+
+def second_part(do: Callable[[Path, Path], object]) -> Change:
+    """Do something with the second part of a file and a place outside of its folder."""
+    return lambda path: do(path / "whole-00002-of-00002.gguf", path.with_name("elsewhere"))
 
 
 def rename_embedding(weights: dict[str, torch.Tensor]) -> None:
@@ -389,6 +408,12 @@ SOURCES = (
         (f"convert {{f16}} {PLAIN} --force -o {{out}}/a.gguf",)),
     Row(f"plan {{parts}}/whole-00002-of-00002.gguf {PLAIN}", "is part 00002 of 2",
         "give the first, whole-00001-of-00002.gguf", (f"plan {{parts}}/whole-00001-of-00002.gguf {PLAIN}",)),
+    Row(f"plan {{model}}/whole-00001-of-00002.gguf {PLAIN}", "whole-00002-of-00002.gguf is missing",
+        "put it in the same folder", (f"plan {{model}}/whole-00001-of-00002.gguf {PLAIN}",), of="parts",
+        change=second_part(lambda part, elsewhere: part.rename(elsewhere)),
+        mend=second_part(lambda part, elsewhere: elsewhere.rename(part))),
+    Row("verify {q4} --source {tiny} --revision main", "is not a model on the hub", "leave out --revision main",
+        ("verify {q4} --source {tiny}",)),
     Row(f"plan {{adapter}} {PLAIN}", "is an adapter", "give its base model, and the adapter with --adapter",
         (f"plan {{tiny}} {PLAIN} --adapter {{adapter}}",)),
     Row("verify {q4} --source {adapter}", "is an adapter", "give its base model, and the adapter with --adapter",
@@ -413,6 +438,9 @@ SOURCES = (
         (f"plan {{model}} {PLAIN}",),
         change=edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64}),
         mend=edit_json("config.json", quantization_config=None)),
+    Row(f"plan {{model}} {PLAIN}", "no_rope_layers in config.json is [", "layer_rope_theta with a base of 0 for these",
+        (f"plan {{model}} {PLAIN}",), of="granite-swa", change=edit_json("config.json", layer_rope_theta=None),
+        mend=name_rotated_layers),
     *(Row(f"plan {{model}} {PLAIN}", "attention_bias in config.json is not set",
           "remove it from the weights, or set attention_bias", (f"plan {{model}} {PLAIN}",), of="biased",
           change=edit_json("config.json", attention_bias=False), mend=mend)
@@ -461,6 +489,8 @@ FILES = (
     Row("eval {q4} --reference {f16} --text {text} --n-ctx 4096", "the text has",
         "use a smaller --n-ctx, or a longer --text",
         ("eval {q4} --reference {f16} --text {text} --n-ctx 64 --chunks 1",)),
+    Row("run {failing-template} word -n 2", "no system message", "--raw continues the text without it",
+        ("run {failing-template} word -n 2 --raw",)),
     Row("run {q4} '" + "word " * 3000 + "' -n 2", "exceed context window", "shorten the prompt",
         ("run {q4} word -n 2",)),
 )  # fmt: skip
@@ -605,6 +635,24 @@ def test_folder_of_measured_costs(tmp_path: Path, run_cli: RunCli, monkeypatch: 
     assert_refused(run_cli("plan", model, *PLAIN.split()), "measure with bench --types")
     assert run_cli(*measure).exit_code == 0
     assert run_cli("plan", model, *PLAIN.split()).exit_code == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of a bias, and asks transformers in an old way
+def test_an_adapter_that_is_merged_with_peft(models: Models, tmp_path: Path, run_cli: RunCli) -> None:
+    """One whose B has a bias, which PEFT adds to the model's own."""
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(models["biased"]),
+        LoraConfig(r=4, lora_bias=True, target_modules=["q_proj"]),
+    )
+    tuned.save_pretrained(tmp_path / "adapter")
+    refused = run_cli("plan", models["biased"], *PLAIN.split(), "--adapter", tmp_path / "adapter")
+    assert_refused(refused, "merge it with PEFT's merge_and_unload, save model and tokenizer, and convert that")
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(models["biased"]).save_pretrained(tmp_path / "merged")
+    done = run_cli("plan", tmp_path / "merged", *PLAIN.split(), "-q")
+    assert done.exit_code == 0, done.stderr
 
 
 def test_a_tokenizer_without_pre_tokenizer_is_not_told_to_name_one(tmp_path: Path, run_cli: RunCli) -> None:

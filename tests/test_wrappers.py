@@ -233,9 +233,13 @@ def test_a_file_with_a_head_is_compared_only_with_a_model_that_has_one(tmp_path:
     path, file = with_mtp(TINY_MODELS["qwen35"].write(tmp_path / "model")), tmp_path / "kept.gguf"
     made = run_cli("convert", path, "--bits", 16, "--types", "F16", "--mtp", "keep", "-o", file, "-q", "--no-imatrix")
     assert made.exit_code == 0, made.stderr
-    done = run_cli("verify", file, "--source", TINY_MODELS["qwen35"].write(tmp_path / "without"), "-q")
+    without = TINY_MODELS["qwen35"].write(tmp_path / "without")
+    done = run_cli("verify", file, "--source", without, "-q")
     assert done.exit_code == 1
-    assert "none that it can be compared with" in done.stderr
+    assert "none that it can be compared with; compare a file without it" in done.stderr
+    dropped = ("--mtp", "drop", "--bits", 16, "--types", "F16", "--no-imatrix", "-q")
+    assert run_cli("convert", without, *dropped, "-o", tmp_path / "dropped.gguf").exit_code == 0
+    assert run_cli("verify", tmp_path / "dropped.gguf", "--source", without, "-q").exit_code == 0
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])

@@ -31,6 +31,7 @@ def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]
     api = llama_cpp()
     model_class = _with_one_template(api.Llama, uses_template)
     n_ctx = min(_CONTEXT, int(content.value(f"{content.architecture}.context_length", _CONTEXT)))
+    model = None
     try:
         n_threads = options.n_threads
         model = model_class(
@@ -43,10 +44,11 @@ def stream(file: Path, prompt: str, options: GenerationOptions) -> Iterator[str]
         else:
             for chunk in model.create_completion(prompt, **sampling):
                 yield chunk["choices"][0]["text"]
-    except ValueError as error:
-        advice = "; shorten the prompt" if "context window" in str(error) else ""
-        raise VerificationError(f"llama.cpp cannot answer with {file}: {error}{advice}") from None
     except Exception as error:
+        is_too_long = isinstance(error, ValueError) and "context window" in str(error)
+        if is_too_long or (isinstance(error, ValueError) and (model is None or not uses_template)):
+            advice = "; shorten the prompt" if is_too_long else ""
+            raise VerificationError(f"llama.cpp cannot answer with {file}: {error}{advice}") from None
         if not uses_template:
             raise
         raise VerificationError(  # a template is somebody's program, in which anything can fail

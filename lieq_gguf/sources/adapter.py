@@ -25,7 +25,7 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
-_MERGE_ELSEWHERE = "merge it with PEFT's merge_and_unload, save the model and convert that"
+_MERGE_ELSEWHERE = "merge it with PEFT's merge_and_unload, save model and tokenizer, and convert that"
 
 # Options that make an adapter more than W + scale * B A, and their effect.
 _REFUSED_OPTIONS = {
