@@ -46,7 +46,7 @@ from lieq_gguf.quant_types import parse_types
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.sources.model_directory import ModelDirectory
 
-QUICKLY = dict.fromkeys(("convert", "plan", "score", "imatrix"), ("-q", "--n-tokens", 64)) | {"run": ()}
+QUICKLY = dict.fromkeys(("convert", "plan", "score", "imatrix"), ("-q", "--n-tokens", 64)) | {"run": (), "inspect": ()}
 PLAIN = "--types Q4_K --bits 4.5 --no-imatrix"
 TEXT = "The quick brown fox jumps over the lazy dog. Numbers: 1 2 3 5 8 13 21.\n" * 60
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -310,6 +310,8 @@ TARGETS = (
         ("plan {tiny} --types Q4_K --bits {limit} --no-imatrix",)),
     Row("plan {tiny} --types Q4_K --size 100KB --no-imatrix", "can have only", "choose a target inside this range",
         ("plan {tiny} --types Q4_K --size {limit} --no-imatrix",)),
+    Row("plan {tiny} --types Q2_K,Q4_K --size 100KB --no-imatrix", " to 1,2", "choose a target inside this range",
+        ("plan {tiny} --types Q2_K,Q4_K --size {limit} --no-imatrix",)),
     Row("plan {tiny} --types Q4_K --file-bits 3 --no-imatrix", "embedding and output are 17% of the weights",
         "--types allows smaller types, for example Q2_K",
         ("plan {tiny} --types Q4_K,Q2_K --file-bits 3 --no-imatrix",)),
@@ -486,6 +488,15 @@ FILES = (
         "better a few thousand", ("imatrix {tiny} --calibration {text} -o {out}/i.gguf",)),
     Row("imatrix {tiny} --device toaster -o {out}/i.gguf", "cannot be used", "try --device cpu",
         ("imatrix {tiny} --device cpu -o {out}/i.gguf",)),
+    *(Row(f"{command} {{tiny}} {more}", "is a folder", "expected a GGUF file, which convert makes of a model directory",
+          (f"convert {{tiny}} {PLAIN} -o {{out}}/a.gguf", f"{command} {{out}}/a.gguf {more}"))
+      for command, more in {
+          "inspect": "", "verify": "", "run": "word -n 2", "bench": "-p 8 -n 2 -r 1 -t 1",
+          "eval": "--reference {f16} --text {text} --n-ctx 64 --chunks 1",
+      }.items()),
+    Row("eval {q4} --reference {out}/none --text {text} --n-ctx 64 --chunks 1", "none does not exist",
+        "expected a GGUF file, a model directory",
+        tuple(f"eval {{q4}} --reference {{{name}}} --text {{text}} --n-ctx 64 --chunks 1" for name in ("f16", "tiny"))),
     Row("eval {q4} --reference {f16} --text {text} --n-ctx 4096", "the text has",
         "use a smaller --n-ctx, or a longer --text",
         ("eval {q4} --reference {f16} --text {text} --n-ctx 64 --chunks 1",)),

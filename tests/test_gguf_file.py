@@ -116,9 +116,10 @@ def test_refuses_what_is_no_gguf(tmp_path: Path, content: bytes) -> None:
 
 
 def test_refuses_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.gguf", tmp_path):
-        with pytest.raises(FormatError, match="does not exist or is not a file"):
-            GgufFile(path)
+    with pytest.raises(FormatError, match="does not exist or is not a file"):
+        GgufFile(tmp_path / "none.gguf")
+    with pytest.raises(FormatError, match="is a folder"):
+        GgufFile(tmp_path)
 
 
 def test_refuses_every_cut(small: Path, tmp_path: Path) -> None:

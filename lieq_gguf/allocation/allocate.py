@@ -88,7 +88,6 @@ def _shown_range(problem: Problem) -> str:
     A file keeps the command line, which is longer with another target.
     """
     (low, high), kind = problem.range(), problem.budget.kind
-    is_point = low == high
     if problem.budget.covers_file:
         low = problem.amount(problem.least + 8 * _LONGER_COMMAND_LINE)
     if kind == "size":
@@ -96,7 +95,7 @@ def _shown_range(problem: Problem) -> str:
     else:
         limits = f"{math.ceil(low * 1e4 - 1e-6) / 1e4:.4f}", f"{math.floor(high * 1e4 + 1e-6) / 1e4:.4f}"
         unit = "bits of file per weight" if kind == "file-bits" else "bits per weight"
-    return f"only {limits[0]} {unit}" if is_point else f"{' to '.join(limits)} {unit}"
+    return f"only {limits[0]} {unit}" if low >= high else f"{' to '.join(limits)} {unit}"
 
 
 def _check_scores(scores: LayerScores, groups: Sequence[Group], scorer: str) -> None:

@@ -37,11 +37,13 @@ def _works(problem: Problem, has_imatrix: bool | None = None, **options: Any) ->
             error_feedback=problem.error_feedback,
             header_bytes=problem.header_bytes,
         )
+        if not other.is_within_range:
+            return False
         METHODS[other.options.method].check(other)
         check_speed(other)
     except BudgetError:
         return False
-    return other.is_within_range
+    return True
 
 
 def _outer_share(problem: Problem, is_small: bool) -> list[str]:

@@ -21,8 +21,9 @@ from scipy.special import log_softmax
 from lieq_gguf.errors import EvaluationError
 from lieq_gguf.evaluation import health
 from lieq_gguf.evaluation.health import Health
-from lieq_gguf.evaluation.reference import LanguageModel, open_reference
+from lieq_gguf.evaluation.reference import LanguageModel, check_reference, open_reference
 from lieq_gguf.evaluation.tasks import Answers, Question, answer, tokens_needed
+from lieq_gguf.formats.gguf_file import require_gguf_file
 from lieq_gguf.native.llama_cpp import LoadedModel, open_model
 from lieq_gguf.records.files import SCHEMA_VERSION
 
@@ -187,6 +188,9 @@ def evaluate(
         EvaluationError: if a file has another architecture or tokenizer than the reference, or the text is too short.
         LieqError: if a file or the reference cannot be loaded.
     """
+    check_reference(reference)
+    for file in files:
+        require_gguf_file(file)
     n_ctx, n_threads, questions = options.n_ctx, options.n_threads, options.questions
     n_needed = max(n_ctx, health.N_CTX, _tokens_needed(files[0], questions))
     with ExitStack() as stack:
@@ -248,6 +252,7 @@ def read_text(file: Path | None) -> str:
 
 def count_chunks(file: Path, text: str, n_ctx: int, n_chunks: int | None) -> int:
     """Number of sequences that ``evaluate`` will use, for the progress bar."""
+    require_gguf_file(file)
     with open_model(file, vocab_only=True) as model:
         available = len(model.tokenize(text, add_special_tokens=True)) // n_ctx
     return available if n_chunks is None else min(n_chunks, available)

@@ -56,6 +56,24 @@ class TransformersModel:
         return np.asarray(output.logits[0].numpy(), dtype=np.float32)
 
 
+def check_reference(path: Path) -> None:
+    """Refuse what is no model, before any is loaded.
+
+    Raises:
+        EvaluationError: saying what can be compared with instead.
+    """
+    if not path.exists():
+        raise EvaluationError(
+            f"{path} does not exist; expected a GGUF file, a model directory, or a model on the Hugging Face hub as "
+            "owner/name"
+        )
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise EvaluationError(
+            f"{path} is an adapter; compare with a file that it is merged into, which is made by "
+            f"convert MODEL --adapter {path} --types F16 --bits 16"
+        )
+
+
 @contextmanager
 def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageModel]:
     """Load a reference for the length of a ``with``.
@@ -72,11 +90,6 @@ def open_reference(path: Path, n_ctx: int, n_threads: int) -> Iterator[LanguageM
         with open_model(path, n_ctx=n_ctx, n_threads=n_threads) as model:
             yield model
         return
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise EvaluationError(
-            f"{path} is an adapter; compare with a file that it is merged into, which is made by "
-            f"convert MODEL --adapter {path} --types F16 --bits 16"
-        )
     source = ModelDirectory(path)  # raises a LieqError for an incomplete model
 
     import torch

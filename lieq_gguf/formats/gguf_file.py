@@ -60,6 +60,18 @@ class StoredTensor:
     offset: int
 
 
+def require_gguf_file(path: Path) -> None:
+    """Refuse a path where there is no file.
+
+    Raises:
+        FormatError: naming it.
+    """
+    if path.is_dir():
+        raise FormatError(f"{path} is a folder; expected a GGUF file, which convert makes of a model directory")
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist or is not a file; expected a GGUF file")
+
+
 class GgufFile:
     """A GGUF file; tensors are mapped, not loaded.
 
@@ -73,8 +85,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise FormatError(f"{path} does not exist or is not a file; expected a GGUF file")
+        require_gguf_file(path)
         try:
             # an empty file cannot be mapped
             self._content = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, dtype=np.uint8)

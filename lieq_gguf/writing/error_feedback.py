@@ -81,7 +81,7 @@ def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
             matrix[i, :i] = matrix[:i, i]
         diagonal[:] = damped
         damping *= 10
-    raise CalibrationError("the second moments of the activations are not positive definite; use more tokens")
+    raise CalibrationError("the second moments of the activations are not positive definite; use more --n-tokens")
 
 
 def _reverse(matrix: FloatArray) -> None:
