@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.command import RunCli
 from support.families import TINY_MODELS
+from support.requests import convert_plainly
 from support.tolerances import FLOAT32_SUMS
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
 from lieq_gguf.formats.gguf_file import GgufFile
@@ -92,6 +95,25 @@ def test_experts_with_modules_compute_what_stacked_ones_do(whole: Whole) -> None
     torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT32_SUMS * float(expected.std()))
 
 
+def test_experts_of_gpt_oss_with_modules_compute_what_stacked_ones_do() -> None:
+    """With gates and ups beyond their limit, which are in turn in transformers."""
+    torch.manual_seed(0)
+    config = GptOssConfig(hidden_size=64, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
+    stacked: Any = GptOssExperts(config)  # type: ignore[no-untyped-call]
+    holder = nn.ModuleList([stacked]).requires_grad_(False)
+    for parameter in holder.parameters():
+        parameter.normal_()
+    hidden, chosen = torch.randn(64, 64), torch.rand(64, 4).argsort(1)[:, :2]
+    shares = torch.rand(64, 2)
+    with torch.inference_mode():
+        expected = holder[0](hidden, chosen, shares)
+        beyond = [part.abs() > config.swiglu_limit for part in (hidden @ stacked.gate_up_proj[0]).T.chunk(2)]
+        separate_matrices(holder)
+        found = holder[0](hidden, chosen, shares)
+    assert isinstance(holder[0], Experts) and all(bool(part.any()) for part in beyond)
+    torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT32_SUMS * float(expected.std()))
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_importance_is_by_expert(streamed: PassResult, whole: Whole, layer: int) -> None:
     importance = streamed.importance
@@ -107,14 +129,15 @@ def test_importance_is_by_expert(streamed: PassResult, whole: Whole, layer: int)
         np.testing.assert_allclose(down, (middle**2).sum(0), rtol=1e-3)
 
 
-def test_llama_cpps_own_pass_sees_the_same_of_each_expert(
-    streamed: PassResult, model: Path, tokens: CalibrationTokens, run_cli: RunCli, tmp_path: Path
-) -> None:
-    done = run_cli("convert", model, "--types", "F16", "--bits", 16, "--no-imatrix", "-q", "-o", tmp_path / "f16.gguf")
-    assert done.exit_code == 0, done.stderr
-    nothing_else = PassOptions(statistics=frozenset())
-    found = llama_cpp_pass.run_pass(GgufSource(tmp_path / "f16.gguf"), tokens, nothing_else).importance
-    ours = streamed.importance
+@pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss"])
+def test_llama_cpps_own_pass_sees_the_same_of_each_expert(name: str, tmp_path: Path) -> None:
+    model = TINY_MODELS[name].write(tmp_path / "model")
+    n_vocab = ModelDirectory(model).spec.config["vocab_size"]
+    tokens = CalibrationTokens(np.random.default_rng(1).integers(8, n_vocab - 8, (2, 128)), "random")
+    file = GgufSource(convert_plainly(model, tmp_path / "f16.gguf"))
+    nothing_else = PassOptions(statistics=frozenset(), compute=ComputeOptions(n_threads=2, in_float32=True))
+    found = llama_cpp_pass.run_pass(file, tokens, nothing_else).importance
+    ours = run_pass(ModelDirectory(model), tokens, nothing_else).importance
     assert found.counts.keys() == ours.counts.keys()
     for name, counts in ours.counts.items():
         # a token a hair's breadth away from another expert goes there: 2 % where products are added in F16, 40 % of the

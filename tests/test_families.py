@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from support import converter
-from support.families import ON_PURPOSE, SIZES, TEXT_PARTS, TINY_MODELS, edit_config
+from support.families import GPT_OSS_ROPE, ON_PURPOSE, SIZES, TEXT_PARTS, TINY_MODELS, edit_config
 from support.reports import edit_weights
 from support.requests import convert_plainly, on_text, request_of
 from support.shared import made_once
@@ -34,7 +34,7 @@ from lieq_gguf.architectures import FAMILIES, Decoder, family_named
 from lieq_gguf.errors import ArchitectureError, LieqError, SourceError
 from lieq_gguf.evaluation.inspection import inspect
 from lieq_gguf.formats.gguf_file import GgufFile
-from lieq_gguf.measure.base_model import without_time_limits
+from lieq_gguf.measure.base_model import with_rounded_yarn, without_time_limits
 from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.passes import PassOptions
@@ -73,7 +73,8 @@ def written(shared: Path) -> Callable[[str], Written]:
 
         folder = made_once(shared / "families" / name, make)
         path = folder / name
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        config = with_rounded_yarn(AutoConfig.from_pretrained(path))  # as llama.cpp has it
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
         without_time_limits(model)  # which transformers alone has
         n_vocab = model.config.vocab_size
         ids = np.random.default_rng(0).integers(8, n_vocab - 8, (2, N_TOKENS))
@@ -312,6 +313,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "experts in a model without Mamba-2",
     ),
     "shares": ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is not set"),
+    "limit of gates": ("gpt-oss", {"swiglu_limit": 6.0}, "swiglu_limit is 6.0, but llama.cpp runs gpt-oss .* 7.0"),
+    "slope of gates": ("gpt-oss", {"swiglu_alpha": 1.0}, "swiglu_alpha is 1.0, but llama.cpp runs gpt-oss .* 1.702"),
+    "biases of attention": ("gpt-oss", {"attention_bias": False}, "attention_bias is off"),
+    "first layer": ("gpt-oss", {"layer_types": ["full_attention"] * 2}, "layer 0 of 2 .* has full_attention"),
+    "range of yarn": ("arcee", {"rope_parameters": GPT_OSS_ROPE}, "truncate off is not supported"),
     "biases of a convolution": ("lfm2", {"conv_bias": True}, "conv_bias is set"),
     "width of all heads": ("lfm2", {"head_dim": 32}, "4 heads of width 32 are not as wide"),
     "kinds of hybrid layers": (
@@ -360,6 +366,9 @@ DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "pattern": ("nemotron-h", {"hybrid_override_pattern": 5}),
     "latent width": ("nemotron-3-super", {"moe_latent_size": "x"}),
     "dense layers": ("lfm2moe", {"num_dense_layers": "x"}),
+    "no window": ("gpt-oss", {"sliding_window": 0}),
+    "more experts used": ("gpt-oss", {"num_experts_per_tok": 9}),
+    "width of stacked experts": ("gpt-oss", {"intermediate_size": 128}),
     "factor": ("falcon-h1", {"key_multiplier": "x"}),
     "factors of Mamba-2": ("falcon-h1", {"ssm_multipliers": "x"}),
     "number of experts": ("granite-h-moe", {"num_local_experts": None, "num_experts_per_tok": 9}),
@@ -431,6 +440,13 @@ def test_windows_that_llama_cpp_does_not_compute_are_warned_of(
     assert any("look back" in warning for warning in ModelDirectory(path).warnings) == is_warned_of
 
 
+def test_the_range_of_yarn_that_llama_cpp_rounds_is_warned_of(tmp_path: Path) -> None:
+    path = TINY_MODELS["gpt-oss"].write(tmp_path / "model")
+    assert any("between dimensions 8.09 and 17.40 of a head" in text for text in ModelDirectory(path).warnings)
+    edit_config(path, rope_parameters=GPT_OSS_ROPE | {"truncate": True})
+    assert ModelDirectory(path).warnings == ()
+
+
 @pytest.mark.parametrize(("name", "kind"), [("granite-h", "rope"), ("granite-4", "nope")])
 def test_rotation_of_granite_4_is_that_of_its_configuration(name: str, kind: str, tmp_path: Path) -> None:
     """The proof of equality compares what both compute. llama.cpp's converter looks at the kinds of layers alone."""
@@ -482,7 +498,7 @@ ROPE_KEYS: dict[str, dict[str, Any]] = {
 }
 OF_ONE_KIND = (
     "llama", "qwen3", "granite", "smollm3", "olmo2", "exaone4", "ernie4_5", "arcee", "seed-oss", "hunyuan", "glm4",
-    "apertus",
+    "apertus", "gpt-oss",
 )  # fmt: skip
 OF_KINDS: dict[str, dict[str, Any]] = {
     "none": {},

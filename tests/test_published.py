@@ -33,7 +33,7 @@ from lieq_gguf.errors import ArchitectureError, SourceError
 from lieq_gguf.evaluation.divergence import ComparisonOptions, evaluate
 from lieq_gguf.records.options import SourceOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
-from lieq_gguf.sources.weight_files import EMBEDDING, HEAD
+from lieq_gguf.sources.tensor_names import EMBEDDING, HEAD
 
 UP = "model.layers.1.mlp.up_proj"
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}

@@ -88,7 +88,8 @@ Each of the tiny models has random weights, rows that K types fit, and a tokeniz
 trained on the tests' texts. For each one, `tests/test_families.py` shows four things:
 * The streamed pass, layer by layer, gives the logits of transformers' whole model.
 * Our F16 file in llama.cpp gives them too, but for rounding, on 128 tokens, longer than the windows that llama.cpp
-  computes.
+  computes. Of `GptOssForCausalLM` transformers is told to round the range of YaRN as llama.cpp does; the published
+  models have `truncate` off, and a warning says what that means.
 * A conversion to 2.7 bits per weight with scores and error feedback loads and runs.
 * llama.cpp's own converter makes the same F16 file: every tensor is equal in name, shape, type and bytes, and every
   metadata key but for `lieq.*`; of `GlmForCausalLM` it reads the keys of an older form, so that some of its numbers are

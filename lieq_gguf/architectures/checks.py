@@ -39,6 +39,17 @@ def check_yarn(rope: Config, takes_all_dims: bool = False) -> None:
         )
 
 
+def yarn_range(rope: Config, head_dim: int, n_ctx: int) -> tuple[float, float]:
+    """Between which frequencies of a head yarn goes from the rotation as it was to the slower one, not rounded.
+
+    Source: as for :func:`check_yarn`. ``n_ctx`` is the context before the scaling, if ``rope`` does not say.
+    """
+    n_ctx = rope.get("original_max_position_embeddings") or n_ctx
+    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    low, high = (head_dim * math.log(n_ctx / (n * 2 * math.pi)) / (2 * math.log(rope["rope_theta"])) for n in turns)
+    return max(low, 0.0), min(high, head_dim - 1.0)
+
+
 def _yarn_scale(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 

@@ -52,6 +52,8 @@ class Decoder:
             :meth:`factors` are in the weights.
         keeps_mtp: Whether the file can have the model's head for multi-token prediction.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
+        gates_and_ups_in_turn: Whether rows of gates and ups take turns where transformers stacks the experts, whose
+            matrices it has transposed.
     """
 
     gguf_name: ClassVar[str]
@@ -74,6 +76,7 @@ class Decoder:
     folded_settings: ClassVar[Mapping[str, Any]] = {}
     keeps_mtp: ClassVar[bool] = False
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
+    gates_and_ups_in_turn: ClassVar[bool] = False
 
     def has_model(self, config: Config) -> bool:  # noqa: ARG002
         """Whether a model of one of ``source_classes`` belongs to the family; ``config`` is as it was read."""
@@ -271,6 +274,7 @@ class Decoder:
         row_order, column_order = (self._order(config, name) for name in (module.rows, module.columns))
         of_expert = "{}" in module.name
         adds_one = module.role.endswith("_norm") and not module.has_own_scale
+        active_share = sizes["n_experts_used"] / sizes["n_experts"] if of_expert else 1.0
         yield TensorSpec(
             f"blk.{layer}.{module.role}{module.suffixes[0]}",
             f"{source}{module.suffixes[1]}",
@@ -282,7 +286,7 @@ class Decoder:
             is_negated_exp=module.is_negated_exp,
             stored_shape=tuple(sizes[name] for name in module.stored_shape) or None,
             is_fixed=module.is_fixed,
-            active_share=sizes["n_experts_used"] / sizes["n_experts"] if of_expert else 1.0,
+            active_share=active_share,
         )
         has_bias = module.bias == "always" or bool(module.bias and config.get(module.bias, False))
         if f"{source}.bias" in source_names or has_bias:
@@ -292,7 +296,15 @@ class Decoder:
                     "transformers would ignore it and llama.cpp would not; remove it from the weights"
                     + (f", or set {module.bias}" if module.bias else "")
                 )
-            yield TensorSpec(f"blk.{layer}.{module.role}.bias", f"{source}.bias", shape[:1], layer, row_order)
+            yield TensorSpec(
+                f"blk.{layer}.{module.role}.bias",
+                f"{source}.bias",
+                shape[:-1],
+                layer,
+                row_order=row_order,
+                is_fixed=of_expert,
+                active_share=active_share,
+            )
 
     def _order(self, config: Config, name: str) -> HeadOrder | None:
         order = self.orders(config)[name] if name else None

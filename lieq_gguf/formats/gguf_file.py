@@ -177,7 +177,7 @@ class GgufFile:
             layer=layer,
             is_fixed=len(tensor.shape) > 1
             and (is_extra or is_never_quantised(tensor.name) or prod(tensor.shape[:-1]) == 1),
-            active_share=self._active_share if len(tensor.shape) == 3 else 1.0,
+            active_share=self._active_share if len(tensor.shape) == 3 or "_exps." in tensor.name else 1.0,
         )
         stop = tensor.offset + quant_type.tensor_bytes(tensor.shape)
         if stop > len(self._content):

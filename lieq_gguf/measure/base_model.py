@@ -69,6 +69,7 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     if hasattr(config, "scale_depth"):  # divided by the root of the number of layers
         changes["scale_depth"] = config.scale_depth * (len(examples) / config.num_hidden_layers) ** 0.5
     small = type(config).from_dict(values | sizes | changes | special_ids)
+    with_rounded_yarn(small)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # a text part that is no model of its own has no class with a head
@@ -78,6 +79,17 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     separate_matrices(base)
     without_time_limits(base)
     return base
+
+
+def with_rounded_yarn(config: PretrainedConfig) -> PretrainedConfig:
+    """Let yarn begin and end at whole dimensions, as llama.cpp always does, also where ``truncate`` is off.
+
+    Families that may have it off warn of it.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    if rope and rope.get("truncate") is False:
+        config.rope_parameters = {**rope, "truncate": True}
+    return config
 
 
 def without_time_limits(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ expert, or to change one matrix. Some families have gate and up in one module.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,24 +36,53 @@ class Experts(nn.ModuleList):
 class Expert(nn.Module):
     """One feed-forward network, with or without a gate."""
 
-    def __init__(self, up: torch.Tensor, down: torch.Tensor, activation: nn.Module, *, has_gate: bool) -> None:
-        """Take ``up`` ``[n_ff, d_model]``, below the gate of the same shape if there is one, and ``down``."""
+    def __init__(self, up: nn.Linear, down: nn.Linear, activation: nn.Module, gate: nn.Linear | None = None) -> None:
+        """Take ``up`` from ``d_model`` to ``n_ff`` and a gate of the same shape if there is one, and ``down`` back.
+
+        ``activation`` is given the output of ``up``, or those of gate and ``up``.
+        """
         super().__init__()
-        self.has_gate = has_gate
-        if has_gate:
-            gate, up = up.chunk(2)
-            self.gate_proj = _linear(gate)
-        self.up_proj, self.down_proj = _linear(up), _linear(down)
+        self.has_gate = gate is not None
+        if gate is not None:
+            self.gate_proj = gate
+        self.up_proj, self.down_proj = up, down
         self.activation = activation
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[…, d_model]`` to the same shape."""
-        if self.has_gate:
-            inner = self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)
-        else:
-            inner = self.activation(self.up_proj(hidden))
-        result: torch.Tensor = self.down_proj(inner)
+        of_gate = (self.gate_proj(hidden),) if self.has_gate else ()
+        result: torch.Tensor = self.down_proj(self.activation(*of_gate, self.up_proj(hidden)))
         return result
+
+
+class Gated(nn.Module):
+    """The up times the activated gate."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Two times ``[…, n_ff]`` to the same shape."""
+        result: torch.Tensor = self.activation(gate) * up
+        return result
+
+
+class ClampedSwiglu(nn.Module):
+    """gpt-oss's: one more than the up times the gate and its sigmoid, both kept within a limit.
+
+    Source: ``GptOssExperts._apply_gate`` in transformers, which takes both in one tensor.
+    """
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        """Take the factor in the sigmoid, and the limit that the gate has above and the up on both sides."""
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Two times ``[…, n_ff]`` to the same shape."""
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
 
 def separate_matrices(model: nn.Module) -> None:
@@ -60,20 +90,46 @@ def separate_matrices(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         given: Any = module
         if _is_stacked(module):
-            has_gate = hasattr(module, "gate_up_proj")
-            ups = given.gate_up_proj if has_gate else given.up_proj
-            weights = zip(ups.detach(), given.down_proj.detach(), strict=True)
-            experts = (Expert(up, down, given.act_fn, has_gate=has_gate) for up, down in weights)
-            model.set_submodule(name, Experts(experts))
+            model.set_submodule(name, Experts(_experts(given)))
         elif isinstance(getattr(module, "input_linear", None), nn.Linear):  # Granite's
-            up, down = given.input_linear.weight.detach(), given.output_linear.weight.detach()
-            model.set_submodule(name, Expert(up, down, given.activation, has_gate=True))
+            gate, up = given.input_linear.weight.detach().chunk(2)
+            down = _linear(given.output_linear.weight.detach())
+            model.set_submodule(name, Expert(_linear(up), down, Gated(given.activation), _linear(gate)))
 
 
-def _linear(weight: torch.Tensor) -> nn.Linear:
+def _experts(stacked: Any) -> Iterator[Expert]:
+    """The experts of a module that has their matrices stacked, and says how as transformers does."""
+    downs = _matrices(stacked, "down_proj")
+    if not hasattr(stacked, "gate_up_proj"):
+        for only, down in zip(_matrices(stacked, "up_proj"), downs, strict=True):
+            yield Expert(_linear(*only), _linear(*down), stacked.act_fn)
+        return
+    in_turn = not getattr(stacked, "is_concatenated", True)
+    activation = ClampedSwiglu(stacked.alpha, stacked.limit) if hasattr(stacked, "alpha") else Gated(stacked.act_fn)
+    for (both, bias), down in zip(_matrices(stacked, "gate_up_proj"), downs, strict=True):
+        n_ff = len(both) // 2
+        gate, up = (
+            _linear(both[rows], None if bias is None else bias[rows])
+            for rows in ((slice(0, None, 2), slice(1, None, 2)) if in_turn else (slice(0, n_ff), slice(n_ff, None)))
+        )
+        yield Expert(up, _linear(*down), activation, gate)
+
+
+def _matrices(stacked: Any, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Weights ``[n_out, n_in]`` and biases ``[n_out]`` of the experts."""
+    weights = getattr(stacked, name).detach()
+    biases = getattr(stacked, f"{name}_bias", None)
+    for index, weight in enumerate(weights):
+        is_transposed = getattr(stacked, "is_transposed", False)
+        yield weight.T if is_transposed else weight, None if biases is None else biases.detach()[index]
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
     n_out, n_in = weight.shape
-    result = nn.Linear(n_in, n_out, bias=False, device="meta")
-    result.weight = nn.Parameter(weight.clone())
+    result = nn.Linear(n_in, n_out, bias=bias is not None, device="meta")
+    result.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        result.bias = nn.Parameter(bias.clone(memory_format=torch.contiguous_format))
     return result
 
 

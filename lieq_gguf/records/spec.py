@@ -65,7 +65,7 @@ class TensorSpec:
         source_name: Name in the source model, with ``{}`` for the index of an expert, or None for a tensor computed
             from the configuration.
         shape: ``(n_out, n_in)`` for a matrix, ``(n_experts, n_out, n_in)`` for those of experts, ``(n,)`` for a
-            vector; rows last, as in numpy.
+            vector, ``(n_experts, n)`` for those of experts; rows last, as in numpy.
         layer: Index of the decoder layer, or None for a tensor outside the layers.
         row_order: How the file reorders the rows, or the numbers of a vector; None if it keeps their order.
         column_order: The same of the columns, as the outputs of another matrix that are this one's inputs.
@@ -104,8 +104,8 @@ class TensorSpec:
 
     @property
     def of_experts(self) -> bool:
-        """Whether this holds the same matrix of all experts of a layer."""
-        return len(self.shape) == 3
+        """Whether this holds the same matrix, or the same bias, of all experts of a layer."""
+        return len(self.shape) == 3 or "{}" in (self.source_name or "")
 
     @property
     def n_weights(self) -> int:

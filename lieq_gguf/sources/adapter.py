@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from lieq_gguf.errors import SourceError
 from lieq_gguf.records.spec import ModelSpec
-from lieq_gguf.sources.weight_files import FOR_IMAGES_AND_SOUND, SEVERAL_MATRICES, own_name
+from lieq_gguf.sources.tensor_names import SEVERAL_MATRICES, own_name
+from lieq_gguf.sources.weight_files import FOR_IMAGES_AND_SOUND
 
 if TYPE_CHECKING:
     import torch

@@ -61,7 +61,7 @@ def in_model_form(tensor: TensorSpec, stored: torch.Tensor) -> torch.Tensor:
 
 def file_rows(tensor: TensorSpec, loaded: torch.Tensor) -> Iterator[FloatArray]:
     """A matrix or vector of a model directory as the file has it, some rows ``[n_rows, n_in]`` at a time."""
-    rows = loaded.reshape(tensor.shape[-2:] if tensor.of_experts else tensor.shape)
+    rows = loaded.reshape(tensor.shape[1:] if tensor.of_experts else tensor.shape)
     row_order = None if tensor.row_order is None else tensor.row_order.in_source
     if rows.ndim == 1:  # a vector is a single row here, whose numbers are reordered
         rows, row_order = (rows if row_order is None else rows[row_order])[None, :], None

@@ -23,7 +23,8 @@ from lieq_gguf.sources.published import find_format
 from lieq_gguf.sources.published.stored import WeightFormat
 from lieq_gguf.sources.published.weights import PublishedWeights
 from lieq_gguf.sources.source import SourceMetadata
-from lieq_gguf.sources.weight_files import EMBEDDING, HEAD, MTP_PREFIX, WEIGHTS_FILE, WeightFiles
+from lieq_gguf.sources.tensor_names import EMBEDDING, HEAD, MTP_PREFIX
+from lieq_gguf.sources.weight_files import WEIGHTS_FILE, WeightFiles
 from lieq_gguf.tokenizers import (
     SourceTokenizer,
     adds_bos_unlike_transformers,
@@ -68,7 +69,7 @@ class ModelDirectory:
         self.repository = repository_of(path)
         supported = read_supported_config(path)
         self.family, self.is_wrapper = supported.family, supported.is_wrapper
-        files = WeightFiles(path)
+        files = WeightFiles(path, gates_and_ups_in_turn=self.family.gates_and_ups_in_turn)
         self._weights = files if supported.stored_as is None else PublishedWeights(files, supported.stored_as)
         config = {**supported.config, **self._header_parameters(supported.config["num_hidden_layers"])}
         if keeps_mtp:
@@ -123,7 +124,7 @@ class ModelDirectory:
         """The tensor in the source's own type and row order, mapped and not copied; float32 if an adapter changes it.
 
         A matrix that is published quantised is decoded, in the type that transformers gives it. Matrices of experts are
-        stacked, ``[n_experts, n_out, n_in]``.
+        stacked, ``[n_experts, n_out, n_in]``, and so are their biases.
         """
         if tensor.source_name is None:
             return self.family.computed_tensor(self.spec.config, tensor.name)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,37 +16,19 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from lieq_gguf.errors import SourceError
+from lieq_gguf.sources.tensor_names import EMBEDDING, Place, own_name, with_single_matrices, with_usual_names
 
 if TYPE_CHECKING:
     import torch
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-MTP_PREFIX = "mtp."
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 _BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "I64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8}
 _SAMPLE_BYTES = 1024
 _COMPARED_BYTES = 1 << 24  # of two tensors at a time
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_RENAMED = (  # names in published files, and in transformers' models
-    (re.compile(r"\b(backbone|model)\.embeddings\."), r"\1.embed_tokens."),
-    (re.compile(r"\.block_sparse_moe\.input_linear\.weight"), ".block_sparse_moe.experts.gate_up_proj"),
-    (re.compile(r"\.block_sparse_moe\.output_linear\.weight"), ".block_sparse_moe.experts.down_proj"),
-    (re.compile(r"\.router\.layer\."), ".router."),
-    (re.compile(r"\.shared_mlp\.input_linear\."), ".shared_mlp.gate_up_proj."),
-    (re.compile(r"\.shared_mlp\.output_linear\."), ".shared_mlp.down_proj."),
-    (re.compile(r"\.experts\.(\d+)\.w1\."), r".experts.\1.gate_proj."),
-    (re.compile(r"\.experts\.(\d+)\.w2\."), r".experts.\1.down_proj."),
-    (re.compile(r"\.experts\.(\d+)\.w3\."), r".experts.\1.up_proj."),
-)
-_STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|up_proj|down_proj)")  # one tensor for all experts
-_FUSED = re.compile(r"(.*\.shared_mlp)\.gate_up_proj\.weight")
-_HALVES = {"gate_proj": 0, "up_proj": 1}
 
-SEVERAL_MATRICES = re.compile(r"\.(experts|shared_mlp)\.(gate_up_proj|up_proj|down_proj)\b")
-"""In names of tensors that hold several matrices."""
 FOR_IMAGES_AND_SOUND = re.compile(r"visual|vision|audio|projector|image|video|speech")
 """In names of tensors that are no part of a language model."""
 _COMPUTED = re.compile(r".*\.(inv_freq|masked_bias|position_ids)|(.*\.)?lm_head\.weight")
@@ -77,16 +59,6 @@ class StoredTensor:
     dtype: str
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor is stored: a tensor of a file, a matrix of those stacked in it, or half of the rows of either."""
-
-    shard: Path
-    stored_name: str
-    expert: int | None = None
-    half: int | None = None
-
-
 class WeightFiles:
     """Reads tensors, memory-mapped and not copied where a whole stored tensor is asked for.
 
@@ -103,16 +75,19 @@ class WeightFiles:
         SourceError: if there are no weights, or a file is missing or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, gates_and_ups_in_turn: bool = False) -> None:
+        """Read the headers; in stacked experts, rows of gates and ups can take turns, and be columns in the files."""
         self.path = path
         self._open: dict[Path, Any] = {}  # to read tensors
         self._headers: dict[Path, Any] = {}
         shard_of, self.notes = _find_shards(path)
         self._shards = sorted(set(shard_of.values()))
-        places, prefix = _with_usual_names({own_name(name): _Place(shard, name) for name, shard in shard_of.items()})
+        places, prefix = with_usual_names({own_name(name): Place(shard, name) for name, shard in shard_of.items()})
         self.prefix = prefix
         self._stored = shard_of
-        self._places = dict(self._with_single_matrices(places))
+        self._places = dict(
+            with_single_matrices(places, lambda place: self._shape_and_dtype(place)[0], in_turn=gates_and_ups_in_turn)
+        )
         self.names = frozenset(self._places)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -142,7 +117,7 @@ class WeightFiles:
         for name, shard in sorted(self._stored.items()):
             if name in in_use or _COMPUTED.fullmatch(name):
                 continue
-            shape, dtype = self._shape_and_dtype(_Place(shard, name))
+            shape, dtype = self._shape_and_dtype(Place(shard, name))
             part = next((part for part, pattern in _PARTS.items() if pattern.search(name)), name)
             n_bytes.setdefault(part, []).append(prod(shape) * _BITS.get(dtype, 32) // 8)
         self.release()
@@ -169,7 +144,9 @@ class WeightFiles:
             result = file.get_tensor(place.stored_name)
         else:
             result = file.get_slice(place.stored_name)[place.expert]
-        return result if place.half is None else result.chunk(2)[place.half]
+        if place.is_transposed:
+            result = result.T
+        return (result if place.rows is None else result[place.rows]).contiguous()
 
     def stored(self, name: str) -> StoredTensor:
         """A tensor by its header."""
@@ -178,8 +155,7 @@ class WeightFiles:
 
     def is_part(self, name: str) -> bool:
         """Whether the files have it as a part of a larger tensor."""
-        place = self._places[name]
-        return place.expert is not None or place.half is not None
+        return self._places[name].is_part
 
     def stored_name(self, name: str) -> str:
         """The name that the files have for a tensor."""
@@ -235,23 +211,7 @@ class WeightFiles:
                             file.seek(first + offset)
                             digest.update(file.read(_SAMPLE_BYTES))
 
-    def _with_single_matrices(self, places: Mapping[str, _Place]) -> Iterable[tuple[str, _Place]]:
-        """Replace a tensor of all experts ``[n_experts, …]``, and one of gate and up, by its matrices."""
-        for name, place in places.items():
-            stacked, fused = _STACKED.fullmatch(name), _FUSED.fullmatch(name)
-            if stacked is not None:
-                n_experts = self._header(place).get_shape()[0]
-                halves = _HALVES if stacked[2] == "gate_up_proj" else {stacked[2]: None}
-                for expert in range(n_experts):
-                    for part, half in halves.items():
-                        yield f"{stacked[1]}.{expert}.{part}.weight", replace(place, expert=expert, half=half)
-            elif fused is not None:
-                for part, half in _HALVES.items():
-                    yield f"{fused[1]}.{part}.weight", replace(place, half=half)
-            else:
-                yield name, place
-
-    def _bytes(self, place: _Place) -> npt.NDArray[np.uint8]:
+    def _bytes(self, place: Place) -> npt.NDArray[np.uint8]:
         self._header(place)  # refuses a file that is cut off
         with place.shard.open("rb") as file:
             start, stop = json.loads(_read_header(file))[place.stored_name]["data_offsets"]
@@ -264,16 +224,11 @@ class WeightFiles:
             content, dtype = bytes(2) + content, "F32"
         return float(np.frombuffer(content, dtype={"F16": "<f2", "F32": "<f4"}[dtype])[0])
 
-    def _shape_and_dtype(self, place: _Place) -> tuple[tuple[int, ...], str]:
+    def _shape_and_dtype(self, place: Place) -> tuple[tuple[int, ...], str]:
         header = self._header(place)
-        shape = tuple(header.get_shape())
-        if place.expert is not None:
-            shape = shape[1:]
-        if place.half is not None:
-            shape = (shape[0] // 2, *shape[1:])
-        return shape, header.get_dtype()
+        return place.shape_in(tuple(header.get_shape())), header.get_dtype()
 
-    def _header(self, place: _Place) -> Any:
+    def _header(self, place: Place) -> Any:
         if place.shard not in self._headers:
             self._headers[place.shard] = _open_shard(place.shard)
         try:
@@ -334,31 +289,6 @@ def _open_shard(shard: Path) -> Any:
             f"{shard} is damaged or incomplete ({size:,} bytes: {error}); expected a safetensors file: "
             "download it again"
         ) from None
-
-
-def own_name(name: str) -> str:
-    """The name in transformers' model of a tensor in a file, but for the prefix."""
-    for published, own in _RENAMED:
-        name = published.sub(own, name)
-    return name
-
-
-def _with_usual_names(places: Mapping[str, _Place]) -> tuple[Mapping[str, _Place], str]:
-    """Names as in a saved ``…ForCausalLM``, and the prefix that the files have in place of ``model.``.
-
-    A base model saved alone has no prefix, the text part of a model of images and text has a longer one.
-    """
-    if EMBEDDING in places:
-        return places, "model."
-    ending = EMBEDDING.removeprefix("model.")
-    prefixes = [name.removesuffix(ending) for name in places if name.endswith(ending)]
-    if len(prefixes) != 1:
-        return places, "model."
-    [prefix] = prefixes
-    usual = {f"model.{name.removeprefix(prefix)}": place for name, place in places.items() if name.startswith(prefix)}
-    usual |= {name: place for name, place in places.items() if name.startswith(MTP_PREFIX)}
-    head = places.get(f"{prefix.removesuffix('model.')}{HEAD}", places.get(HEAD))
-    return usual if head is None else usual | {HEAD: head}, prefix
 
 
 def _names_found(names: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.file_order import Factors, multiplied
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.source import Source
-from lieq_gguf.sources.weight_files import HEAD
+from lieq_gguf.sources.tensor_names import HEAD
 from lieq_gguf.writing.differences import DifferenceError
 
 _N_ROWS = 2  # compared of each matrix; of experts one of each

@@ -24,6 +24,15 @@ LLAMA_3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 16.0, "original_max_position_embeddings": 64}
 PHI_3_ROPE = {
     "rope_type": "longrope",
@@ -142,7 +151,7 @@ class TinyModel:
                     parameter.mul_(self.head_norms)
                 if name.endswith(("norm.weight", ".alpha_p", ".alpha_n")):
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
-                elif name.endswith((".bias", ".sinks")):
+                elif name.endswith((".bias", "_proj_bias", ".sinks")):
                     parameter.normal_(0, 0.5)
                 elif name.endswith((".D", ".dt_bias")):  # which begin as ones
                     parameter.add_(torch.empty_like(parameter).normal_(0, 0.5))
@@ -353,6 +362,13 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "num_hidden_layers": 4, "sliding_window": 32, "embedding_multiplier": 12.0, "attention_multiplier": 0.02,
             "residual_multiplier": 0.3, "logits_scaling": 8.0, "layer_rope_theta": [0, 10000.0, 10000.0, 0],
             "no_rope_layers": [0, 1, 1, 0],  # which llama.cpp's converter reads
+        },
+    ),
+    "gpt-oss": TinyModel(
+        "gpt-oss", "gpt_oss", "gpt-oss 20B, 120B", fixtures.write_gpt_oss,
+        {
+            "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256,
+            "sliding_window": 32, "rope_parameters": GPT_OSS_ROPE,
         },
     ),
     "minicpm3": TinyModel(
