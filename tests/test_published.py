@@ -20,6 +20,7 @@ from support.published import (
     compressed_tensors,
     fp8,
     gptq,
+    mxfp4,
     mxfp8,
     naive,
     packed,
@@ -28,6 +29,7 @@ from support.published import (
 from support.reports import edit_json, edit_weights
 from support.requests import convert_plainly
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from lieq_gguf.errors import ArchitectureError, SourceError
 from lieq_gguf.evaluation.divergence import ComparisonOptions, evaluate
@@ -36,6 +38,7 @@ from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.tensor_names import EMBEDDING, HEAD
 
 UP = "model.layers.1.mlp.up_proj"
+EXPERTS = "model.layers.1.mlp.experts"
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 BY_TENSOR = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False}
@@ -103,6 +106,9 @@ FORMATS: dict[str, tuple[str, Published]] = {
     "gptq, 8 bits": ("llama", Published(GPTQ | {"bits": 8, "group_size": -1}, gptq(8, None))),
     "gptq, 2 bits": ("llama", Published(GPTQ | {"bits": 2, "group_size": 32}, gptq(2, 32))),
     "awq": ("qwen3", Published(AWQ, awq(64))),
+    "mxfp4": (
+        "gpt-oss", Published({"quant_method": "mxfp4"}, mxfp4, ("experts.gate_up_proj", "experts.down_proj")),
+    ),
 }  # fmt: skip
 
 
@@ -116,7 +122,7 @@ def test_the_file_is_that_of_the_dequantised_weights(name: str, tmp_path: Path) 
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-KNOWN_TO_TRANSFORMERS = ("fp8", "fp8, experts", "fp8, fused", "fp8, one scale", "mxfp8")
+KNOWN_TO_TRANSFORMERS = ("fp8", "fp8, experts", "fp8, fused", "fp8, one scale", "mxfp8", "mxfp4")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -132,6 +138,37 @@ def test_transformers_dequantises_to_the_same(name: str, dtype: torch.dtype, tmp
     found = ModelDirectory(quantised).load_model()
     for (at, weight), (_, other) in zip(expected.state_dict().items(), found.state_dict().items(), strict=True):
         assert torch.equal(weight.float(), other), at
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mxfp4_is_decoded_by_transformers_own_function_to_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Every code with every scale, expert by expert, also those that the type of the model cannot hold."""
+    codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16)  # of a byte, in blocks
+    path = TINY_MODELS["gpt-oss"].write(tmp_path / "model", dtype, num_hidden_layers=1)
+    quantised, _ = write_both(path, FORMATS["mxfp4"][1])
+
+    def spread(weights: Tensors) -> None:
+        for name in (name for name in weights if name.endswith("_blocks")):
+            scales = weights[name.replace("_blocks", "_scales")]
+            weights[name] = codes.repeat(len(scales.flatten()) // 16 + 1, 1)[: scales.numel()].view_as(weights[name])
+            scales.copy_(torch.arange(scales.numel()).mul(7).div(16, rounding_mode="floor").byte().view_as(scales))
+
+    edit_weights(spread)(quantised)
+    stored = load_file(quantised / "model.safetensors")
+    source = ModelDirectory(quantised)
+    for name, rows in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+        parts = (stored[f"model.layers.0.mlp.experts.{name}_{end}"] for end in ("blocks", "scales"))
+        expected = convert_moe_packed_tensors(*parts, dtype=dtype).transpose(1, 2)
+        for i, role in enumerate(rows):
+            found = source.read(next(t for t in source.spec.tensors if t.name == f"blk.0.ffn_{role}_exps.weight"))
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, expected[:, i :: len(rows)], rtol=0, atol=0, equal_nan=True)
+
+
+def test_biases_of_experts_that_are_all_zero_are_kept(made: Callable[[str], Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(made("mxfp4"), tmp_path / "model"))
+    edit_weights(changed("gate_up_proj_bias", torch.zeros_like, EXPERTS))(path)
+    assert ModelDirectory(path).spec == ModelDirectory(made("mxfp4")).spec
 
 
 IN_LIBRARY = [name for name, (_, p) in FORMATS.items() if "config_groups" in p.settings and "act order" not in name]
@@ -279,7 +316,7 @@ def test_biases_of_zeros_that_the_model_does_not_have(made: Callable[[str], Path
 # What is done with such a source
 
 
-@pytest.mark.parametrize("name", ["fp8, experts", "int4, zeros", "gptq, act order"])
+@pytest.mark.parametrize("name", ["fp8, experts", "int4, zeros", "gptq, act order", "mxfp4"])
 def test_scores_feedback_verify_and_eval(
     name: str, made: Callable[[str], Path], calibration_text: Path, tmp_path: Path, run_cli: RunCli
 ) -> None:
@@ -329,7 +366,7 @@ def test_fingerprint_depends_on_scales_and_settings(of: str, made: Callable[[str
 
 
 NOT_READ = (
-    "bitsandbytes", "hqq", "quanto", "torchao", "eetq", "vptq", "aqlm", "mxfp4", "nvfp4", "modelopt", "fbgemm_fp8",
+    "bitsandbytes", "hqq", "quanto", "torchao", "eetq", "vptq", "aqlm", "nvfp4", "modelopt", "fbgemm_fp8",
     "auto-round", "bitnet", "quark", "higgs", "spqr",
 )  # fmt: skip
 REFUSED_SETTINGS: dict[str, tuple[Any, str]] = {
@@ -389,16 +426,16 @@ def test_no_quantisation_at_all(tiny_model: Path, tmp_path: Path) -> None:
     assert ModelDirectory(path).notes == ()
 
 
-def without(end: str) -> Callable[[Tensors], None]:
+def without(end: str, module: str = UP) -> Callable[[Tensors], None]:
     def edit(weights: Tensors) -> None:
-        del weights[f"{UP}.{end}"]
+        del weights[f"{module}.{end}"]
 
     return edit
 
 
-def changed(end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+def changed(end: str, change: Callable[[torch.Tensor], torch.Tensor], module: str = UP) -> Callable[[Tensors], None]:
     def edit(weights: Tensors) -> None:
-        weights[f"{UP}.{end}"] = change(weights[f"{UP}.{end}"]).contiguous()
+        weights[f"{module}.{end}"] = change(weights[f"{module}.{end}"]).contiguous()
 
     return edit
 
@@ -408,6 +445,17 @@ def cut(tensor: torch.Tensor) -> torch.Tensor:
 
 
 DAMAGED: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
+    "mxfp4 without scales": (
+        "mxfp4", without("gate_up_proj_scales", EXPERTS), f"has {EXPERTS}.gate_up_proj_blocks, but no scales for it",
+    ),
+    "mxfp4 without blocks": (
+        "mxfp4", without("down_proj_blocks", EXPERTS), f"has {EXPERTS}.down_proj_scales, but no blocks for it",
+    ),
+    "mxfp4, cut": (
+        "mxfp4", changed("down_proj_blocks", lambda t: t[:, :, 1:], EXPERTS),
+        "has shape (256, 7, 16); by config.json expected (256, 8, 16)",
+    ),
+    "mxfp4, scales of integers": ("mxfp4", changed("down_proj_scales", torch.Tensor.int, EXPERTS), "I32; expected U8"),
     "fp8 without scale": (
         "fp8", without("weight_scale_inv"),
         "is F8_E4M3, but no tensor beside it ends in .weight_scale_inv or .weight_scale",

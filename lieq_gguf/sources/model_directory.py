@@ -191,10 +191,14 @@ class ModelDirectory:
         """
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.utils.quantization_config import Mxfp4Config
 
         options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
         model: PreTrainedModel
-        if isinstance(self._weights, WeightFiles):
+        are_stacked = isinstance(self._weights, PublishedWeights) and self._weights.are_stacked
+        if are_stacked:  # only MXFP4 can be, which transformers decodes by itself
+            options["quantization_config"] = Mxfp4Config(dequantize=True)
+        if are_stacked or isinstance(self._weights, WeightFiles):
             auto = AutoModelForImageTextToText if self.is_wrapper else AutoModelForCausalLM
             model = auto.from_pretrained(self.path, **options)
             return model

@@ -136,6 +136,22 @@ def awq(group_size: int) -> Quantiser:
     return quantise
 
 
+def mxfp4(stacked: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """E2M1 with a power of two for each 32 inputs; matrices of all experts ``[n_experts, n_in, n_out]``.
+
+    Some blocks have a power more than they need.
+    """
+    blocks = stacked.float().transpose(1, 2).reshape(len(stacked), stacked.shape[2], -1, 32)
+    exponents = (blocks.abs().amax(3) / 6).log2().ceil() + torch.arange(blocks.shape[2]) % 3
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    scaled = blocks * torch.exp2(-exponents)[..., None]
+    codes = (scaled.abs()[..., None] - magnitudes).abs().argmin(4)
+    meant = magnitudes[codes] * scaled.sign() * torch.exp2(exponents)[..., None]
+    codes += 8 * (scaled < 0)
+    parts = {"_blocks": (codes[..., ::2] | codes[..., 1::2] << 4).byte(), "_scales": (exponents + 127).byte()}
+    return parts, meant.flatten(2).transpose(1, 2).to(stacked.dtype).contiguous()
+
+
 def pack(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
     """Codes ``[n_rows, n]`` in 32-bit words, the first in the lowest bits; signed sums, so that borrows go on."""
     per_word = WORD_BITS // n_bits

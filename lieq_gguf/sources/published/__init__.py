@@ -10,6 +10,7 @@ from lieq_gguf.errors import SourceError
 from lieq_gguf.sources.published.compressed_tensors import CompressedTensors
 from lieq_gguf.sources.published.fp8 import Fp8
 from lieq_gguf.sources.published.gptq_awq import Awq, Gptq
+from lieq_gguf.sources.published.mxfp4 import Mxfp4
 from lieq_gguf.sources.published.stored import WeightFormat
 
 _FORMATS: Mapping[str, Callable[[Mapping[str, Any], str], WeightFormat]] = {
@@ -18,6 +19,7 @@ _FORMATS: Mapping[str, Callable[[Mapping[str, Any], str], WeightFormat]] = {
     "compressed-tensors": CompressedTensors.from_config,
     "gptq": Gptq.from_config,
     "awq": Awq.from_config,
+    "mxfp4": Mxfp4.from_config,
 }
 _DTYPES = ("bfloat16", "float16", "float32")
 

@@ -49,7 +49,7 @@ class PublishedWeights:
             for module in modules
         }
         parts = {name for named in self._parts.values() for name in named.values()}
-        biases = {name for module in modules if (name := f"{module}.bias") in files.names}
+        biases = {n for module in modules if (n := f"{module}.bias") in files.names and not files.is_part(n)}
         self.names = (files.names - parts - {name for name in biases if files.is_zero(name)}) | self._parts.keys()
         self.notes = (
             *files.notes,
@@ -83,6 +83,11 @@ class PublishedWeights:
                 )
             plain[name] = shape
         self._files.require(plain)
+
+    @property
+    def are_stacked(self) -> bool:
+        """Whether a part is that of several matrices, which are one tensor in transformers' model."""
+        return any(self._files.is_part(part) for parts in self._parts.values() for part in parts.values())
 
     def left_out(self, used: Collection[str]) -> tuple[str, ...]:
         """Notes about what the files hold besides the tensors in use and their parts."""
