@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command import RunCli, run_apart
+from support.converter import Job, compare_files, run_converter
 from support.families import TINY_MODELS
 from support.published import (
     Published,
@@ -33,12 +35,17 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from lieq_gguf.errors import ArchitectureError, SourceError
 from lieq_gguf.evaluation.divergence import ComparisonOptions, evaluate
+from lieq_gguf.native import ggml
+from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.options import SourceOptions
+from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.sources.published.mxfp4 import Mxfp4
 from lieq_gguf.sources.tensor_names import EMBEDDING, HEAD
 
 UP = "model.layers.1.mlp.up_proj"
 EXPERTS = "model.layers.1.mlp.experts"
+EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 BY_TENSOR = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False}
@@ -163,6 +170,49 @@ def test_mxfp4_is_decoded_by_transformers_own_function_to_the_same(dtype: torch.
             found = source.read(next(t for t in source.spec.tensors if t.name == f"blk.0.ffn_{role}_exps.weight"))
             assert found.dtype == dtype
             torch.testing.assert_close(found, expected[:, i :: len(rows)], rtol=0, atol=0, equal_nan=True)
+
+
+def test_encoding_what_mxfp4_can_hold_changes_nothing() -> None:
+    """Whatever the largest number of a block is, and so the scale that ggml gives it."""
+    rng = np.random.default_rng(0)
+    largest = np.arange(1, 8).repeat(32)[:, None, None]
+    codes = rng.integers(0, largest + 1, (len(largest), 8, 32)) | rng.integers(0, 2, (len(largest), 8, 32)) << 3
+    codes[..., :1] = largest
+    blocks, scales = codes[..., ::2] | codes[..., 1::2] << 4, rng.integers(8, 247, (len(largest), 8))
+    parts = {"blocks": torch.from_numpy(blocks.astype(np.uint8)), "scales": torch.from_numpy(scales.astype(np.uint8))}
+    weights, quant_type = Mxfp4("float32").decode("", parts).numpy(), QUANT_TYPES["MXFP4"]
+    assert np.array_equal(ggml.dequantize(ggml.quantize(weights, quant_type), quant_type), weights)
+
+
+def test_a_plan_with_mxfp4_keeps_published_experts(
+    made: Callable[[str], Path], calibration_text: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    path, file = made("mxfp4"), tmp_path / "out.gguf"
+    few = ("--calibration", calibration_text, "--n-tokens", 512, "--threads", 1, "--profile", "quality")
+    done = run_cli("convert", path, "--bits", 4.5, "--types", "+MXFP4", "-o", file, *few)
+    assert done.exit_code == 0, done.stderr
+    assert_same_experts(path, file)
+
+
+@pytest.mark.slow
+def test_llama_cpps_converter_repacks_mxfp4_to_the_same_numbers(
+    made: Callable[[str], Path], llama_cpp: Path, tmp_path: Path
+) -> None:
+    ours = convert_plainly(made("mxfp4"), tmp_path / "ours.gguf", "BF16")
+    run_converter([Job(made("mxfp4"), ours, tmp_path / "theirs.gguf")], llama_cpp)
+    assert_same_experts(made("mxfp4"), tmp_path / "theirs.gguf")
+    found = compare_files(ours, tmp_path / "theirs.gguf")
+    assert {name.split(".", 2)[2] for name in found.tensors if "exps" in name} == {f"{r}.weight" for r in EXPERT_ROLES}
+
+
+def assert_same_experts(path: Path, file: Path) -> None:
+    """Require that a file has the experts of a directory in MXFP4, and with the same numbers."""
+    source, written = ModelDirectory(path), GgufSource(file, SourceOptions(allow_requantize=True))
+    experts = [t for t in source.spec.tensors if t.role in EXPERT_ROLES and t.is_matrix]
+    assert (written.why_not_supported, len(experts)) == ("", 6)
+    for tensor in experts:
+        assert written.stored_type(tensor).name == "MXFP4"
+        assert torch.equal(written.read(tensor), source.read(tensor).float())
 
 
 def test_biases_of_experts_that_are_all_zero_are_kept(made: Callable[[str], Path], tmp_path: Path) -> None:

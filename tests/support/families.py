@@ -368,7 +368,7 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         "gpt-oss", "gpt_oss", "gpt-oss 20B, 120B", fixtures.write_gpt_oss,
         {
             "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256,
-            "sliding_window": 32, "rope_parameters": GPT_OSS_ROPE,
+            "sliding_window": 32, "max_position_embeddings": 131072, "rope_parameters": GPT_OSS_ROPE,
         },
     ),
     "minicpm3": TinyModel(
