@@ -318,6 +318,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases of attention": ("gpt-oss", {"attention_bias": False}, "attention_bias is off"),
     "first layer": ("gpt-oss", {"layer_types": ["full_attention"] * 2}, "layer 0 of 2 .* has full_attention"),
     "range of yarn": ("arcee", {"rope_parameters": GPT_OSS_ROPE}, "truncate off is not supported"),
+    "null in yarn": ("arcee", {"rope_parameters": GPT_OSS_ROPE | {"truncate": None}}, "truncate off is not supported"),
     "biases of a convolution": ("lfm2", {"conv_bias": True}, "conv_bias is set"),
     "width of all heads": ("lfm2", {"head_dim": 32}, "4 heads of width 32 are not as wide"),
     "kinds of hybrid layers": (

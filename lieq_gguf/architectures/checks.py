@@ -19,7 +19,7 @@ def check_yarn(rope: Config, takes_all_dims: bool = False) -> None:
 
     Source: ``_compute_yarn_parameters`` in transformers' ``modeling_rope_utils``.
     """
-    if rope.get("truncate") is False:
+    if not rope.get("truncate", True):  # null turns it off as well
         raise ArchitectureError("yarn rope scaling with truncate off is not supported; expected it to be on")
     keys = ("attention_factor", "mscale", "mscale_all_dim")
     for key in keys:

@@ -87,7 +87,7 @@ def with_rounded_yarn(config: PretrainedConfig) -> PretrainedConfig:
     Families that may have it off warn of it.
     """
     rope = getattr(config, "rope_parameters", None)
-    if rope and rope.get("truncate") is False:
+    if rope and not rope.get("truncate", True):
         config.rope_parameters = {**rope, "truncate": True}
     return config
 
