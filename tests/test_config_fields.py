@@ -16,7 +16,9 @@ from lieq_gguf.errors import LieqError
 from lieq_gguf.measure.base_model import without_time_limits
 from lieq_gguf.sources.model_directory import ModelDirectory
 
-ONE_OF_EACH_FAMILY = list({(tiny.family, tiny.model_type): name for name, tiny in TINY_MODELS.items()}.values())
+ONE_OF_EACH_FAMILY = list(
+    {(tiny.family, tiny.model_type, tiny.has_experts): name for name, tiny in TINY_MODELS.items()}.values()
+)
 # llama.cpp computes no such window, which a warning says; of tied matrices, the files decide
 TOLD_OTHERWISE = ("sliding_window", "use_sliding_window", "tie_word_embeddings", "use_cache")
 

@@ -173,6 +173,11 @@ def swap_biases(weights: dict[str, torch.Tensor]) -> None:
     weights["model.layers.1.mlp.experts.gate_up_proj_bias"] = biases.flip(0)
 
 
+def swap_scales_of_experts(weights: dict[str, torch.Tensor]) -> None:
+    scales = weights["model.layers.1.router.per_expert_scale"]
+    scales.copy_(scales.flip(0))
+
+
 def stretch_channel(weights: dict[str, torch.Tensor]) -> None:
     weights["model.embed_tokens.weight"][:, 7] *= 20
 
@@ -186,6 +191,10 @@ OTHER_MODELS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "tokens": ("llama3", drop_template, "transformers adds the tokens ([], []) before and after a text, llama.cpp"),
     "experts": ("qwen3moe", edit_weights(swap_experts), "blk.1.ffn_up_exps.weight has other weights"),
     "biases of experts": ("gpt-oss", edit_weights(swap_biases), "blk.1.ffn_gate_exps.bias has other numbers"),
+    "scales of experts": (
+        "gemma4-moe", edit_weights(swap_scales_of_experts), "blk.1.ffn_down_exps.scale has other numbers",
+    ),
+    "experts of a token": ("gemma4-moe", edit_json("config.json", top_k_experts=4), "llama.cpp computes"),
     "norm": (
         "smollm2", edit_weights(stretch_norm),
         "output_norm.weight has other numbers",

@@ -148,6 +148,28 @@ def test_llama_cpps_own_pass_sees_the_same_of_each_expert(name: str, tmp_path: P
         assert float(np.median(np.abs(found_mean / ours_mean - 1))) < 0.05
 
 
+def test_gate_and_up_of_gemma_4_stay_one_matrix_and_are_counted_by_expert(tmp_path: Path) -> None:
+    path = TINY_MODELS["gemma4-moe"].write(tmp_path / "model")
+    source = ModelDirectory(path)
+    ids = np.random.default_rng(1).integers(8, source.spec.config["vocab_size"] - 8, (2, 128))
+    options = PassOptions(compute=ComputeOptions(n_threads=2, in_float32=True))
+    importance = run_pass(source, CalibrationTokens(ids, "random"), options).importance
+    whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.requires_grad_(False)
+    given: list[tuple[torch.Tensor, ...]] = []
+    whole.layers[1].experts.register_forward_pre_hook(lambda _module, inputs: given.append(inputs))
+    with torch.inference_mode():
+        whole(torch.from_numpy(ids), use_cache=False)
+    [(hidden, chosen, _)] = given
+    for expert in range(N_EXPERTS):
+        inputs = hidden[(chosen == expert).any(dim=-1)].double()
+        gate, up = (inputs @ whole.layers[1].experts.gate_up_proj[expert].double().T).chunk(2, dim=-1)
+        middle = nn.functional.gelu(gate, approximate="tanh") * up
+        for role, expected in (("ffn_gate_up_exps", inputs), ("ffn_down_exps", middle)):
+            name = f"blk.1.{role}.weight"
+            assert importance.counts[name][expert] == len(inputs)
+            np.testing.assert_allclose(importance.in_sum2[name][expert], (expected**2).sum(0), rtol=1e-3)
+
+
 def test_an_expert_without_tokens_gets_the_importance_of_the_others() -> None:
     sums = np.array([[2.0, 4.0], [0.0, 0.0], [6.0, 2.0]], dtype=np.float32)
     counts = np.array([2, 0, 2], dtype=np.float32)

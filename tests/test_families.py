@@ -45,11 +45,10 @@ from lieq_gguf.records.measurement import measured
 from lieq_gguf.sources.model_directory import ModelDirectory
 
 N_TOKENS = 128  # more than the windows of the tiny models
-KEYS_AND_VALUES = ("attn_k", "attn_v")
 # llama.cpp's converter gives them any length
 WITHOUT_POSITIONS = ("granite-h", "granite-h-moe", "nemotron-h", "nemotron-3", "nemotron-3-super")
 ONE_OF_EACH_CLASS = pytest.mark.parametrize(
-    "name", {(model.family, model.model_type): name for name, model in TINY_MODELS.items()}.values()
+    "name", {(model.family, model.model_type, model.has_experts): n for n, model in TINY_MODELS.items()}.values()
 )
 EVERY_MODEL = pytest.mark.parametrize("name", TINY_MODELS)
 
@@ -143,10 +142,8 @@ def test_conversion_to_few_bits_runs(name: str, written: Callable[[str], Written
 def test_cache_and_bytes_of_a_token_are_those_of_the_model(name: str, written: Callable[[str], Written]) -> None:
     source = ModelDirectory(written(name).path)
     config, found = source.transformers_config(), inspect(written(name).f16_file)
-    rows = {
-        role: sum(t.shape[0] for t in source.spec.tensors if t.role == role and t.is_matrix) for role in KEYS_AND_VALUES
-    }
-    width = sum(rows.values())
+    # values are as wide as keys, of which they can be made
+    width = 2 * sum(t.shape[0] for t in source.spec.tensors if t.role == "attn_k" and t.is_matrix)
     if not width:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         of_head = getattr(config, "qk_head_dim", head_dim) + getattr(config, "v_head_dim", head_dim)
@@ -154,9 +151,9 @@ def test_cache_and_bytes_of_a_token_are_those_of_the_model(name: str, written: C
     n_ctx = 4096 if name in WITHOUT_POSITIONS else min(config.max_position_embeddings, 4096)
     assert (found.n_ctx, found.kv_cache_bytes) == (n_ctx, 2 * width * n_ctx)
     n_experts = next((n for key in ("num_experts", "num_local_experts") if (n := getattr(config, key, 0))), 1)
-    n_idle = n_experts - getattr(config, "num_experts_per_tok", n_experts)
+    n_idle = n_experts - getattr(config, "num_experts_per_tok", getattr(config, "top_k_experts", None) or n_experts)
     sizes = {t.spec.name: t.data.nbytes for t in GgufFile(found.file).tensors}
-    idle = sum(size for tensor, size in sizes.items() if "_exps" in tensor) * n_idle // n_experts
+    idle = sum(size for tensor, size in sizes.items() if "_exps.weight" in tensor) * n_idle // n_experts
     tables = ["per_layer_token_embd.weight", *(["token_embd.weight"] if "output.weight" in sizes else [])]
     assert found.bytes_per_token == sum(sizes.values()) - idle - sum(sizes.get(table, 0) for table in tables)
 
@@ -284,6 +281,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rotated layers": ("granite_swa", {"layer_rope_theta": None}, "no_rope_layers .* which transformers does not read"),
     "factor of the embedding": ("minicpm3", {"scale_emb": 10}, "scale_emb is 10"),
     "longer context": ("minicpm3", {"max_position_embeddings": 4096}, "is 1024 and max_position_embeddings 4096"),
+    "experts of a token": ("gemma4-moe", {"top_k_experts": 9}, "top_k_experts is 9, more than the 8 experts"),
     "dense layers": ("qwen3moe", {"mlp_only_layers": [0]}, "some layers have no experts"),
     "width of Mamba-2": ("granite-h", {"mamba_expand": 4, "mamba_d_head": 128}, "are 1024 wide, .* hidden_size, 512"),
     "kind of layer": ("granite-h", {"layer_types": ["mamba", "attention", "moe"]}, "layer_types .* 'moe'"),
@@ -350,6 +348,7 @@ def test_refuses_what_the_graph_does_not_compute(case: str, tmp_path: Path) -> N
 DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "no experts used": ("qwen3moe", {"num_experts_per_tok": 0}),
     "more used than there are": ("qwen3moe", {"num_experts_per_tok": 9}),
+    "no number of experts": ("gemma4-moe", {"num_experts": None}),
     "width of experts": ("qwen3moe", {"moe_intermediate_size": "x"}),
     "kinds of layers": ("gemma2", {"layer_types": 5}),
     "cap": ("gemma2", {"attn_logit_softcapping": "x"}),

@@ -40,7 +40,7 @@ in the list.
 MODELS = (
     ("Qwen3.5 0.8B to 9B", "Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
     ("Qwen3.5 35B-A3B", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
-    ("Gemma 4 E2B, E4B", "Gemma4ForConditionalGeneration", "gemma4_text"),
+    ("Gemma 4 E2B, E4B, 26B-A4B, 31B", "Gemma4ForConditionalGeneration", "gemma4_text"),
     ("Gemma 3 270M, 1B", "Gemma3ForCausalLM", ""),
     ("Gemma 3 4B, 12B", "Gemma3ForConditionalGeneration", "gemma3_text"),
     ("Gemma 3n E2B, E4B", "Gemma3nForConditionalGeneration", "gemma3n_text"),
@@ -127,7 +127,7 @@ def treatment(kind: str, text: str) -> str:
     """What is done with a model, by its class and the type of its text part."""
     config = {"architectures": [kind]} | ({"text_config": {"model_type": text}} if text else {})
     classes = language_model_config(config)["architectures"]
-    names = [family.gguf_name for family in FAMILIES if classes[0] in family.source_classes]
+    names = dict.fromkeys(family.gguf_name for family in FAMILIES if classes[0] in family.source_classes)
     if not names:
         return "from an F16 GGUF of llama.cpp's converter; types by the weighted error of the weights"
     inside = "its language model, " if text else ""
@@ -146,9 +146,10 @@ def unusual_matrices() -> str:
 
 
 def _family_of(model: TinyModel) -> Decoder:
-    """Of the families with one name in llama.cpp, that of transformers' name, or the first."""
+    """Of the families with one name in llama.cpp, that of transformers' name and settings, or the first."""
     named = [family for family in FAMILIES if family.gguf_name == model.family]
-    return next((family for family in named if family.model_type == model.model_type), named[0])
+    fitting = (f for f in named if f.model_type == model.model_type and f.has_model(model.settings))
+    return next(fitting, named[0])
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from lieq_gguf.architectures.falcon_h1 import FalconH1
 from lieq_gguf.architectures.gemma2 import Gemma2
 from lieq_gguf.architectures.gemma3 import Gemma3
 from lieq_gguf.architectures.gemma4 import Gemma4
+from lieq_gguf.architectures.gemma4moe import Gemma4Moe
 from lieq_gguf.architectures.glm import Glm
 from lieq_gguf.architectures.glm4 import Glm4
 from lieq_gguf.architectures.gpt_oss import GptOss
@@ -52,7 +53,7 @@ FAMILIES: tuple[Decoder, ...] = (
     Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Gemma3(), Phi3(), SmolLM3(), Olmo2(), Granite(), Lfm2(),
     Qwen35(), Ministral3(), Gemma4(), Exaone4(), Ernie45(), Arcee(), SeedOss(), HunyuanDense(), Glm4(), Glm(),
     Apertus(), GraniteSwa(), MiniCpm3(), Qwen3Vl(), GraniteHybrid(), GraniteWithoutMamba(), FalconH1(), NemotronH(),
-    NemotronHMoe(), Lfm2Moe(), Qwen35Moe(), GptOss(),
+    NemotronHMoe(), Lfm2Moe(), Qwen35Moe(), GptOss(), Gemma4Moe(),
 )  # fmt: skip
 _SIMILAR = 0.6  # of 1: qwen2moe and qwen2 are, mamba and gemma2 are not
 _SOURCE_CLASSES = dict.fromkeys(name for family in FAMILIES for name in family.source_classes)

@@ -88,14 +88,16 @@ def require_kinds(config: Config, kinds: Collection[str]) -> None:
         raise ArchitectureError(f"layer_types in config.json has {len(found)} layers, num_hidden_layers is {n_layers}")
 
 
-def require_experts(config: Config, key: str, n_chosen_from: int | None = None) -> None:
+def require_experts(
+    config: Config, key: str, n_chosen_from: int | None = None, used: str = "num_experts_per_tok"
+) -> None:
     """Require numbers of experts, of which a token uses no more than there are, or than it may choose from."""
-    n_used = config["num_experts_per_tok"]
+    n_used = config[used]
     require_count(key, config[key])
-    require_count("num_experts_per_tok", n_used)
+    require_count(used, n_used)
     n_experts = config[key] if n_chosen_from is None else n_chosen_from
     if n_used > n_experts:
-        raise ArchitectureError(f"num_experts_per_tok is {n_used}, more than the {n_experts} experts")
+        raise ArchitectureError(f"{used} is {n_used}, more than the {n_experts} experts")
 
 
 def require_usual_heads(config: Config, head_dim: int, gguf_name: str) -> None:

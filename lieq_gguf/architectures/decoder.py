@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import gguf
 
 from lieq_gguf.architectures.checks import Config, check_yarn, config_object, require_count, require_number
-from lieq_gguf.architectures.modules import LayerModule
+from lieq_gguf.architectures.modules import GatesAndUps, LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 from lieq_gguf.records.spec import HeadOrder, TensorSpec, rotary_order
@@ -52,8 +52,8 @@ class Decoder:
             :meth:`factors` are in the weights.
         keeps_mtp: Whether the file can have the model's head for multi-token prediction.
         output_matrix: Which output matrix the graph takes: always the ``embedding``, always its ``own``, or ``either``.
-        gates_and_ups_in_turn: Whether rows of gates and ups take turns where transformers stacks the experts, whose
-            matrices it has transposed.
+        gates_and_ups: Rows of gates and ups of experts where transformers stacks them: two halves, or in turn in
+            matrices that are transposed, or halves that stay ``together`` in the file.
     """
 
     gguf_name: ClassVar[str]
@@ -76,7 +76,7 @@ class Decoder:
     folded_settings: ClassVar[Mapping[str, Any]] = {}
     keeps_mtp: ClassVar[bool] = False
     output_matrix: ClassVar[Literal["embedding", "own", "either"]] = "either"
-    gates_and_ups_in_turn: ClassVar[bool] = False
+    gates_and_ups: ClassVar[GatesAndUps] = "halves"
 
     def has_model(self, config: Config) -> bool:  # noqa: ARG002
         """Whether a model of one of ``source_classes`` belongs to the family; ``config`` is as it was read."""

@@ -8,11 +8,11 @@ from lieq_gguf.architectures.checks import Config
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 
 
-def expert_sizes(config: Config, n_experts: int) -> dict[str, int]:
-    """Sizes that occur in the shapes of experts, by name."""
+def expert_sizes(config: Config, n_experts: int, used: str = "num_experts_per_tok") -> dict[str, int]:
+    """Sizes that occur in the shapes of experts, by name; ``used`` is the key of how many a token uses."""
     return {
         "n_experts": n_experts,
-        "n_experts_used": int(config["num_experts_per_tok"]),
+        "n_experts_used": int(config[used]),
         "n_expert_ff": int(config["moe_intermediate_size"]),
     }
 
@@ -24,10 +24,15 @@ def add_expert_counts(sizes: dict[str, int], writer: gguf.GGUFWriter) -> None:
     writer.add_expert_feed_forward_length(sizes["n_expert_ff"])
 
 
-def source_expert_counts(stored: StoredParameters, key: str = "num_experts") -> dict[str, int]:
-    """Keys of ``config.json`` made from those of :func:`add_expert_counts`; the number of experts has ``key``."""
+def source_expert_counts(
+    stored: StoredParameters, key: str = "num_experts", used: str = "num_experts_per_tok"
+) -> dict[str, int]:
+    """Keys of ``config.json`` made from those of :func:`add_expert_counts`.
+
+    The number of experts has ``key``, and that of those which a token uses has ``used``.
+    """
     return {
         key: stored.count("expert_count"),
-        "num_experts_per_tok": stored.count("expert_used_count"),
+        used: stored.count("expert_used_count"),
         "moe_intermediate_size": stored.count("expert_feed_forward_length"),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import gguf
@@ -33,7 +33,7 @@ _UNROTATED = 1e30  # a frequency divided by it rotates nothing
 
 
 class Gemma4(Decoder):
-    """E2B, E4B and the dense models; not those with experts.
+    """E2B, E4B and the dense models.
 
     The last layers have no keys and values of their own: they use those of the last layer of their kind that has.
     """
@@ -42,7 +42,9 @@ class Gemma4(Decoder):
     has_windows = True
     model_type = "gemma4_text"
     source_classes: ClassVar[tuple[str, ...]] = ("Gemma4ForCausalLM",)
-    modules = (*SANDWICH_NORMS, *_QUERIES, *_KEYS, *_VALUES, *_OUTPUT, *FEED_FORWARD, *_TOKEN_INPUTS, *_SCALE)
+    modules: ClassVar[tuple[LayerModule, ...]] = (
+        *SANDWICH_NORMS, *_QUERIES, *_KEYS, *_VALUES, *_OUTPUT, *FEED_FORWARD, *_TOKEN_INPUTS, *_SCALE,
+    )  # fmt: skip
     activation = "gelu_pytorch_tanh"
     rope_types = ("proportional",)
     default_theta = 1_000_000.0
@@ -54,6 +56,14 @@ class Gemma4(Decoder):
         "num_key_value_heads": 4, "num_kv_shared_layers": 0, "rms_norm_eps": 1e-6, "sliding_window": 512,
         "use_double_wide_mlp": False, "vocab_size": 262_144, "vocab_size_per_layer_input": 262_144,
     }  # fmt: skip
+
+    def has_model(self, config: Config) -> bool:
+        """Whether there are no experts."""
+        return not config.get("enable_moe_block")
+
+    def has_file(self, keys: Collection[str]) -> bool:
+        """Whether the file tells of no experts."""
+        return "expert_count" not in keys
 
     def completed(self, config: Config) -> dict[str, Any]:
         """The configuration with the kinds of layers, and with the heads of layers without a window by one name."""
@@ -84,13 +94,8 @@ class Gemma4(Decoder):
         return result
 
     def check(self, config: Config) -> None:
-        """Refuse also experts, and rotations and orders of layers that the graph does not compute."""
+        """Refuse also rotations and orders of layers that the graph does not compute."""
         super().check(config)
-        if config["enable_moe_block"]:
-            raise ArchitectureError(
-                "enable_moe_block is set, and Gemma 4 with experts is not supported from its directory; expected an "
-                "F16 file of llama.cpp's converter (convert_hf_to_gguf.py --outtype f16)"
-            )
         require_count("global_head_dim", config["global_head_dim"])
         if config.get("final_logit_softcapping") is not None:
             require_number("final_logit_softcapping", config["final_logit_softcapping"])

@@ -51,7 +51,7 @@ class GptOss(Decoder):
     default_theta = 150000.0
     default_head_dim = 64
     output_matrix = "own"
-    gates_and_ups_in_turn = True
+    gates_and_ups = "in turn"
     defaults: ClassVar[Mapping[str, Any]] = {
         "attention_bias": True, "hidden_size": 2880, "intermediate_size": 2880, "max_position_embeddings": 131072,
         "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 36, "num_key_value_heads": 8,

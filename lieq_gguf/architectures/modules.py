@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+GatesAndUps: TypeAlias = Literal["halves", "in turn", "together"]
+"""Rows of gates and ups of stacked experts, see :class:`Decoder`."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
+from lieq_gguf.architectures import FAMILIES
 from lieq_gguf.measure.experts import separate_matrices
 
 _ROTATED = ("no_rope_layers", "layer_rope_theta")  # 0 for a layer without rotation
@@ -76,9 +77,14 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
         auto = AutoModelForCausalLM if type(small) in AutoModelForCausalLM._model_mapping else AutoModel
         model = auto.from_config(small, dtype=torch.float32)  # type: ignore[no-untyped-call]
     base: nn.Module = model.eval().base_model
-    separate_matrices(base)
+    separate_matrices(base, leaves_gate_with_up=_has_gate_with_up(config))
     without_time_limits(base)
     return base
+
+
+def _has_gate_with_up(config: PretrainedConfig) -> bool:
+    """Whether a file of such a model has gate and up of an expert in one matrix."""
+    return any(f.gates_and_ups == "together" for f in FAMILIES if f.model_type == config.model_type)
 
 
 def with_rounded_yarn(config: PretrainedConfig) -> PretrainedConfig:

@@ -1,16 +1,19 @@
 """A linear module for every matrix of the file, also where transformers has several in one.
 
 It stacks the matrices of all experts and multiplies without modules, so there is no place to watch the inputs of an
-expert, or to change one matrix. Some families have gate and up in one module.
+expert, or to change one matrix. Some families have gate and up in one module, of which a few keep them together in the
+file too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+_TOGETHER = "gate_up_proj"
 
 
 class Experts(nn.ModuleList):
@@ -36,22 +39,25 @@ class Experts(nn.ModuleList):
 class Expert(nn.Module):
     """One feed-forward network, with or without a gate."""
 
-    def __init__(self, up: nn.Linear, down: nn.Linear, activation: nn.Module, gate: nn.Linear | None = None) -> None:
-        """Take ``up`` from ``d_model`` to ``n_ff`` and a gate of the same shape if there is one, and ``down`` back.
+    def __init__(self, ups: Mapping[str, nn.Linear], down: nn.Linear, activation: nn.Module) -> None:
+        """Take ``up_proj`` from ``d_model`` to ``n_ff``, after a ``gate_proj`` of the same shape if there is one.
 
+        Or ``gate_up_proj``, which has the rows of the gate and then those of ``up``. ``down`` leads back, and
         ``activation`` is given the output of ``up``, or those of gate and ``up``.
         """
         super().__init__()
-        self.has_gate = gate is not None
-        if gate is not None:
-            self.gate_proj = gate
-        self.up_proj, self.down_proj = up, down
+        self.names_of_ups = tuple(ups)
+        for name, module in ups.items():
+            self.add_module(name, module)
+        self.down_proj = down
         self.activation = activation
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[…, d_model]`` to the same shape."""
-        of_gate = (self.gate_proj(hidden),) if self.has_gate else ()
-        result: torch.Tensor = self.down_proj(self.activation(*of_gate, self.up_proj(hidden)))
+        inner = [self.get_submodule(name)(hidden) for name in self.names_of_ups]
+        if self.names_of_ups == (_TOGETHER,):
+            inner = inner[0].chunk(2, dim=-1)
+        result: torch.Tensor = self.down_proj(self.activation(*inner))
         return result
 
 
@@ -85,34 +91,42 @@ class ClampedSwiglu(nn.Module):
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
 
-def separate_matrices(model: nn.Module) -> None:
-    """Replace what holds several matrices in one by modules of their own, with the same random weights."""
+def separate_matrices(model: nn.Module, *, leaves_gate_with_up: bool = False) -> None:
+    """Replace what holds several matrices in one by modules of their own, with the same random weights.
+
+    Args:
+        model: transformers' model.
+        leaves_gate_with_up: Whether gate and up of an expert stay one matrix, as in the file.
+    """
     for name, module in list(model.named_modules()):
         given: Any = module
         if _is_stacked(module):
-            model.set_submodule(name, Experts(_experts(given)))
+            model.set_submodule(name, Experts(_experts(given, leaves_gate_with_up)))
         elif isinstance(getattr(module, "input_linear", None), nn.Linear):  # Granite's
             gate, up = given.input_linear.weight.detach().chunk(2)
             down = _linear(given.output_linear.weight.detach())
-            model.set_submodule(name, Expert(_linear(up), down, Gated(given.activation), _linear(gate)))
+            ups = {"gate_proj": _linear(gate), "up_proj": _linear(up)}
+            model.set_submodule(name, Expert(ups, down, Gated(given.activation)))
 
 
-def _experts(stacked: Any) -> Iterator[Expert]:
+def _experts(stacked: Any, leaves_gate_with_up: bool) -> Iterator[Expert]:
     """The experts of a module that has their matrices stacked, and says how as transformers does."""
     downs = _matrices(stacked, "down_proj")
     if not hasattr(stacked, "gate_up_proj"):
         for only, down in zip(_matrices(stacked, "up_proj"), downs, strict=True):
-            yield Expert(_linear(*only), _linear(*down), stacked.act_fn)
+            yield Expert({"up_proj": _linear(*only)}, _linear(*down), stacked.act_fn)
         return
     in_turn = not getattr(stacked, "is_concatenated", True)
     activation = ClampedSwiglu(stacked.alpha, stacked.limit) if hasattr(stacked, "alpha") else Gated(stacked.act_fn)
     for (both, bias), down in zip(_matrices(stacked, "gate_up_proj"), downs, strict=True):
         n_ff = len(both) // 2
-        gate, up = (
-            _linear(both[rows], None if bias is None else bias[rows])
-            for rows in ((slice(0, None, 2), slice(1, None, 2)) if in_turn else (slice(0, n_ff), slice(n_ff, None)))
-        )
-        yield Expert(up, _linear(*down), activation, gate)
+        rows = {"gate_proj": slice(0, n_ff), "up_proj": slice(n_ff, None)}
+        if in_turn:
+            rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+        elif leaves_gate_with_up:
+            rows = {_TOGETHER: slice(None)}
+        ups = {part: _linear(both[some], None if bias is None else bias[some]) for part, some in rows.items()}
+        yield Expert(ups, _linear(*down), activation)
 
 
 def _matrices(stacked: Any, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

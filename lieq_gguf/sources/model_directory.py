@@ -69,7 +69,7 @@ class ModelDirectory:
         self.repository = repository_of(path)
         supported = read_supported_config(path)
         self.family, self.is_wrapper = supported.family, supported.is_wrapper
-        files = WeightFiles(path, gates_and_ups_in_turn=self.family.gates_and_ups_in_turn)
+        files = WeightFiles(path, self.family.gates_and_ups)
         self._weights = files if supported.stored_as is None else PublishedWeights(files, supported.stored_as)
         config = {**supported.config, **self._header_parameters(supported.config["num_hidden_layers"])}
         if keeps_mtp:

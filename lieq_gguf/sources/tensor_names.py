@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lieq_gguf.architectures.modules import GatesAndUps
+
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 MTP_PREFIX = "mtp."
@@ -87,35 +89,39 @@ def with_usual_names(places: Mapping[str, Place]) -> tuple[Mapping[str, Place], 
 
 
 def with_single_matrices(
-    places: Mapping[str, Place], shape_of: Callable[[Place], tuple[int, ...]], *, in_turn: bool
+    places: Mapping[str, Place], shape_of: Callable[[Place], tuple[int, ...]], gates_and_ups: GatesAndUps
 ) -> Iterator[tuple[str, Place]]:
     """Replace a tensor of all experts ``[n_experts, …]``, and one of gate and up, by its matrices.
 
     Args:
         places: Name of a tensor to its place.
         shape_of: Gives the shape of what is at a place.
-        in_turn: Whether rows of gates and ups of experts take turns, in matrices that are transposed unless they are
-            published quantised; otherwise the ups are below the gates.
+        gates_and_ups: Where stacked experts have the rows of gates and ups: the ups below the gates, also if they stay
+            ``together``, or both in turn, in matrices that are transposed unless they are published quantised.
     """
     for name, place in places.items():
         stacked, fused = _STACKED.fullmatch(name), _FUSED.fullmatch(name)
         if stacked is not None and len(shape_of(place)) > 1:
             experts, module, kind = stacked.groups()
-            of_one = replace(place, expert=0, is_transposed=in_turn and not kind)
+            of_one = replace(place, expert=0, is_transposed=gates_and_ups == "in turn" and not kind)
             n_experts, n_rows = shape_of(place)[0], shape_of(of_one)[0]
-            rows = _rows_of_gate_and_up(n_rows, in_turn=in_turn) if module == "gate_up_proj" else {module: None}
+            rows = _rows_of(gates_and_ups, n_rows) if module == "gate_up_proj" else {module: None}
             for expert in range(n_experts):
                 for part, some in rows.items():
                     part_name = f"{experts}.{expert}.{part}.{kind.removeprefix('_') or 'weight'}"
                     yield part_name, replace(of_one, expert=expert, rows=some)
         elif fused is not None:
-            for part, some in _rows_of_gate_and_up(shape_of(place)[0], in_turn=False).items():
+            for part, some in _rows_of("halves", shape_of(place)[0]).items():
                 yield f"{fused[1]}.{part}.weight", replace(place, rows=some)
         else:
             yield name, place
 
 
-def _rows_of_gate_and_up(n_rows: int, *, in_turn: bool) -> dict[str, slice | None]:
+def _rows_of(gates_and_ups: GatesAndUps, n_rows: int) -> dict[str, slice | None]:
+    """Modules of a stacked ``gate_up_proj`` to their rows."""
+    if gates_and_ups == "together":
+        return {"gate_up_proj": None}
     half = n_rows // 2
+    in_turn = gates_and_ups == "in turn"
     slices = (slice(0, None, 2), slice(1, None, 2)) if in_turn else (slice(0, half), slice(half, None))
     return dict(zip(_GATE_AND_UP, slices, strict=True))

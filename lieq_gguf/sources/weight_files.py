@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from lieq_gguf.architectures.modules import GatesAndUps
 from lieq_gguf.errors import SourceError
 from lieq_gguf.sources.tensor_names import EMBEDDING, Place, own_name, with_single_matrices, with_usual_names
 
@@ -63,7 +64,7 @@ class WeightFiles:
     """Reads tensors, memory-mapped and not copied where a whole stored tensor is asked for.
 
     Names are those of a model with a head on top, ``model.layers.…`` and ``lm_head.weight``, whatever prefix the files
-    have, with one matrix per expert, and gates by themselves.
+    have, with one matrix per expert, and gates by themselves; those of experts also together with up.
 
     Attributes:
         path: The directory.
@@ -75,8 +76,8 @@ class WeightFiles:
         SourceError: if there are no weights, or a file is missing or damaged.
     """
 
-    def __init__(self, path: Path, *, gates_and_ups_in_turn: bool = False) -> None:
-        """Read the headers; in stacked experts, rows of gates and ups can take turns, and be columns in the files."""
+    def __init__(self, path: Path, gates_and_ups: GatesAndUps = "halves") -> None:
+        """Read the headers; a family says where stacked experts have the rows of gates and ups."""
         self.path = path
         self._open: dict[Path, Any] = {}  # to read tensors
         self._headers: dict[Path, Any] = {}
@@ -85,9 +86,7 @@ class WeightFiles:
         places, prefix = with_usual_names({own_name(name): Place(shard, name) for name, shard in shard_of.items()})
         self.prefix = prefix
         self._stored = shard_of
-        self._places = dict(
-            with_single_matrices(places, lambda place: self._shape_and_dtype(place)[0], in_turn=gates_and_ups_in_turn)
-        )
+        self._places = dict(with_single_matrices(places, lambda place: self._shape_and_dtype(place)[0], gates_and_ups))
         self.names = frozenset(self._places)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

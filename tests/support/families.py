@@ -103,6 +103,9 @@ NEMOTRON_PUBLISHED = dict.fromkeys(
 )
 
 
+NORMS = ("norm.weight", "layernorm_1.weight", "layernorm_2.weight")
+
+
 def in_eights(write_tokenizer: Callable[[Path], int]) -> Callable[[Path], int]:
     """A tokenizer with a vocabulary in eights, as llama.cpp's converter wants it beside Mamba-2 layers."""
     return lambda path: -(-write_tokenizer(path) // 8) * 8
@@ -135,6 +138,11 @@ class TinyModel:
     published: Mapping[str, Any] = field(default_factory=dict)
     head_norms: float = 1.0
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return any("expert" in key and value for key, value in self.settings.items())
+
     def write(self, path: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
         """Write the model directory; ``settings`` overrules."""
         path.mkdir(parents=True, exist_ok=True)
@@ -149,7 +157,7 @@ class TinyModel:
                 # as trained ones, whether the family multiplies by the weight or by one more
                 if name.endswith(("q_norm.weight", "k_norm.weight")):
                     parameter.mul_(self.head_norms)
-                if name.endswith(("norm.weight", ".alpha_p", ".alpha_n")):
+                if name.endswith((*NORMS, ".alpha_p", ".alpha_n", "router.scale", "per_expert_scale")):
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
                 elif name.endswith((".bias", "_proj_bias", ".sinks")):
                     parameter.normal_(0, 0.5)
@@ -263,6 +271,17 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             "num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
             "head_dim": 64, "global_head_dim": 128, "num_kv_shared_layers": 3, "sliding_window": 32,
             "hidden_size_per_layer_input": 256, "use_double_wide_mlp": True, "final_logit_softcapping": 30.0,
+            "pad_token_id": 0,
+        },
+        head_norms=1 / 3,
+    ),
+    "gemma4-moe": TinyModel(
+        "gemma4", "gemma4_text", "Gemma 4 26B-A4B", fixtures.write_gemma_4,
+        {
+            "num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "head_dim": 64, "global_head_dim": 128, "sliding_window": 32, "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0,
+            "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 256,
             "pad_token_id": 0,
         },
         head_norms=1 / 3,
@@ -382,9 +401,11 @@ TINY_MODELS: Mapping[str, TinyModel] = {
 }  # fmt: skip
 
 _OLDER_FORM = "the converter reads the keys of an older form of config.json"
+_ORDINARY = "added tokens without a role are ordinary for the converter"
 ON_PURPOSE = {
     "granite-4": {"tokenizer.ggml.add_space_prefix": "the architecture has it; no blank is added either way"},
-    "gemma4": {"tokenizer.ggml.token_type": "added tokens without a role are ordinary for the converter"},
+    "gemma4": {"tokenizer.ggml.token_type": _ORDINARY},
+    "gemma4-moe": {"tokenizer.ggml.token_type": _ORDINARY},
     "glm": {
         "chatglm.context_length": _OLDER_FORM,
         "chatglm.attention.layer_norm_rms_epsilon": _OLDER_FORM,
