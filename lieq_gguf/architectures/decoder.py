@@ -263,7 +263,7 @@ class Decoder:
             yield from self.mtp_tensors(config)
 
     def mtp_tensors(self, config: Config) -> Iterator[TensorSpec]:
-        """The tensors of the head for multi-token prediction, a block behind the layers that no pass runs."""
+        """The tensors of the head for multi-token prediction."""
         raise NotImplementedError(f"{self.gguf_name} keeps none")
 
     def _module_tensors(
@@ -273,7 +273,7 @@ class Decoder:
         shape = tuple(sizes[name] for name in module.shape)
         row_order, column_order = (self._order(config, name) for name in (module.rows, module.columns))
         of_expert = "{}" in module.name
-        adds_one = module.role.endswith("_norm") and not module.has_own_scale
+        adds_one = module.role.endswith("norm") and not module.has_own_scale
         active_share = sizes["n_experts_used"] / sizes["n_experts"] if of_expert else 1.0
         yield TensorSpec(
             f"blk.{layer}.{module.role}{module.suffixes[0]}",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import gguf
 
 from lieq_gguf.architectures.checks import Config, require_count, require_experts, require_kinds, require_number
+from lieq_gguf.architectures.decoder import MTP_KEPT
 from lieq_gguf.architectures.experts import add_expert_counts, expert_sizes, source_expert_counts
 from lieq_gguf.architectures.mamba2 import Mamba2, mamba_modules
 from lieq_gguf.architectures.modules import LayerModule
+from lieq_gguf.architectures.mtp import WithMtp, within
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
 
@@ -37,6 +40,12 @@ _EXPERTS = (
 _LATENT = (  # Nemotron 3 Super: experts work in a narrower space
     LayerModule("ffn_latent_down", "mixer.fc1_latent_proj", ("expert_width", "width")),
     LayerModule("ffn_latent_up", "mixer.fc2_latent_proj", ("width", "expert_width")),
+)
+_JOINS_NEXT_TOKEN = (  # the last hidden state and the embedding of the next token
+    LayerModule("nextn.eh_proj", "layers.0.eh_proj", ("width", "two_widths")),
+    LayerModule("nextn.enorm", "layers.0.enorm", ("width",)),
+    LayerModule("nextn.hnorm", "layers.0.hnorm", ("width",)),
+    LayerModule("nextn.shared_head_norm", "layers.1.final_layernorm", ("width",)),
 )
 _MAMBA_KIND, _ATTENTION_KIND, _MLP_KIND, _MOE_KIND = "linear_attention", "full_attention", "mlp", "moe"
 _BY_LETTER = {"M": _MAMBA_KIND, "*": _ATTENTION_KIND, "-": _MLP_KIND, "E": _MOE_KIND}
@@ -159,7 +168,7 @@ class NemotronH(Mamba2):
         return {}
 
 
-class NemotronHMoe(NemotronH):
+class NemotronHMoe(WithMtp, NemotronH):
     """Models with experts: no gates, a sigmoid router whose choice is biased, and a shared expert."""
 
     gguf_name = "nemotron_h_moe"
@@ -197,18 +206,30 @@ class NemotronHMoe(NemotronH):
             | {
                 "n_shared_ff": int(config["moe_shared_expert_intermediate_size"]),
                 "expert_width": int(config["moe_latent_size"] or sizes["width"]),
+                "two_widths": 2 * sizes["width"],
             }
         )
 
     def layer_modules(self, config: Config, layer: int) -> tuple[LayerModule, ...]:
         """The modules of the layer's kind; with experts in a narrower space, also the ways to it and back."""
         modules = super().layer_modules(config, layer)
-        is_narrow = config["layer_types"][layer] == _MOE_KIND and config["moe_latent_size"] is not None
-        return (*modules, *_LATENT) if is_narrow else modules
+        return (*modules, *_latent(config)) if config["layer_types"][layer] == _MOE_KIND else modules
+
+    def mtp_modules(self, config: Config) -> tuple[LayerModule, ...]:
+        """Attention, then experts with a norm of another name, and what joins the inputs of both."""
+        norm = replace(_NORM, role="post_attention_norm")
+        experts = (norm, *_EXPERTS, *_latent(config))
+        return (*within("layers.0", (_NORM, *_ATTENTION)), *within("layers.1", experts), *_JOINS_NEXT_TOKEN)
+
+    def kv_heads(self, config: Config) -> list[int]:
+        """Only in layers with attention, and in the head for multi-token prediction."""
+        return super().kv_heads(config) + [self.sizes(config)["n_kv_heads"]] * config.get(MTP_KEPT, 0)
 
     def feed_forward_lengths(self, config: Config) -> list[int]:
         """Widths of an expert, 0 in a layer without."""
-        return [int(config["moe_intermediate_size"]) if kind == _MOE_KIND else 0 for kind in config["layer_types"]]
+        n_ff = int(config["moe_intermediate_size"])
+        widths = [n_ff if kind == _MOE_KIND else 0 for kind in config["layer_types"]]
+        return widths + [n_ff] * config.get(MTP_KEPT, 0)
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The common keys, and those of experts."""
@@ -240,6 +261,11 @@ class NemotronHMoe(NemotronH):
                 "moe_latent_size": None if n_latent is None else stored.count("moe_latent_size"),
             }
         )
+
+
+def _latent(config: Config) -> tuple[LayerModule, ...]:
+    """The ways to the narrower space of experts and back; none where they work in the model's own."""
+    return () if config["moe_latent_size"] is None else _LATENT
 
 
 def _kinds(config: Config) -> list[str]:

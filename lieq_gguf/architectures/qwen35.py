@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import gguf
 
 from lieq_gguf.architectures.checks import Config, require_count, require_kinds
-from lieq_gguf.architectures.decoder import MTP_KEPT, Decoder
+from lieq_gguf.architectures.decoder import MTP_KEPT
 from lieq_gguf.architectures.modules import ATTENTION, FEED_FORWARD, HEAD_NORMS, LayerModule
+from lieq_gguf.architectures.mtp import WithMtp, within
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.errors import ArchitectureError
-from lieq_gguf.records.spec import HeadOrder, TensorSpec
+from lieq_gguf.records.spec import HeadOrder
 
 _LAYER_NORMS = (
     LayerModule("attn_norm", "input_layernorm", ("width",)),
@@ -40,13 +40,18 @@ _DELTA_RULE = (
     LayerModule("ssm_norm", "linear_attn.norm", ("value_head_dim",), has_own_scale=True),
     LayerModule("ssm_out", "linear_attn.out_proj", ("width", "value_width"), columns="values"),
 )  # fmt: skip
-_MTP_NORMS = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "shared_head_norm": "norm"}
+_JOINS_NEXT_TOKEN = (  # the last hidden state and the embedding of the next token
+    LayerModule("nextn.eh_proj", "fc", ("width", "two_widths")),
+    LayerModule("nextn.enorm", "pre_fc_norm_embedding", ("width",)),
+    LayerModule("nextn.hnorm", "pre_fc_norm_hidden", ("width",)),
+    LayerModule("nextn.shared_head_norm", "norm", ("width",)),
+)
 _KINDS = ("linear_attention", "full_attention")
 _USUAL_SECTIONS = (11, 11, 10)
 _USUAL_INTERVAL = 4
 
 
-class Qwen35(Decoder):
+class Qwen35(WithMtp):
     """The dense models. Norms multiply by one plus their weight, except that of the delta rule.
 
     llama.cpp repeats key heads in turn, so value heads, which transformers keeps by key head, are reordered: in the
@@ -60,7 +65,6 @@ class Qwen35(Decoder):
     modules: ClassVar[tuple[LayerModule, ...]] = (*_LAYER_NORMS, *_GATED_ATTENTION, *_DELTA_RULE, *FEED_FORWARD)
     rope_types: ClassVar[tuple[str, ...]] = ("default", "yarn")
     norm_offset = 1.0
-    keeps_mtp: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {
         "head_dim": 256, "hidden_size": 4096, "intermediate_size": 12288, "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
@@ -113,6 +117,7 @@ class Qwen35(Decoder):
         n_key_heads, n_value_heads = int(config["linear_num_key_heads"]), int(config["linear_num_value_heads"])
         key_dim, value_dim = int(config["linear_key_head_dim"]), int(config["linear_value_head_dim"])
         return sizes | {
+            "two_widths": 2 * sizes["width"],
             "query_and_gate_width": 2 * sizes["q_width"],
             "n_key_heads": n_key_heads,
             "n_value_heads": n_value_heads,
@@ -128,22 +133,10 @@ class Qwen35(Decoder):
         mixer = _DELTA_RULE if config["layer_types"][layer] == _KINDS[0] else _GATED_ATTENTION
         return (_LAYER_NORMS[0], *mixer, _LAYER_NORMS[1], *self.network)
 
-    def mtp_tensors(self, config: Config) -> Iterator[TensorSpec]:
-        """A layer with attention, and what joins the embedding of the next token to the last hidden state.
-
-        Matrices in Q8_0, since nothing measures their importance, and a wrong guess costs time but no quality.
-        """
-        sizes, block = self.sizes(config), config["num_hidden_layers"]
-        for module in (_LAYER_NORMS[0], *_GATED_ATTENTION, _LAYER_NORMS[1], *self.network):
-            [tensor] = self._module_tensors(config, frozenset(), sizes, block, module)
-            of_head = replace(tensor, layer=None, source_name=f"mtp.layers.0.{module.name}.weight")
-            yield replace(of_head, is_fixed=True, fixed_type="Q8_0") if len(module.shape) > 1 else of_head
-        width, of_block = sizes["width"], f"blk.{block}.nextn"
-        yield TensorSpec(
-            f"{of_block}.eh_proj.weight", "mtp.fc.weight", (width, 2 * width), is_fixed=True, fixed_type="Q8_0"
-        )
-        for name, source in _MTP_NORMS.items():
-            yield TensorSpec(f"{of_block}.{name}.weight", f"mtp.{source}.weight", (width,), offset=self.norm_offset)
+    def mtp_modules(self, config: Config) -> tuple[LayerModule, ...]:  # noqa: ARG002
+        """A layer with attention, and what joins its inputs."""
+        layer = (_LAYER_NORMS[0], *_GATED_ATTENTION, _LAYER_NORMS[1], *self.network)
+        return (*within("layers.0", layer), *_JOINS_NEXT_TOKEN)
 
     def orders(self, config: Config) -> Mapping[str, HeadOrder]:
         """Value heads, in transformers by key head."""
@@ -172,11 +165,7 @@ class Qwen35(Decoder):
         writer.add_ssm_group_count(sizes["n_key_heads"])
         writer.add_ssm_time_step_rank(sizes["n_value_heads"])
         writer.add_ssm_inner_size(sizes["value_width"])
-        n_kept = config.get(MTP_KEPT, 0)
-        if n_kept:
-            writer.add_block_count(config["num_hidden_layers"] + n_kept)
-            writer.add_nextn_predict_layers(n_kept)
-        is_recurrent = [kind == _KINDS[0] for kind in config["layer_types"]] + [False] * n_kept
+        is_recurrent = [kind == _KINDS[0] for kind in config["layer_types"]] + [False] * config.get(MTP_KEPT, 0)
         writer.add_array(f"{self.gguf_name}.attention.recurrent_layers", is_recurrent)
         writer.add_full_attention_interval(config.get("full_attention_interval", _USUAL_INTERVAL))
 
@@ -189,8 +178,7 @@ class Qwen35(Decoder):
     def source_config(self, stored: StoredParameters) -> dict[str, Any]:
         """The common keys and those of the delta rule."""
         config = super().source_config(stored)
-        n_kept = stored.value("nextn_predict_layers", 0)
-        n_layers, n_value_heads = config["num_hidden_layers"] - n_kept, stored.count("ssm.time_step_rank")
+        n_layers, n_value_heads = config["num_hidden_layers"], stored.count("ssm.time_step_rank")
         interval = stored.count("full_attention_interval", _USUAL_INTERVAL)
         is_recurrent = stored.per_layer(
             "attention.recurrent_layers", [(layer + 1) % interval != 0 for layer in range(n_layers)]
@@ -202,8 +190,6 @@ class Qwen35(Decoder):
             "linear_num_value_heads": n_value_heads,
             "linear_value_head_dim": stored.count("ssm.inner_size") // n_value_heads,
             "layer_types": [_KINDS[0] if recurrent else _KINDS[1] for recurrent in is_recurrent[:n_layers]],
-            "num_hidden_layers": n_layers,
-            MTP_KEPT: n_kept,
         }
 
     def source_rope(self, stored: StoredParameters, head_dim: int) -> dict[str, Any]:

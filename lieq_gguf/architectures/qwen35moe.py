@@ -31,7 +31,6 @@ class Qwen35Moe(Qwen35):
     modules = (*(module for module in Qwen35.modules if module not in Qwen35.network), *_NETWORK)
     network = _NETWORK
     has_network = False
-    keeps_mtp = False
     defaults: ClassVar[Mapping[str, Any]] = {
         **{key: value for key, value in Qwen35.defaults.items() if key != "intermediate_size"}, "hidden_size": 2048,
         "moe_intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 40,
