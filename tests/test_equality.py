@@ -18,6 +18,7 @@ from support.families import LLAMA_3_ROPE, TINY_MODELS, YARN_ROPE
 from support.gguf_files import rewrite, with_unheard_of_value
 from support.reports import PLAIN, edit_json, edit_weights, negate_up, untie_head
 from support.requests import convert_plainly, on_text, request_of
+from support.tokenizer_fixtures import write_glm_4_with_prefix
 
 from lieq_gguf.architectures.decoder import Decoder
 from lieq_gguf.architectures.falcon_h1 import FalconH1
@@ -225,6 +226,21 @@ def test_the_file_of_another_model_is_told(
 def test_every_family_passes(name: str, type_name: str, tmp_path: Path) -> None:
     """F16, and a mix of types with error feedback, are in test_families."""
     convert_plainly(TINY_MODELS[name].write(tmp_path / "model"), tmp_path / "out.gguf", type_name)
+
+
+@pytest.mark.parametrize("name", ["glm4", "glm"])
+def test_of_several_tokens_before_a_text_llama_cpp_adds_one(name: str, tmp_path: Path, run_cli: RunCli) -> None:
+    tiny = replace(TINY_MODELS[name], write_tokenizer=write_glm_4_with_prefix)
+    path, file = tiny.write(tmp_path / "model"), tmp_path / "out.gguf"
+    done = run_cli("convert", path, "--bits", 16, "--types", "F16", "--no-imatrix", "-o", file, "-q")
+    assert done.exit_code == 0, done.stderr
+    assert "llama.cpp adds one token at most, but this tokenizer [gMASK]<sop>" in done.stderr
+    verified = run_cli("verify", file, "--source", path, "-q")
+    tokens = json.loads((path / "tokenizer.json").read_text())["added_tokens"]
+    [sop] = [token["id"] for token in tokens if token["content"] == "<sop>"]
+    assert f"it leaves out {sop}" in verified.stdout
+    edit_json("tokenizer.json", post_processor=None)(path)
+    assert "transformers adds the tokens ([], [])" in run_cli("verify", file, "--source", path, "-q").stderr
 
 
 @pytest.mark.parametrize("error_feedback", [False, True])

@@ -55,6 +55,7 @@ WRITERS: dict[str, Write] = {
     "nemotron_h": fixtures.write_nemotron_h,
     "granite_4": fixtures.write_granite_4,
     "glm_4": fixtures.write_glm_4,
+    "glm_4_with_prefix": fixtures.write_glm_4_with_prefix,
     "hunyuan_dense": fixtures.write_hunyuan_dense,
     "exaone_4": fixtures.write_exaone_4,
     "seed_oss": fixtures.write_seed_oss,
@@ -89,6 +90,7 @@ FAMILIES = {
     "nemotron_h": ("nemotron_h", "NemotronHForCausalLM", "nemotron_h"),
     "granite_4": ("granitehybrid", "GraniteMoeHybridForCausalLM", "granitemoehybrid"),
     "glm_4": ("glm4", "Glm4ForCausalLM", "glm4"),
+    "glm_4_with_prefix": ("glm4", "Glm4ForCausalLM", "glm4"),
     "hunyuan_dense": ("hunyuan-dense", "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense"),
     "exaone_4": ("exaone4", "Exaone4ForCausalLM", "exaone4"),
     "seed_oss": ("seed_oss", "SeedOssForCausalLM", "seed_oss"),
@@ -111,6 +113,7 @@ DEVIATING = {
     "qwen3_5": {"accents, decomposed"},
     "gpt_oss": {"devanagari"},
     "phi_4_mini": {"devanagari", "special tokens"},
+    "glm_4_with_prefix": {"automatic tokens"},
 }
 BYTE_LEVEL = ("smollm2", "llama_3", "tekken")
 PRE_TOKENIZERS = {

@@ -92,9 +92,11 @@ def verify(
 
 
 def _how_equal(equality: Equality) -> str:
+    left_out = ", ".join(str(token_id) for token_id in equality.tokens_left_out)
     return (
         f"from the same input, layers in llama.cpp are at most {max(equality.layer_errors):.1%} off those of "
         f"{equality.reference}, which rounding explains"
+        + (f"; of several tokens before a text without a chat template, it leaves out {left_out}" if left_out else "")
     )
 
 

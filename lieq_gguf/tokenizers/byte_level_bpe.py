@@ -9,7 +9,7 @@ from lieq_gguf.errors import TokenizerError
 from lieq_gguf.tokenizers import pre_tokenizers
 from lieq_gguf.tokenizers.chat_templates import read_chat_templates
 from lieq_gguf.tokenizers.model_files import JsonObject, TokenizerFiles, steps
-from lieq_gguf.tokenizers.special_tokens import is_llama_family, read_special_tokens, swallows_blanks
+from lieq_gguf.tokenizers.special_tokens import added_before, is_llama_family, read_special_tokens, swallows_blanks
 from lieq_gguf.tokenizers.vocabulary import Vocabulary
 
 #: SentencePiece's stand-in for a blank; in byte-level BPE only added tokens may have it
@@ -78,6 +78,7 @@ def read_byte_level_bpe(
         add_space_prefix=add_space_prefix if isinstance(add_space_prefix, bool) else None,
         chat_templates=read_chat_templates(files),
         swallows_blanks=swallows_blanks(tokenizer),
+        added_before=added_before(tokenizer),
     )
 
 

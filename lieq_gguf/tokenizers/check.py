@@ -82,6 +82,10 @@ def known_deviation(vocabulary: Vocabulary, differences: Sequence[TokenizerDiffe
         # llama.cpp swallows them too for models whose general.name has phi-3 or phi3
         swallowed = "llama.cpp keeps the blanks after special tokens, but this tokenizer swallows them"
         causes.insert(0, (swallowed, frozenset({"special tokens"})))
+    if len(vocabulary.added_before) > 1:
+        several = "".join(vocabulary.added_before)
+        cause = f"before a text without a chat template llama.cpp adds one token at most, but this tokenizer {several}"
+        causes.append((cause, frozenset({"automatic tokens"})))
     reasons = []
     for cause, explained in causes:
         if segments & explained:

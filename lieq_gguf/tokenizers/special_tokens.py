@@ -5,6 +5,7 @@ on PyPI is older than the converter and lacks some of them.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import tokenizers
@@ -16,6 +17,7 @@ from lieq_gguf.tokenizers.vocabulary import SpecialTokens
 _LLAMA_FAMILY = frozenset(
     {"llama", "afmoe", "apertus", "arcee", "granite", "granite_swa", "granitemoe", "mistral3", "smollm3"}
 )
+_PLAIN_TEXT = "Hello"
 _CODE_LLAMA_VOCAB_SIZE = 32016
 _CODE_LLAMA_EOT = 32010
 _GRANITE_VOCAB_SIZE = 49152
@@ -91,6 +93,13 @@ def swallows_blanks(tokenizer: tokenizers.Tokenizer | None) -> bool:
     """Whether blanks beside an added token are part of it."""
     added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
     return any(token.lstrip or token.rstrip for token in added.values())
+
+
+def added_before(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """Texts of the tokens that are added before a text."""
+    encoding = tokenizer.encode(_PLAIN_TEXT, add_special_tokens=True)
+    marked = zip(encoding.tokens, encoding.special_tokens_mask, strict=True)
+    return tuple(text for text, is_added in takewhile(lambda pair: pair[1], marked))
 
 
 def automatic_tokens(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer | None) -> dict[str, bool]:

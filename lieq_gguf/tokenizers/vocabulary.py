@@ -54,6 +54,7 @@ class Vocabulary:
             llama.cpp's default.
         precompiled_charsmap: SentencePiece's table of replacements, for Unigram; empty if there is none.
         swallows_blanks: whether blanks beside added tokens are part of them; the format has no key for it.
+        added_before: texts of the tokens that the model's tokenizer adds before a text; llama.cpp adds one at most.
 
     Raises:
         TokenizerError: if two tokens have the same text, which makes llama.cpp abort.
@@ -71,6 +72,7 @@ class Vocabulary:
     remove_extra_whitespaces: bool | None = None
     precompiled_charsmap: bytes = b""
     swallows_blanks: bool = False
+    added_before: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.tokens)) == len(self.tokens):

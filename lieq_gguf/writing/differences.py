@@ -42,15 +42,21 @@ class Equality:
         reference: What the file was compared with: transformers' model, or the source itself in llama.cpp.
         layer_errors: For each layer, the change of its update at four of five tokens.
         head_error: The change of the logits, root mean square in their standard deviations.
+        tokens_left_out: Ids that transformers adds before a text and llama.cpp, which adds one at most, does not.
     """
 
     reference: str
     layer_errors: tuple[float, ...]
     head_error: float
+    tokens_left_out: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The document for ``--json``."""
-        return {"layer_errors": list(self.layer_errors), "head_error": self.head_error}
+        return {
+            "layer_errors": list(self.layer_errors),
+            "head_error": self.head_error,
+            "tokens_left_out": list(self.tokens_left_out),
+        }
 
 
 def layer_bound(types: Collection[QuantType]) -> float:

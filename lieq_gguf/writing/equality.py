@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +99,7 @@ class _Comparison:
         config = self.source.transformers_config()
         _compare_numbers(config, self.written.transformers_config(), spec, self.written.spec)
         ids = self._ids(text)
-        hidden, logits = self._computed_by_llama_cpp(ids)
+        hidden, logits, left_out = self._computed_by_llama_cpp(ids)
         for key in _family(spec).folded_settings:  # whether the weights have them in the right places is asked here
             setattr(config, key, spec.config[key])
         layer = LayerModel.of(self.source, replace(self.compute, in_float32=True), config)
@@ -110,6 +111,7 @@ class _Comparison:
                 _TRANSFORMERS,
                 tuple(self._layer_errors(layer, weights, ids, hidden, advance)),
                 self._head_error(layer, weights, hidden[-1], logits),
+                left_out,
             )
 
     def _ids(self, text: str) -> list[int]:
@@ -120,21 +122,17 @@ class _Comparison:
         window = None if _family_has_windows(self.source.spec) else config.get("sliding_window")
         return ids[: min(N_TOKENS, config["max_position_embeddings"], window or N_TOKENS)]
 
-    def _computed_by_llama_cpp(self, ids: list[int]) -> tuple[list[torch.Tensor], FloatArray]:
-        """Output of every layer ``[n_tokens, d_model]``, and logits ``[n_tokens, n_vocab]``."""
+    def _computed_by_llama_cpp(self, ids: list[int]) -> tuple[list[torch.Tensor], FloatArray, tuple[int, ...]]:
+        """Output of every layer ``[n_tokens, d_model]``, logits ``[n_tokens, n_vocab]``, ids that it does not add."""
         watcher = _Watcher()
         file, n_threads = self.written.path, self.compute.n_threads
         with open_model(file, n_ctx=N_TOKENS, n_threads=n_threads, watcher=watcher, in_float32=True) as model:
-            by_transformers, by_llama_cpp = _added(self.source.transformers_ids), _added(model.tokenize)
-            if None not in (by_transformers, by_llama_cpp) and by_transformers != by_llama_cpp:
-                raise DifferenceError(
-                    f"transformers adds the tokens {by_transformers} before and after a text, llama.cpp {by_llama_cpp}"
-                )
+            left_out = _tokens_left_out(_added(self.source.transformers_ids), _added(model.tokenize))
             logits = model.logits(ids)
         missing = [i for i in range(self.source.spec.n_layers) if i not in watcher.outputs]
         if missing:
             raise DifferenceError(f"llama.cpp does not compute layer {missing[0]}")
-        return [torch.from_numpy(watcher.outputs[i]) for i in range(self.source.spec.n_layers)], logits
+        return [torch.from_numpy(watcher.outputs[i]) for i in range(self.source.spec.n_layers)], logits, left_out
 
     def _layer_errors(
         self,
@@ -169,7 +167,22 @@ class _Comparison:
         return error
 
 
-def _added(tokenize: Callable[[str, bool], list[int] | None]) -> tuple[list[int], list[int]] | None:
+_Added: TypeAlias = tuple[list[int], list[int]]
+
+
+def _tokens_left_out(by_transformers: _Added | None, by_llama_cpp: _Added | None) -> tuple[int, ...]:
+    """Require the same special tokens around a text; of several before it, llama.cpp adds the first alone."""
+    if by_transformers is None or by_llama_cpp is None or by_transformers == by_llama_cpp:
+        return ()
+    before, after = by_transformers
+    if len(before) < 2 or by_llama_cpp != (before[:1], after):
+        raise DifferenceError(
+            f"transformers adds the tokens {by_transformers} before and after a text, llama.cpp {by_llama_cpp}"
+        )
+    return tuple(before[1:])
+
+
+def _added(tokenize: Callable[[str, bool], list[int] | None]) -> _Added | None:
     """The special tokens that are added before and after a text; None if that does not show."""
     whole, plain = tokenize(_PLAIN_TEXT, True), tokenize(_PLAIN_TEXT, False)
     if not whole or not plain:

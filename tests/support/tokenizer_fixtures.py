@@ -565,6 +565,22 @@ def write_glm_4(model_dir: Path) -> int:
     return vocab_size
 
 
+def write_glm_4_with_prefix(model_dir: Path) -> int:
+    """The same as transformers' script for GLM makes it with ``--use_post_processor``: two tokens before every text."""
+    vocab_size = write_glm_4(model_dir)
+    prefix = ("[gMASK]", "<sop>")
+    pieces = [{"SpecialToken": {"id": text, "type_id": 0}} for text in prefix]
+    a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    ids = {token["content"]: token["id"] for token in _read_json(model_dir / "tokenizer.json")["added_tokens"]}
+    template = {
+        "type": "TemplateProcessing", "single": [*pieces, a], "pair": [*pieces, a, b],
+        "special_tokens": {text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in prefix},
+    }  # fmt: skip
+    of_bytes = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    _update_json(model_dir / "tokenizer.json", post_processor={"type": "Sequence", "processors": [of_bytes, template]})
+    return vocab_size
+
+
 def write_hunyuan_dense(model_dir: Path) -> int:
     """Hunyuan: DeepSeek V3's rule; tokenizer_config.json names another token than ends an answer."""
     tokenizer = _trained(BPE(), _split_then_bytes(*DEEPSEEK_3_REGEXES), ())
@@ -910,7 +926,11 @@ def _save_bytes(tokenizer: Tokenizer, model_dir: Path, n_unused: int, first: str
     return int(tokenizer.get_vocab_size()) + n_unused
 
 
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _update_json(path: Path, **changes: Any) -> None:
-    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    content = _read_json(path) | changes
     content = {key: value for key, value in content.items() if value is not None}
     path.write_text(json.dumps(content), encoding="utf-8")
