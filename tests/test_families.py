@@ -153,7 +153,7 @@ def test_cache_and_bytes_of_a_token_are_those_of_the_model(name: str, written: C
     n_experts = next((n for key in ("num_experts", "num_local_experts") if (n := getattr(config, key, 0))), 1)
     n_idle = n_experts - getattr(config, "num_experts_per_tok", getattr(config, "top_k_experts", None) or n_experts)
     sizes = {t.spec.name: t.data.nbytes for t in GgufFile(found.file).tensors}
-    idle = sum(size for tensor, size in sizes.items() if "_exps.weight" in tensor) * n_idle // n_experts
+    idle = sum(size for tensor, size in sizes.items() if "_exps." in tensor) * n_idle // n_experts
     tables = ["per_layer_token_embd.weight", *(["token_embd.weight"] if "output.weight" in sizes else [])]
     assert found.bytes_per_token == sum(sizes.values()) - idle - sum(sizes.get(table, 0) for table in tables)
 
