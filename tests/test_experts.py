@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from support.command import RunCli
@@ -28,12 +29,17 @@ from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.measure.type_errors import probe_matrix
 from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.measurement import measured
 from lieq_gguf.records.options import ComputeOptions
+from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
+from lieq_gguf.writing.feedback_pass import FeedbackPass
+from lieq_gguf.writing.second_moments import SecondMoments
 
+Bytes: TypeAlias = npt.NDArray[np.uint8]
 N_EXPERTS = 8
 ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
@@ -247,7 +253,8 @@ def test_experts_are_written_one_behind_the_other(
     save_importance(streamed.importance, tmp_path / "imatrix.gguf")
     output = tmp_path / "small.gguf"
     done = run_cli(
-        "convert", model, "--types", "Q2_K", "--bits", 2.625, "--imatrix", tmp_path / "imatrix.gguf", "-q", "-o", output
+        "convert", model, "--types", "Q2_K", "--bits", 2.625, "--imatrix", tmp_path / "imatrix.gguf",
+        "--no-error-feedback", "-q", "-o", output,
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     source, file = ModelDirectory(model), GgufFile(output)
@@ -259,6 +266,67 @@ def test_experts_are_written_one_behind_the_other(
         for loaded, mean, data in zip(source.read(tensor), means, rows, strict=True):
             expected = ggml.quantize(np.ascontiguousarray(loaded.float().numpy()), QUANT_TYPES["Q2_K"], mean)
             assert np.array_equal(data, expected)
+
+
+def fed_back(model: Path, tokens: CalibrationTokens, importance: ImportanceMatrix | None) -> dict[str, Bytes]:
+    """Rows of the matrices of experts in Q2_K with error feedback, by the name of their tensor."""
+    source = ModelDirectory(model)
+    types = {t.name: "Q2_K" if t.layer is not None and t.is_matrix else t.fixed_type for t in source.spec.tensors}
+    types |= {t.name: "F16" for t in source.spec.outer_matrices}
+    plan = QuantPlan("model", "by hand", "none", BitBudget("bits", 2.625), (1, 16), types, (), error_feedback=True)
+    exact = ComputeOptions(n_threads=2, in_float32=True)
+    encoded = FeedbackPass(source, plan, tokens, importance, exact).encoded()
+    return {rows.tensor.name: rows.data for rows in encoded if rows.tensor.of_experts}
+
+
+def test_error_feedback_reaches_every_expert(
+    model: Path, tokens: CalibrationTokens, streamed: PassResult, whole: Whole
+) -> None:
+    """On its own tokens, each matrix of each expert is closer to what it was."""
+    found = fed_back(model, tokens, streamed.importance)
+    experts = whole.mixtures[0].experts
+    for expert in range(N_EXPERTS):
+        inputs = whole.expert_inputs(0, expert)
+        gate, up = experts.gate_up_proj[expert].chunk(2)
+        inner = nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)
+        of_roles = zip(ROLES, (gate, up, experts.down_proj[expert]), (inputs, inputs, inner), strict=True)
+        for role, weight, given in of_roles:
+            name = f"blk.0.{role}.weight"
+            mean = streamed.importance.mean(name)
+            assert mean is not None
+            plain = ggml.quantize(np.ascontiguousarray(weight.numpy()), QUANT_TYPES["Q2_K"], mean[expert])
+            with_feedback = np.split(found[name], N_EXPERTS)[expert]
+            of_plain, of_feedback = (
+                float(((torch.from_numpy(ggml.dequantize(data, QUANT_TYPES["Q2_K"])) - weight) @ given.T).norm())
+                for data in (plain, with_feedback)
+            )
+            assert of_feedback < 0.97 * of_plain, (role, expert)
+
+
+def test_an_expert_without_tokens_has_no_feedback(model: Path) -> None:
+    few = CalibrationTokens(np.array([[11, 12]]), "few")
+    exact = ComputeOptions(n_threads=2, in_float32=True)
+    importance = run_pass(ModelDirectory(model), few, PassOptions(statistics=frozenset(), compute=exact)).importance
+    found, name = fed_back(model, few, importance), "blk.0.ffn_down_exps.weight"
+    [tensor] = [t for t in ModelDirectory(model).spec.tensors if t.name == name]
+    mean, weights = importance.mean(name), ModelDirectory(model).read(tensor).float().numpy()
+    assert mean is not None
+    unseen = np.flatnonzero(importance.counts[name] == 0)
+    assert 0 < len(unseen) < N_EXPERTS
+    for expert in range(N_EXPERTS):
+        plain = ggml.quantize(np.ascontiguousarray(weights[expert]), QUANT_TYPES["Q2_K"], mean[expert])
+        assert np.array_equal(np.split(found[name], N_EXPERTS)[expert], plain) == (expert in unseen)
+
+
+def test_moments_of_kept_inputs_are_those_of_sums() -> None:
+    batches = torch.randn(3, 20, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    summed, kept = SecondMoments({"a"}, False), SecondMoments(set(), False, {"a"})
+    for moments in (summed, kept):
+        for batch in batches:
+            moments.see_input("a", batch)
+        assert moments.groups() == [["a"]]
+        assert moments.n_tokens("a") == 60
+    torch.testing.assert_close(kept.take("a"), summed.take("a"), rtol=0, atol=1e-5)
 
 
 def test_unseen_experts_are_warned_of(run_cli: RunCli, model: Path, tmp_path: Path) -> None:

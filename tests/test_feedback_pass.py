@@ -113,9 +113,9 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
     seen: list[torch.Tensor] = []
     original = error_feedback.coupling
 
-    def coupling(moments: torch.Tensor) -> error_feedback.FloatArray:
+    def coupling(moments: torch.Tensor, damping: float) -> error_feedback.FloatArray:
         seen.append(moments.clone())
-        return original(moments)
+        return original(moments, damping)
 
     monkeypatch.setattr(error_feedback, "coupling", coupling)
     source, prepared = ModelDirectory(tiny_model), fed.prepared

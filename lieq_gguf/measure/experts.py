@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TOGETHER = "gate_up_proj"
+_TOGETHER, _DOWN = "gate_up_proj", "down_proj"
 
 
 class Experts(nn.ModuleList):
@@ -89,6 +89,16 @@ class ClampedSwiglu(nn.Module):
         """Two times ``[…, n_ff]`` to the same shape."""
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+def mixture_of(module: str) -> str:
+    """Name of the mixture that an expert's module belongs to."""
+    return module.rsplit(".", 2)[0]
+
+
+def takes_own_input(module: str) -> bool:
+    """Whether an expert's module takes what only this expert has made, not the input of the whole mixture."""
+    return module.endswith(f".{_DOWN}")
 
 
 def separate_matrices(model: nn.Module, *, leaves_gate_with_up: bool = False) -> None:

@@ -17,6 +17,7 @@ from lieq_gguf.architectures import family_named
 from lieq_gguf.errors import SourceError
 from lieq_gguf.measure.base_model import given_to_layers, initialised, layer_kinds
 from lieq_gguf.measure.carried_along import CarriedAlong, TokenInputs
+from lieq_gguf.measure.experts import Experts
 from lieq_gguf.measure.output_head import OutputHead
 from lieq_gguf.measure.torch_setup import has_fast_bfloat16, torch_device
 from lieq_gguf.records.options import ComputeOptions
@@ -346,9 +347,13 @@ class LayerModel:
             final_norm, matrix, self.device, divisor, cap=getattr(self.config, "final_logit_softcapping", None)
         )
 
-    def watching_inputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
-        """For the length of a ``with``, call ``see`` with name and input of each linear module that runs."""
-        return self._watching(lambda name, _module, x, _z: see(name, self._as_in_file(name, x)))
+    def watching_inputs(self, see: Callable[[str, torch.Tensor], None], *, with_mixtures: bool = False) -> Any:
+        """For the length of a ``with``, call ``see`` with name and input of each linear module that runs.
+
+        And of each mixture, whose input is that of all its experts, if ``with_mixtures``.
+        """
+        kinds = (nn.Linear, Experts) if with_mixtures else (nn.Linear,)
+        return self._watching(lambda name, _module, x, _z: see(name, self._as_in_file(name, x)), kinds)
 
     def watching_outputs(self, see: Callable[[str, torch.Tensor], None]) -> Any:
         """For the length of a ``with``, call ``see`` with name and output, without bias, of each linear module."""
@@ -357,13 +362,17 @@ class LayerModel:
         )
 
     @contextmanager
-    def _watching(self, see: Callable[[str, Any, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    def _watching(
+        self,
+        see: Callable[[str, Any, torch.Tensor, torch.Tensor], None],
+        kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
+    ) -> Iterator[None]:
         def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
             return lambda module, inputs, output: see(name, module, inputs[0], output)
 
         with ExitStack() as hooks:
             for name, module in self.layer.named_modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, kinds):
                     hooks.enter_context(module.register_forward_hook(hook(name)))
             yield
 

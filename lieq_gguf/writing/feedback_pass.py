@@ -4,8 +4,9 @@ Layer by layer: measure the second moments of the inputs, encode the layer's mat
 weights, stay close (``error_feedback``), replace the original matrices, and continue with the layer's new output. So a
 layer's feedback also corrects some of the error of the layers before it.
 
-Experts are encoded without feedback: each sees too few tokens for so many moments, and the moments of all experts would
-take many times the memory of the layer.
+Of experts, the matrices that take the input of the whole mixture share its moments. The others have those of the
+expert's own tokens, whose correlations count the less the fewer they are; an expert that no token reaches has no
+feedback.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -20,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from lieq_gguf.errors import CalibrationError, QuantizationError
+from lieq_gguf.measure.experts import mixture_of, takes_own_input
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.measure.torch_setup import keep_freed_memory
@@ -74,15 +77,19 @@ class FeedbackPass:
         self._plan = plan
         self._ids = tokens.ids
         self._importance = importance
+        self._mean = lru_cache(maxsize=4)(lambda name: None if importance is None else importance.mean(name))
         self._n_threads = compute.n_threads
         self._layer = LayerModel.of(source, compute)
 
     def expected_bytes(self) -> int:
         """Memory of second moments and hidden states."""
         spec = self._source.spec
-        widths = sorted(t.shape[-1] for layer in spec.layer_matrices for t in layer if not t.of_experts)
+        matrices = [t for layer in spec.layer_matrices for t in layer]
+        widths = sorted(t.shape[-1] for t in matrices)
         of_moments = sum(n * n for n in set(widths)) + 2 * widths[-1] ** 2
-        return int(4 * (of_moments + 3 * self._ids.size * self._layer.state_width))
+        inputs = (t.shape[-1] * t.shape[0] * t.active_share for t in matrices if t.of_experts and _takes_own_input(t))
+        n_states = 3 * self._layer.state_width + round(max(inputs, default=0))
+        return int(4 * (of_moments + self._ids.size * n_states))
 
     def expected_seconds(self) -> float:
         """Time of the pass, estimated from one batch through the first layer and some rows of every type."""
@@ -93,7 +100,7 @@ class FeedbackPass:
         moments = self._moments()
         with torch.inference_mode():
             start = time.perf_counter()
-            with layer.watching_inputs(moments.see_input):
+            with layer.watching_inputs(moments.see_input, with_mixtures=True):
                 layer.forward(hidden[rows])
             layer.forward(hidden[rows])
             of_pass = (time.perf_counter() - start) * len(hidden) / len(hidden[rows]) * spec.n_layers
@@ -101,8 +108,7 @@ class FeedbackPass:
         for tensor in (t for t in spec.tensors if t.is_matrix):
             n_weights[self._plan.types[tensor.name]] += tensor.n_weights
         of_types = sum(_seconds_per_weight(QUANT_TYPES[name]) * n for name, n in n_weights.items())
-        n_fed_back = sum(t.n_weights for matrices in spec.layer_matrices for t in matrices if not t.of_experts)
-        return of_pass + (of_types + _FEEDBACK_SECONDS * n_fed_back) / self._n_threads
+        return of_pass + (of_types + _FEEDBACK_SECONDS * spec.n_layer_weights) / self._n_threads
 
     def encoded(self) -> Iterator[EncodedRows]:
         """All tensors of the file, in file order.
@@ -141,59 +147,86 @@ class FeedbackPass:
         layer.load(self._source, index)
         moments = self._moments()
         with torch.inference_mode():
-            with layer.watching_inputs(moments.see_input):
+            with layer.watching_inputs(moments.see_input, with_mixtures=True):
                 intact = layer.forward(hidden)
             layer.forget_rounded()  # every matrix gets other weights before the layer runs again
             if not bool(intact.sum().isfinite()):
                 raise CalibrationError(f"the output of layer {index} is not finite; the model's weights are damaged")
-            matrices: dict[str, ByteArray] = {}
+            encoded: dict[str, ByteArray] = {}
             for modules in moments.groups():
                 # a name would keep the moments alive: for a wide matrix they take hundreds of megabytes
-                coupled = error_feedback.coupling(moments.take(modules[0]))
-                matrices |= self._encode_matrices(modules, coupled)
-            for tensor in layer.modules:
-                if tensor.of_experts:
-                    matrices[tensor.name] = self._encode_experts(tensor)
+                coupled = error_feedback.coupling(moments.take(modules[0]), self._damping(modules[0], moments))
+                for together in self._sharing(modules):
+                    encoded |= self._encode_matrices(together, coupled)
+            matrices = {tensor.name: self._joined(tensor, encoded) for tensor in layer.modules}
             quantized = layer.forward(hidden)
         some = slice(None, None, -(-len(hidden) // _N_COMPARED))
         self.block_errors.append(layer.relative_change(intact[some], quantized[some]))
         return matrices, quantized
 
     def _moments(self) -> SecondMoments:
-        watched = [module for module, tensor in self._layer.tensors.items() if not tensor.of_experts]
-        return SecondMoments(watched, self._layer.in_bfloat16)
+        tensors = self._layer.tensors
+        of_experts = {module for module, tensor in tensors.items() if tensor.of_experts}
+        rarely_used = {module for module in of_experts if takes_own_input(module)}
+        mixtures = {mixture_of(module) for module in of_experts - rarely_used}
+        return SecondMoments((tensors.keys() - of_experts) | mixtures, self._layer.in_bfloat16, rarely_used)
 
-    def _encode_experts(self, tensor: TensorSpec) -> ByteArray:
-        """Encode the tensor of all experts, and put the decoded matrices into the layer."""
-        encoded = encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
-        data = np.concatenate([rows.data for rows in encoded])
-        modules = self._layer.modules[tensor]
-        for module, rows in zip(modules, np.split(data, len(modules)), strict=True):
-            decoded = ggml.dequantize(rows, QUANT_TYPES[self._plan.types[tensor.name]], self._n_threads)
-            self._layer.assign(module, torch.from_numpy(decoded))
-        return data
+    def _damping(self, module: str, moments: SecondMoments) -> float:
+        """Correlations of an expert's few tokens are partly chance, about as much as there are numbers for a token."""
+        if module not in self._layer.tensors or not self._layer.tensors[module].of_experts:
+            return error_feedback.DAMPING
+        return error_feedback.DAMPING + self._layer.tensors[module].shape[-1] / moments.n_tokens(module)
+
+    def _sharing(self, modules: list[str]) -> Iterator[list[str]]:
+        """Modules to encode together with the moments of a group; for those of a mixture, expert by expert."""
+        tensors = self._layer.tensors
+        if modules[0] in tensors:
+            yield modules
+            return
+        of_mixture = [name for name in tensors if mixture_of(name) == modules[0] and not takes_own_input(name)]
+        by_expert = sorted(of_mixture, key=lambda name: int(name.split(".")[-2]))
+        for _, of_expert in groupby(by_expert, key=lambda name: name.rpartition(".")[0]):
+            yield list(of_expert)
 
     def _encode_matrices(self, modules: list[str], coupled: error_feedback.FloatArray) -> dict[str, ByteArray]:
         """Encode the matrices that share an input, and put the decoded matrices into the layer."""
-        tensors = [self._layer.tensors[module] for module in modules]
-        matrices = [
-            error_feedback.MatrixToEncode(
-                self._layer.weight(module).cpu().numpy(),
-                QUANT_TYPES[self._plan.types[tensor.name]],
-                None if self._importance is None else self._importance.mean(tensor.name),
-            )
-            for module, tensor in zip(modules, tensors, strict=True)
-        ]
+        matrices = [self._matrix(module) for module in modules]
         try:
             encoded = error_feedback.encode(matrices, coupled, self._n_threads)
         except QuantizationError as error:
-            raise QuantizationError(f"{tensors[0].name} or another matrix of its layer: {error}") from None
-        result = {}
-        for module, tensor, matrix, data in zip(modules, tensors, matrices, encoded, strict=True):
-            decoded = ggml.dequantize(data, matrix.quant_type, self._n_threads)
-            self._layer.assign(module, torch.from_numpy(decoded))
-            result[tensor.name] = in_file_order(tensor, data)
-        return result
+            name = self._layer.tensors[modules[0]].name
+            raise QuantizationError(f"{name} or another matrix of its layer: {error}") from None
+        for module, matrix, data in zip(modules, matrices, encoded, strict=True):
+            self._assign(module, data, matrix.quant_type)
+        return dict(zip(modules, encoded, strict=True))
+
+    def _matrix(self, module: str) -> error_feedback.MatrixToEncode:
+        tensor = self._layer.tensors[module]
+        importance = self._mean(tensor.name)
+        if importance is not None and tensor.of_experts:
+            importance = importance[self._layer.modules[tensor].index(module)]
+        weights = self._layer.weight(module).cpu().numpy()
+        return error_feedback.MatrixToEncode(weights, QUANT_TYPES[self._plan.types[tensor.name]], importance)
+
+    def _assign(self, module: str, data: ByteArray, quant_type: QuantType) -> None:
+        self._layer.assign(module, torch.from_numpy(ggml.dequantize(data, quant_type, self._n_threads)))
+
+    def _joined(self, tensor: TensorSpec, encoded: dict[str, ByteArray]) -> ByteArray:
+        """The rows of a tensor in file order; those of experts that no token reached are encoded here."""
+        if not tensor.of_experts:
+            return in_file_order(tensor, encoded.pop(self._layer.modules[tensor][0]))
+        for module in self._layer.modules[tensor]:
+            if module not in encoded:
+                matrix = self._matrix(module)
+                encoded[module] = encoders.quantize(
+                    matrix.weights, matrix.quant_type, matrix.importance, self._n_threads
+                )
+                self._assign(module, encoded[module], matrix.quant_type)
+        return np.concatenate([encoded.pop(module) for module in self._layer.modules[tensor]])
+
+
+def _takes_own_input(tensor: TensorSpec) -> bool:
+    return takes_own_input(tensor.names_in_layer[0].removesuffix(".weight"))
 
 
 def _seconds_per_weight(quant_type: QuantType) -> float:
