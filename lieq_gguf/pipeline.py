@@ -273,7 +273,7 @@ def compare(
     beginning = (text or read_calibration_text(None)).content[:_COMPARED_CHARACTERS]
     with progress.stage("compare", "Comparing", source.spec.n_layers) as advance:
         equality = check_equality(source, file, beginning, compute, advance)
-    if isinstance(source, ModelDirectory) and source.transformers_ids("", add_special_tokens=True) is None:
+    if isinstance(source, ModelDirectory) and source.has_unreadable_tokenizer:
         progress.note(
             f"transformers cannot load the tokenizer of {source.path}, so it was not compared which tokens it adds to "
             "a text"

@@ -391,3 +391,12 @@ def test_a_tokenizer_that_transformers_cannot_load_is_noted(
     done = run_cli("verify", file, "--source", path)
     assert done.exit_code == 0
     assert "so it was not compared which tokens it adds" in done.stderr
+
+
+def test_a_bos_that_is_added_on_purpose_is_not_noted(tmp_path: Path, run_cli: RunCli) -> None:
+    """Gemma 4's files leave it to the chat template, llama.cpp does not."""
+    path, file = TINY_MODELS["gemma4"].write(tmp_path / "model"), tmp_path / "out.gguf"
+    convert_plainly(path, file)
+    done = run_cli("verify", file, "--source", path)
+    assert done.exit_code == 0
+    assert "not compared" not in done.stderr

@@ -14,22 +14,25 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support.families import TINY_MODELS
-from support.gguf_files import rewrite
 from support.requests import convert_plainly
 
 from lieq_gguf.formats.imatrix_file import load_importance
+from lieq_gguf.measure.forward_pass import run_pass
+from lieq_gguf.measure.passes import PassOptions
+from lieq_gguf.measure.text import CalibrationTokens
+from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.records.importance import ImportanceMatrix
-from lieq_gguf.sources import open_source
-from lieq_gguf.tokenizers import SourceTokenizer
+from lieq_gguf.records.options import ComputeOptions
+from lieq_gguf.sources.gguf_source import GgufSource
 
 N_TOKENS, CHUNK_SIZE = 2048, 512
+_CHARACTERS = 20_000  # a token is a byte at least
 
 
 def main() -> None:
@@ -52,26 +55,23 @@ def main() -> None:
 
 
 def both(model: Path, text: Path, llama_cpp: Path, folder: Path) -> tuple[ImportanceMatrix, ImportanceMatrix]:
-    """The importance matrices of llama-imatrix and ours, on the first tokens of a text.
-
-    Nothing is added to them: llama-imatrix puts its first token in place of one of the text, and we put it before.
-    """
-    f16, prefix = folder / "f16.gguf", folder / "prefix.txt"
-    rewrite(convert_plainly(model, folder / "whole.gguf"), f16, without_added_tokens)
-    prefix.write_text(
-        shortest_prefix(text.read_text(encoding="utf-8"), open_source(f16).load_tokenizer(), N_TOKENS), encoding="utf-8"
-    )
-    theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
-    run(llama_cpp / "bin" / "llama-imatrix", "-m", f16, "-f", prefix, "-c", CHUNK_SIZE, "-b", CHUNK_SIZE,
+    """The importance matrices of llama-imatrix and ours, on the first tokens of a text."""
+    f16, theirs = convert_plainly(model, folder / "f16.gguf"), folder / "theirs.gguf"
+    run(llama_cpp / "bin" / "llama-imatrix", "-m", f16, "-f", text, "-c", CHUNK_SIZE, "-b", CHUNK_SIZE,
         "--chunks", N_TOKENS // CHUNK_SIZE, "-o", theirs, "--no-ppl")  # fmt: skip
-    run(sys.executable, "-m", "lieq_gguf", "imatrix", f16, "--calibration", prefix, "--n-tokens", N_TOKENS,
-        "--float32", "--no-cache", "-q", "-o", ours)  # fmt: skip
-    return load_importance(theirs), load_importance(ours)
+    options = PassOptions(statistics=frozenset(), compute=ComputeOptions(n_threads=2, in_float32=True))
+    ours = run_pass(GgufSource(f16), tokens_of(text, f16), options).importance
+    return load_importance(theirs), ours
 
 
-def without_added_tokens(values: dict[str, Any]) -> None:
-    """Switch off what is added before and after a text."""
-    values["tokenizer.ggml.add_bos_token"] = values["tokenizer.ggml.add_eos_token"] = False
+def tokens_of(text: Path, file: Path) -> CalibrationTokens:
+    """The tokens that llama-imatrix runs: the token that begins a text takes the place of the first of a sequence."""
+    with open_model(file, vocab_only=True) as model:
+        ids = np.array(model.tokenize(text.read_text(encoding="utf-8")[:_CHARACTERS], True)[:N_TOKENS])
+        ids = ids.reshape(-1, CHUNK_SIZE)
+        if model.bos_token is not None:
+            ids[:, 0] = model.bos_token
+    return CalibrationTokens(ids, text.name)
 
 
 def run(*command: object) -> None:
@@ -79,16 +79,6 @@ def run(*command: object) -> None:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{command[0]} failed: {done.stderr[-2000:]}")
-
-
-def shortest_prefix(text: str, tokenizer: SourceTokenizer, n_tokens: int) -> str:
-    """The beginning of a text that has more tokens than these by as few as possible."""
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high) // 2
-        enough = len(tokenizer.encode(text[:middle], add_special_tokens=False)) > n_tokens
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return text[:low]
 
 
 def difference(ours: ImportanceMatrix, theirs: ImportanceMatrix, matrix: str) -> float:

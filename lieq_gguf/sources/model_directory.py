@@ -228,6 +228,11 @@ class ModelDirectory:
         tokenizer = self._transformers_tokenizer
         return None if tokenizer is None else list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
+    @property
+    def has_unreadable_tokenizer(self) -> bool:
+        """Whether transformers cannot load the tokenizer, so that nothing says which tokens it adds to a text."""
+        return self._transformers_tokenizer is None and not adds_bos_unlike_transformers(self.path)
+
     @cached_property
     def _transformers_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
