@@ -57,17 +57,19 @@ def main() -> None:
 def both(model: Path, text: Path, llama_cpp: Path, folder: Path) -> tuple[ImportanceMatrix, ImportanceMatrix]:
     """The importance matrices of llama-imatrix and ours, on the first tokens of a text."""
     f16, theirs = convert_plainly(model, folder / "f16.gguf"), folder / "theirs.gguf"
-    run(llama_cpp / "bin" / "llama-imatrix", "-m", f16, "-f", text, "-c", CHUNK_SIZE, "-b", CHUNK_SIZE,
+    beginning = folder / "beginning.txt"
+    beginning.write_text(text.read_text(encoding="utf-8")[:_CHARACTERS], encoding="utf-8")
+    run(llama_cpp / "bin" / "llama-imatrix", "-m", f16, "-f", beginning, "-c", CHUNK_SIZE, "-b", CHUNK_SIZE,
         "--chunks", N_TOKENS // CHUNK_SIZE, "-o", theirs, "--no-ppl")  # fmt: skip
     options = PassOptions(statistics=frozenset(), compute=ComputeOptions(n_threads=2, in_float32=True))
-    ours = run_pass(GgufSource(f16), tokens_of(text, f16), options).importance
+    ours = run_pass(GgufSource(f16), tokens_of(beginning, f16), options).importance
     return load_importance(theirs), ours
 
 
 def tokens_of(text: Path, file: Path) -> CalibrationTokens:
     """The tokens that llama-imatrix runs: the token that begins a text takes the place of the first of a sequence."""
     with open_model(file, vocab_only=True) as model:
-        ids = np.array(model.tokenize(text.read_text(encoding="utf-8")[:_CHARACTERS], True)[:N_TOKENS])
+        ids = np.array(model.tokenize(text.read_text(encoding="utf-8"), True)[:N_TOKENS])
         ids = ids.reshape(-1, CHUNK_SIZE)
         if model.bos_token is not None:
             ids[:, 0] = model.bos_token

@@ -18,6 +18,10 @@ _LAYER_LISTS = ("layer_types", *_ROTATED)  # in transformers' configurations, on
 _SHARING = "kv_sharing_modes"
 _REUSE = "reuse"
 
+_WIDTHS = (
+    "intermediate_size", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
+)  # fmt: skip
+_LITTLE = 32  # neurons of a feed-forward network
 _N_DENSE = "num_dense_layers"  # how many layers have no experts, the first ones
 
 LayerKind: TypeAlias = tuple[str, ...]
@@ -48,8 +52,12 @@ def examples_of_kinds(config: PretrainedConfig) -> list[int]:
     return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
 
 
-def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
-    """A base model with one layer of each kind and a small vocabulary, filled by the model's own initialiser."""
+def initialised(config: PretrainedConfig, n_vocab: int, seed: int, *, narrow: bool = False) -> nn.Module:
+    """A base model with one layer of each kind and a small vocabulary, filled by the model's own initialiser.
+
+    If ``narrow``, the layers have little feed-forward networks, for what needs the rest: of a mixture they take most of
+    the memory.
+    """
     examples = examples_of_kinds(config)
     values = config.to_dict()
     stored = (*_LAYER_LISTS, "layers_block_type")  # the older name of the first; some families compute it
@@ -63,6 +71,8 @@ def initialised(config: PretrainedConfig, n_vocab: int, seed: int) -> nn.Module:
     if hasattr(config, _N_DENSE):
         changes[_N_DENSE] = sum(i < getattr(config, _N_DENSE) for i in examples)
     sizes = {"num_hidden_layers": len(examples), "vocab_size": n_vocab}
+    if narrow:
+        sizes |= {key: _LITTLE for key in _WIDTHS if hasattr(config, key)}
     if hasattr(config, "vocab_size_per_layer_input"):
         sizes["vocab_size_per_layer_input"] = n_vocab
     # the ids of special tokens lie outside the small vocabulary

@@ -108,11 +108,11 @@ def separate_matrices(model: nn.Module, *, leaves_gate_with_up: bool = False) ->
         model: transformers' model.
         leaves_gate_with_up: Whether gate and up of an expert stay one matrix, as in the file.
     """
-    for name, module in list(model.named_modules()):
-        given: Any = module
-        if _is_stacked(module):
+    for name in [name for name, module in model.named_modules() if _has_several(module)]:
+        given: Any = model.get_submodule(name)  # one after the other: both forms of all would take twice the memory
+        if _is_stacked(given):
             model.set_submodule(name, Experts(_experts(given, leaves_gate_with_up)))
-        elif isinstance(getattr(module, "input_linear", None), nn.Linear):  # Granite's
+        else:  # Granite's
             gate, up = given.input_linear.weight.detach().chunk(2)
             down = _linear(given.output_linear.weight.detach())
             ups = {"gate_proj": _linear(gate), "up_proj": _linear(up)}
@@ -151,10 +151,14 @@ def _matrices(stacked: Any, name: str) -> Iterator[tuple[torch.Tensor, torch.Ten
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
     n_out, n_in = weight.shape
     result = nn.Linear(n_in, n_out, bias=bias is not None, device="meta")
-    result.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    result.weight = nn.Parameter(weight.contiguous())  # a part of the stacked tensor, where its rows are neighbours
     if bias is not None:
-        result.bias = nn.Parameter(bias.clone(memory_format=torch.contiguous_format))
+        result.bias = nn.Parameter(bias.contiguous())
     return result
+
+
+def _has_several(module: nn.Module) -> bool:
+    return _is_stacked(module) or isinstance(getattr(module, "input_linear", None), nn.Linear)
 
 
 def _is_stacked(module: nn.Module) -> bool:

@@ -17,10 +17,6 @@ from lieq_gguf.measure.base_model import given_to_layers, initialised, layer_kin
 
 _POSITIONS = (0, 1, 2, 5, 20, 100, 500, 2000, 10_000, 50_000)  # whose rotations are compared
 _ANGLE = 0.02
-_WIDTHS = (
-    "intermediate_size", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
-)  # fmt: skip
-_SMALL = 32  # neurons of the feed-forward network, whose width the shapes of the tensors tell
 # numbers for training or generation, that no forward pass reads, tokens computed together, and sizes, which the shapes
 # of the tensors tell
 _NOT_COMPARED = re.compile(
@@ -46,7 +42,8 @@ def numbers_differ(found: PretrainedConfig, expected: PretrainedConfig, *, with_
         return f"layer {layer} is of kind {kinds[0][layer]}, not of kind {kinds[1][layer]}"
     context = min(found.max_position_embeddings, expected.max_position_embeddings)
     positions = [position for position in _POSITIONS if position < context]
-    models = _small_model(found), _small_model(expected)
+    # the widths of networks are told by the shapes of the tensors
+    models = [initialised(config, n_vocab=1, seed=0, narrow=True) for config in (found, expected)]
     ours, theirs = _numbers(models[0], found), _numbers(models[1], expected)
     for name in sorted(ours.keys() | theirs.keys()):
         is_compared = with_windows or not name.endswith("sliding_window")
@@ -58,11 +55,6 @@ def numbers_differ(found: PretrainedConfig, expected: PretrainedConfig, *, with_
         if len(a) != len(b) or not np.allclose(a, b, rtol=0, atol=_ANGLE):
             return f"position {position} is rotated otherwise (rotary base or scaling)"
     return ""
-
-
-def _small_model(config: PretrainedConfig) -> nn.Module:
-    sizes = {key: _SMALL for key in _WIDTHS if hasattr(config, key)}
-    return initialised(type(config).from_dict(config.to_dict() | sizes), n_vocab=1, seed=0)
 
 
 def _numbers(model: nn.Module, config: PretrainedConfig) -> dict[str, Any]:

@@ -140,7 +140,8 @@ class LayerModel:
 
         Layers of a kind share what a token gives to them.
         """
-        fresh: Any = initialised(self.config, n_vocab=len(np.unique(ids)), seed=seed).requires_grad_(False)
+        fresh: Any = initialised(self.config, n_vocab=len(np.unique(ids)), seed=seed, narrow=True)
+        fresh.requires_grad_(False)
         embedded = fresh.get_input_embeddings().weight.detach() * self._scales()
         if self._carried.has_tokens:
             fresh.layers = nn.ModuleList()  # only norm and scales are needed
