@@ -386,8 +386,8 @@ class FileArguments(FeedbackArguments):
         bool,
         typer.Option(
             "--proof/--no-proof",
-            help="Prove that the file is the model that was read, and keep none that is not. Takes about a hundredth "
-            "of the time of a conversion with defaults.",
+            help="Prove that the file is the model that was read, and keep none that is not. Takes one to two "
+            "hundredths of the time of a conversion with defaults.",
         ),
     ] = WritingOptions.proof
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, but write nothing.")] = False
