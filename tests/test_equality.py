@@ -10,6 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -27,9 +28,10 @@ from lieq_gguf.architectures.granite_hybrid import GraniteHybrid
 from lieq_gguf.architectures.llama import Llama
 from lieq_gguf.architectures.modules import ATTENTION
 from lieq_gguf.errors import VerificationError
-from lieq_gguf.formats.gguf_header import HeaderWriter
+from lieq_gguf.formats.gguf_file import GgufFile
+from lieq_gguf.formats.gguf_header import HeaderWriter, TensorLayout, write_gguf
 from lieq_gguf.pipeline import convert
-from lieq_gguf.quant_types import QUANT_TYPES
+from lieq_gguf.quant_types import F32, QUANT_TYPES
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.options import ComputeOptions, SourceOptions
 from lieq_gguf.records.plan import QuantPlan
@@ -38,6 +40,7 @@ from lieq_gguf.sources import open_source
 from lieq_gguf.sources.file_order import FloatArray
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.tensor_names import HEAD
+from lieq_gguf.writing.compared_weights import ComparedWeights
 from lieq_gguf.writing.equality import check_equality
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind at all. " * 8
@@ -371,6 +374,47 @@ def test_another_graph_is_told(type_name: str, tmp_path: Path, monkeypatch: pyte
     other = odd(file, tmp_path / "out.gguf", **{"llama.attention.layer_norm_rms_epsilon": 3.0})
     with pytest.raises(VerificationError, match="embedding or layer 0 otherwise than its source"):
         check_equality(source, other, TEXT, ComputeOptions())
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_layer_with_matrices_that_its_graph_does_not_take_is_compared(
+    factor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys in a layer that uses those of an earlier one, which files of Gemma 3n and 4 can have."""
+    monkeypatch.setattr(ComparedWeights, "compare_all", lambda _self: None)
+    exact = convert_plainly(TINY_MODELS["gemma4"].write(tmp_path / "model"), tmp_path / "exact.gguf")
+    file = convert_plainly(exact, tmp_path / "plain.gguf", "Q8_0")
+    source, written = (with_unused_keys(path, path.with_stem(f"odd-{path.stem}")) for path in (exact, file))
+    tensors = {t.spec.name: t for t in GgufFile(written).tensors}
+
+    def louder(name: str, values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], int]:
+        if name == "blk.3.post_ffw_norm.weight":
+            return factor * values, F32.ggml_id
+        return tensors[name].data, tensors[name].quant_type.ggml_id
+
+    other = rewrite(written, tmp_path / "other.gguf", convert=louder)
+    if factor == 1:
+        assert len(check_equality(open_source(source), other, TEXT, ComputeOptions()).layer_errors) == 6
+    else:
+        with pytest.raises(VerificationError, match="computes layer 3 otherwise than its source"):
+            check_equality(open_source(source), other, TEXT, ComputeOptions())
+
+
+def with_unused_keys(source: Path, target: Path) -> Path:
+    """The same model for llama.cpp alone, with the first layer's keys also in the fourth, of the same kind."""
+    file, writer = GgufFile(source), HeaderWriter("")
+    values: dict[str, Any] = {key: file.value_bytes(key) for key in file.keys}
+    with_unheard_of_value(values)
+    for key, value in values.items():
+        if isinstance(value, bytes):
+            writer.values[key] = value
+        else:
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    named = [(t.spec.name, t) for t in file.tensors]
+    named += [("blk.3.attn_k.weight", t) for name, t in named if name == "blk.0.attn_k.weight"]
+    layouts = [TensorLayout(name, t.spec.shape, t.quant_type.ggml_id, t.data.nbytes) for name, t in named]
+    write_gguf(target, writer.values, [(layout, t.data) for layout, (_, t) in zip(layouts, named, strict=True)])
+    return target
 
 
 def test_weights_of_a_model_that_llama_cpp_runs_are_compared(tmp_path: Path) -> None:

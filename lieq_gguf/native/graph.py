@@ -13,6 +13,8 @@ from lieq_gguf.errors import QuantizationError
 from lieq_gguf.native.ggml import ggml_library, library_file
 from lieq_gguf.quant_types import QUANT_TYPES
 
+N_SOURCES = 10  # that a tensor can be computed from, GGML_MAX_SRC
+
 
 class _Tensor(ctypes.Structure):
     """``struct ggml_tensor`` of ggml.h."""
@@ -25,7 +27,7 @@ class _Tensor(ctypes.Structure):
         ("op", ctypes.c_int),
         ("op_params", ctypes.c_int32 * 16),
         ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
+        ("src", ctypes.c_void_p * N_SOURCES),
         ("view_src", ctypes.c_void_p),
         ("view_offs", ctypes.c_size_t),
         ("data", ctypes.c_void_p),

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lieq_gguf.native.graph import Node
+from lieq_gguf.native.graph import N_SOURCES, Node
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.records.spec import ModelSpec, TensorSpec
 from lieq_gguf.sources.file_order import CHUNK_WEIGHTS
@@ -104,7 +104,7 @@ class _Graphs:
         errors = []
         for last, layer in pairwise([_BEFORE_FIRST, *sorted(expected.states)]):
             error = _change(expected, found, last, layer)
-            bound = self._bound(range(last + 1, layer + 1), products.replaced)
+            bound = self._bound(range(last + 1, layer + 1), products.kept)
             if not error <= bound:  # NaN is not
                 bound = max(bound, EMULATED_FACTOR * _change(expected, rounded_run(), last, layer))
             check_layer(layer, error, bound, _REFERENCE)
@@ -138,12 +138,15 @@ class _Graphs:
         products = _Products(self.source.spec, self.written, rounds=True)
         return self._run(self.source.path, _Watcher(products, exact))
 
-    def _bound(self, layers: range, replaced: Collection[str]) -> float:
-        """What rounding explains in one layer, or in several of which only the last is shown."""
+    def _bound(self, layers: range, kept: Collection[str]) -> float:
+        """What rounding explains in one layer, or in several of which only the last is shown.
+
+        Operations on the matrices of ``kept`` have the weights of the source in the reference.
+        """
         matrices = [t for layer in layers for t in self.source.spec.layer_matrices[layer]]
         types = {self.written.stored_type(t) for t in matrices}
-        if any(t.name not in replaced and self.written.stored_type(t).is_quantized for t in matrices):
-            return inf  # its product is another operation, so the reference has the weights of the source
+        if any(t.name in kept and self.written.stored_type(t).is_quantized for t in matrices):
+            return inf
         return layer_bound(types) * sqrt(len(layers))
 
 
@@ -172,6 +175,8 @@ class _Watcher:
         self._products, self._given = products, given
 
     def wants(self, node: Node) -> bool:
+        if self._products is not None and not self._replaces(node):
+            self._products.note_kept(node)
         return node.output_of_layer is not None or self._replaces(node)
 
     def see(self, node: Node) -> None:
@@ -193,12 +198,13 @@ class _Products:
     """Products with the matrices of a file, in place of those that a graph computes.
 
     Attributes:
-        replaced: Names of the matrices whose products were replaced.
+        kept: Names of the matrices that another operation takes, which is not replaced. A matrix that no operation
+            takes, as keys and values of the last layers of Gemma 3n, is not among them.
     """
 
     def __init__(self, spec: ModelSpec, written: GgufSource, *, rounds: bool = False) -> None:
         """Take the matrices of ``written``; if it ``rounds``, inputs are rounded as for the types there."""
-        self.replaced: set[str] = set()
+        self.kept: set[str] = set()
         self._matrices = {t.name: t for t in spec.tensors if len(t.shape) > 1}
         self._written, self._rounds = written, rounds
 
@@ -209,13 +215,17 @@ class _Products:
         weight, x = node.source(0), node.source(1)
         return weight is not None and x is not None and weight.name in self._matrices and x.holds_numbers
 
+    def note_kept(self, node: Node) -> None:
+        """Note the matrices that a node takes which is not replaced."""
+        sources = (node.source(i) for i in range(N_SOURCES))
+        self.kept |= {source.name for source in sources if source is not None and source.name in self._matrices}
+
     def of(self, node: Node) -> FloatArray:
         """The numbers of the node ``[1, …]``, of its shape."""
         weight, x = node.source(0), node.source(1)
         assert weight is not None
         assert x is not None
         tensor = self._matrices[weight.name]
-        self.replaced.add(tensor.name)
         given = x.read()
         if node.op == "GET_ROWS":
             rows = self._written.read_rows(tensor, [int(i) for i in given.reshape(-1)]).numpy()
