@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import converter
 from support.command import RunCli
 from support.families import TINY_MODELS, edit_config
+from support.reports import PLAIN
 from support.wrappers import WRAPPERS
 
 from lieq_gguf.errors import SourceError
@@ -126,6 +127,25 @@ def builds_graph_of_head(file: Path) -> bool:
         api.llama_free(context)
     api.llama_model_free(model)
     return context is not None and n_heads == 1
+
+
+def test_a_kept_head_is_copied_when_its_file_is_converted(tmp_path: Path, run_cli: RunCli) -> None:
+    """A file that has nothing quantised but the head needs no --allow-requantize, since no error is added."""
+    path, first, second = (
+        with_head(WITH_HEAD["qwen35moe"](tmp_path / "model")),
+        tmp_path / "a.gguf",
+        tmp_path / "b.gguf",
+    )
+    made = run_cli("convert", path, *PLAIN, "--mtp", "keep", "-o", first)
+    assert made.exit_code == 0, made.stderr
+    done = run_cli("convert", first, "--bits", 8.5, "--types", "Q8_0", "--no-imatrix", "-o", second)
+    assert done.exit_code == 0, done.stderr
+    assert "already quantised" not in done.stderr
+    of_head = [
+        {t.spec.name: t for t in GgufFile(file).tensors if t.spec.name.startswith("blk.4.")} for file in (first, second)
+    ]
+    assert any(t.quant_type.name == "Q8_0" for t in of_head[0].values())
+    assert all(np.array_equal(of_head[1][name].data, t.data) for name, t in of_head[0].items())
 
 
 def test_a_head_that_is_not_there_is_not_kept(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lieq_gguf.architectures.modules import LayerModule
 from lieq_gguf.architectures.stored_parameters import StoredParameters
 from lieq_gguf.records.spec import TensorSpec
 
-_TYPE = "Q8_0"  # nothing measures the importance of a head, and a wrong guess costs time but no quality
+MTP_TYPE = "Q8_0"  # nothing measures the importance of a head, and a wrong guess costs time but no quality
 
 
 class WithMtp(Decoder):
@@ -34,7 +34,7 @@ class WithMtp(Decoder):
                 assert tensor.source_name is not None
                 source = tensor.source_name.replace(f"model.layers.{block}.", "mtp.", 1)
                 of_head = replace(tensor, layer=None, source_name=source)
-                yield replace(of_head, is_fixed=True, fixed_type=_TYPE) if of_head.is_matrix else of_head
+                yield replace(of_head, is_fixed=True, fixed_type=MTP_TYPE) if of_head.is_matrix else of_head
 
     def add_hyper_parameters(self, config: Config, writer: gguf.GGUFWriter) -> None:
         """The common keys, where a head is one of the blocks."""

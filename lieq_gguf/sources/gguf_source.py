@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf.architectures import Decoder, StoredParameters, family_named
+from lieq_gguf.architectures.mtp import MTP_TYPE
 from lieq_gguf.errors import ArchitectureError, FormatError, OutputError, SourceError, TokenizerError
 from lieq_gguf.formats.gguf_file import COMPUTED_TENSORS, GgufFile, is_never_quantised
 from lieq_gguf.native import ggml
@@ -308,8 +309,11 @@ class GgufSource:
         return self._maps[place.path][place.offset : place.offset + n_rows * row_bytes].reshape(n_rows, row_bytes)
 
     def _quantised_types(self, tensors: Sequence[TensorSpec]) -> tuple[str, ...]:
-        """Types of the quantised matrices."""
-        types = dict.fromkeys(self._places[t.name].quant_type for t in tensors if len(t.shape) > 1)
+        """Types of the quantised matrices, without a kept head for multi-token prediction, whose bytes are copied."""
+        matrices = [t for t in tensors if len(t.shape) > 1]
+        heads = {t.name for t in matrices if t.layer is None and t.name.startswith("blk.")}
+        kept = {name for name in heads if self._places[name].quant_type.name == MTP_TYPE}
+        types = dict.fromkeys(self._places[t.name].quant_type for t in matrices if t.name not in kept)
         return tuple(quant_type.name for quant_type in types if quant_type.is_quantized)
 
     def _transformers_model(
