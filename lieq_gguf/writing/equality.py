@@ -28,7 +28,7 @@ from lieq_gguf.native.graph import Node
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.options import ComputeOptions, SourceOptions
-from lieq_gguf.records.spec import ModelSpec, TensorSpec
+from lieq_gguf.records.spec import ModelSpec
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writing.compared_weights import ComparedWeights
@@ -253,7 +253,3 @@ def _family(spec: ModelSpec) -> Decoder:
     family = family_named(spec.architecture)
     assert family is not None
     return family
-
-
-def _named(spec: ModelSpec, name: str) -> TensorSpec:
-    return next(t for t in spec.tensors if t.name == name)
