@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -415,6 +416,48 @@ def with_unused_keys(source: Path, target: Path) -> Path:
     layouts = [TensorLayout(name, t.spec.shape, t.quant_type.ggml_id, t.data.nbytes) for name, t in named]
     write_gguf(target, writer.values, [(layout, t.data) for layout, (_, t) in zip(layouts, named, strict=True)])
     return target
+
+
+def test_a_file_may_have_an_output_matrix_where_the_source_has_tied_embeddings(tmp_path: Path) -> None:
+    """Each in a type of its own, and compared with the embedding of the source."""
+    model = convert_plainly(TINY_MODELS["smollm2"].write(tmp_path / "model"), tmp_path / "exact.gguf")
+    source = open_source(odd(model, tmp_path / "odd.gguf"))
+    embedding = next(t for t in GgufFile(model).tensors if t.spec.name == "token_embd.weight")
+    files = {}
+    for sign in (1, -1):
+        plain = odd(convert_plainly(model, tmp_path / f"{sign}.gguf", "Q2_K"), tmp_path / f"odd{sign}.gguf")
+        tensors = [
+            (TensorLayout(t.spec.name, t.spec.shape, t.quant_type.ggml_id, t.data.nbytes), t.data)
+            for t in GgufFile(plain).tensors
+        ]
+        data = (sign * embedding.data.view(np.float16)).view(np.uint8)
+        layout = TensorLayout("output.weight", embedding.spec.shape, embedding.quant_type.ggml_id, data.nbytes)
+        content = GgufFile(plain)
+        values = {key: content.value_bytes(key) for key in content.keys}
+        files[sign] = tmp_path / f"with-output{sign}.gguf"
+        write_gguf(files[sign], values, [*tensors, (layout, data)])
+    assert check_equality(source, files[1], TEXT, ComputeOptions()).head_error < 0.01
+    with pytest.raises(VerificationError, match="the output matrix has other weights"):
+        check_equality(source, files[-1], TEXT, ComputeOptions())
+
+
+def test_a_graph_that_shows_no_layers_is_compared_by_its_logits(
+    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = convert_plainly(TINY_MODELS["smollm2"].write(tmp_path / "model"), tmp_path / "exact.gguf")
+    monkeypatch.setattr("lieq_gguf.native.graph._LAYER_OUTPUT", re.compile("none"))
+    monkeypatch.setattr("lieq_gguf.writing.graph_equality._OF_PEOPLE", ("general.", "lieq.", "llama."))
+    source, file = odd(model, tmp_path / "odd.gguf"), tmp_path / "out.gguf"
+    options = ("--types", "Q2_K", "--bits", 2.625, "--embedding-type", "F16", "--n-tokens", 64, "-q")
+    made = run_cli("convert", source, *options, "-o", file)
+    assert made.exit_code == 0, made.stderr
+    passed = run_cli("verify", file, "--source", source)
+    assert passed.exit_code == 0, passed.stderr
+    assert "its logits are 0." in passed.stdout
+    other = odd(file, tmp_path / "other.gguf", **{"llama.attention.layer_norm_rms_epsilon": 3.0})
+    done = run_cli("verify", other, "--source", source, "-q")
+    assert done.exit_code == 1
+    assert "computes the logits otherwise" in done.stderr
 
 
 def test_weights_of_a_model_that_llama_cpp_runs_are_compared(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.command import RunCli
 from support.families import TINY_MODELS
+from support.reports import edit_json, edit_weights
 from support.requests import convert_plainly
 from support.tolerances import FLOAT32_SUMS
 from torch import nn
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
+from lieq_gguf.errors import SourceError
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.imatrix_file import load_importance, save_importance
 from lieq_gguf.measure import llama_cpp_pass
@@ -327,6 +329,14 @@ def test_moments_of_kept_inputs_are_those_of_sums() -> None:
         assert moments.groups() == [["a"]]
         assert moments.n_tokens("a") == 60
     torch.testing.assert_close(kept.take("a"), summed.take("a"), rtol=0, atol=1e-5)
+
+
+def test_more_stacked_experts_than_config_json_says_are_refused(tmp_path: Path) -> None:
+    path = TINY_MODELS["gpt-oss"].write(tmp_path / "model")
+    edit_json("config.json", num_local_experts=4)(path)
+    edit_weights(lambda w: w.update({n: t[:4] for n, t in w.items() if ".router." in n}))(path)
+    with pytest.raises(SourceError, match=r"gate_up_proj in .* has 8 experts; by config\.json expected 4"):
+        ModelDirectory(path)
 
 
 def test_unseen_experts_are_warned_of(run_cli: RunCli, model: Path, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def verify(
 
 def _how_equal(equality: Equality) -> str:
     left_out = ", ".join(str(token_id) for token_id in equality.tokens_left_out)
+    if not equality.layer_errors:  # llama.cpp's graph shows none
+        return f"its logits are {equality.head_error:.2g} deviations off those of {equality.reference}, by rounding"
     return (
         f"from the same input, layers in llama.cpp are at most {max(equality.layer_errors):.1%} off those of "
         f"{equality.reference}, which rounding explains"

@@ -41,8 +41,8 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-# in Nemotron-H, networks have l_out before the residual stream is added; the other name follows
-_LAYER_OUTPUT = re.compile(r"(?:l_out|nemotron_h_block_out)-(\d+)")
+# in Nemotron-H, networks have l_out before the residual stream is added; the other name follows. PLaMo 2 has the third.
+_LAYER_OUTPUT = re.compile(r"(?:l_out|nemotron_h_block_out|ffn_residual)-(\d+)")
 _NUMBERS = {QUANT_TYPES["F32"].ggml_id: np.dtype(np.float32), 26: np.dtype(np.int32)}  # GGML_TYPE_I32
 
 

@@ -107,7 +107,21 @@ class WeightFiles:
                 raise SourceError(f"{name} in {shard} has shape {shape}; by config.json expected {expected}")
             if dtype not in PLAIN_DTYPES:
                 raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(PLAIN_DTYPES)}")
+        self._require_all_experts(shapes)
         self.release()
+
+    def _require_all_experts(self, names: Collection[str]) -> None:
+        """Require that no stacked tensor has more experts than the names."""
+        experts: dict[tuple[Path, str], set[int]] = {}
+        for place in (self._places[name] for name in names):
+            if place.expert is not None:
+                experts.setdefault((place.shard, place.stored_name), set()).add(place.expert)
+        for (shard, stored_name), used in experts.items():
+            n_stored = self._shape_and_dtype(Place(shard, stored_name))[0][0]
+            if n_stored != len(used):
+                raise SourceError(
+                    f"{stored_name} in {shard} has {n_stored} experts; by config.json expected {len(used)}"
+                )
 
     def left_out(self, used: Collection[str]) -> tuple[str, ...]:
         """Notes about what the files hold besides the tensors in use."""

@@ -40,7 +40,7 @@ class Equality:
 
     Attributes:
         reference: What the file was compared with: transformers' model, or the source itself in llama.cpp.
-        layer_errors: For each layer, the change of its update at four of five tokens.
+        layer_errors: For each layer that was compared, the change of its update at four of five tokens.
         head_error: The change of the logits, root mean square in their standard deviations.
         tokens_left_out: Ids that transformers adds before a text and llama.cpp, which adds one at most, does not.
     """
@@ -64,6 +64,11 @@ def layer_bound(types: Collection[QuantType]) -> float:
     return max((PLAIN_BOUNDS.get(t.name, QUANTIZED_LAYER_BOUND) for t in types), default=PLAIN_BOUNDS["F32"])
 
 
+def head_bound(quant_type: QuantType) -> float:
+    """What rounding usually changes in logits from the same last layer, with an output matrix of this type."""
+    return PLAIN_BOUNDS.get(quant_type.name, QUANTIZED_HEAD_BOUND)
+
+
 def check_layer(index: int, error: float, bound: float, reference: str) -> None:
     """Raise a DifferenceError if a layer is farther off than rounding explains."""
     if not error <= bound:  # NaN is not
@@ -74,9 +79,8 @@ def check_layer(index: int, error: float, bound: float, reference: str) -> None:
         )
 
 
-def check_head(error: float, quant_type: QuantType, reference: str) -> None:
+def check_head(error: float, bound: float, reference: str) -> None:
     """Raise a DifferenceError if logits from the same last layer are farther off than rounding explains."""
-    bound = PLAIN_BOUNDS.get(quant_type.name, QUANTIZED_HEAD_BOUND)
     if not error <= bound:
         raise DifferenceError(
             f"llama.cpp computes the logits otherwise than {reference} from the same last layer, {error:.2g} standard "

@@ -39,6 +39,7 @@ from lieq_gguf.writing.differences import (
     change,
     check_head,
     check_layer,
+    head_bound,
     layer_bound,
     logits_change,
     rounded,
@@ -93,6 +94,7 @@ class _Comparison:
         _compare_shapes(spec, self.written.spec)
         if not self.source.has_transformers_model:
             weights.compare_all()
+            weights.head()
             return compare_graphs(self.source, self.written, text, N_TOKENS, self.compute.n_threads, advance)
         if not self.written.has_transformers_model:
             raise DifferenceError(self.written.why_not_supported)
@@ -163,7 +165,7 @@ class _Comparison:
         matrix = weights.head()
         head = layer.output_head(weights, matrix)  # type: ignore[arg-type]  # rows are read when they are needed
         error = logits_change(head.logits(hidden).numpy(), logits)
-        check_head(error, matrix.quant_type, _TRANSFORMERS)
+        check_head(error, head_bound(matrix.quant_type), _TRANSFORMERS)
         return error
 
 

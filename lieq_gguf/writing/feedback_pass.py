@@ -180,13 +180,15 @@ class FeedbackPass:
     def _sharing(self, modules: list[str]) -> Iterator[list[str]]:
         """Modules to encode together with the moments of a group; for those of a mixture, expert by expert."""
         tensors = self._layer.tensors
-        if modules[0] in tensors:
-            yield modules
-            return
-        of_mixture = [name for name in tensors if mixture_of(name) == modules[0] and not takes_own_input(name)]
-        by_expert = sorted(of_mixture, key=lambda name: int(name.split(".")[-2]))
-        for _, of_expert in groupby(by_expert, key=lambda name: name.rpartition(".")[0]):
-            yield list(of_expert)
+        dense = [module for module in modules if module in tensors]
+        if dense:
+            yield dense
+        for mixture in modules:
+            if mixture not in tensors:
+                of_mixture = [name for name in tensors if mixture_of(name) == mixture and not takes_own_input(name)]
+                by_expert = sorted(of_mixture, key=lambda name: int(name.split(".")[-2]))
+                for _, of_expert in groupby(by_expert, key=lambda name: name.rpartition(".")[0]):
+                    yield list(of_expert)
 
     def _encode_matrices(self, modules: list[str], coupled: error_feedback.FloatArray) -> dict[str, ByteArray]:
         """Encode the matrices that share an input, and put the decoded matrices into the layer."""
