@@ -494,13 +494,19 @@ def cut(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[:-1]
 
 
+def twice_the_experts(weights: Tensors) -> None:
+    for end in ("blocks", "scales"):
+        weights[f"{EXPERTS}.down_proj_{end}"] = torch.cat(2 * [weights[f"{EXPERTS}.down_proj_{end}"]])
+
+
 DAMAGED: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
     "mxfp4 without scales": (
-        "mxfp4", without("gate_up_proj_scales", EXPERTS), f"has {EXPERTS}.gate_up_proj_blocks, but no scales for it",
+        "mxfp4", without("gate_up_proj_scales", EXPERTS), f"has {EXPERTS}.gate_up_proj_blocks, but no scales for all",
     ),
     "mxfp4 without blocks": (
-        "mxfp4", without("down_proj_blocks", EXPERTS), f"has {EXPERTS}.down_proj_scales, but no blocks for it",
+        "mxfp4", without("down_proj_blocks", EXPERTS), f"has {EXPERTS}.down_proj_scales, but no blocks for all",
     ),
+    "mxfp4, more experts": ("mxfp4", twice_the_experts, "has 16 experts; by config.json expected 8"),
     "mxfp4, cut": (
         "mxfp4", changed("down_proj_blocks", lambda t: t[:, :, 1:], EXPERTS),
         "has shape (256, 7, 16); by config.json expected (256, 8, 16)",

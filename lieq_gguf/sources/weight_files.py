@@ -107,11 +107,15 @@ class WeightFiles:
                 raise SourceError(f"{name} in {shard} has shape {shape}; by config.json expected {expected}")
             if dtype not in PLAIN_DTYPES:
                 raise SourceError(f"{name} in {shard} is {dtype}; expected {', '.join(PLAIN_DTYPES)}")
-        self._require_all_experts(shapes)
+        self.require_all_experts(shapes)
         self.release()
 
-    def _require_all_experts(self, names: Collection[str]) -> None:
-        """Require that no stacked tensor has more experts than the names."""
+    def require_all_experts(self, names: Collection[str]) -> None:
+        """Require that no stacked tensor has more experts than the names.
+
+        Raises:
+            SourceError: naming the tensor that has.
+        """
         experts: dict[tuple[Path, str], set[int]] = {}
         for place in (self._places[name] for name in names):
             if place.expert is not None:

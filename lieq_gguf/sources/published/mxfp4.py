@@ -45,7 +45,9 @@ class Mxfp4:
         for end, other in zip(self.marks, reversed(self.marks), strict=True):
             if end not in parts:  # several matrices are in one tensor, whose name is not the module's
                 beside = parts[other]
-                raise SourceError(f"{beside.file} has {beside.name}, but no {end} for it; download the model again")
+                raise SourceError(
+                    f"{beside.file} has {beside.name}, but no {end} for all its matrices; download the model again"
+                )
         n_out, n_in = shape
         if n_in % _BLOCK:
             raise SourceError(f"{parts['blocks'].name} is for rows of {n_in} weights; expected a multiple of {_BLOCK}")

@@ -82,6 +82,9 @@ class PublishedWeights:
                     )
                 )
             plain[name] = shape
+        self._files.require_all_experts(
+            {p for name in shapes if name in self._parts for p in self._parts[name].values()}
+        )
         self._files.require(plain)
 
     @property
