@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,7 +25,6 @@ from lieq_gguf.architectures import Decoder, family_named
 from lieq_gguf.errors import VerificationError
 from lieq_gguf.measure.graph_numbers import numbers_differ
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.native.graph import Node
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.quant_types import QuantType
 from lieq_gguf.records.options import ComputeOptions, SourceOptions
@@ -33,7 +33,6 @@ from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writing.compared_weights import ComparedWeights
 from lieq_gguf.writing.differences import (
-    EMULATED_FACTOR,
     DifferenceError,
     Equality,
     change,
@@ -44,7 +43,7 @@ from lieq_gguf.writing.differences import (
     logits_change,
     rounded,
 )
-from lieq_gguf.writing.graph_equality import compare_graphs
+from lieq_gguf.writing.graph_equality import LayerWatcher, compare_graphs
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -126,15 +125,15 @@ class _Comparison:
 
     def _computed_by_llama_cpp(self, ids: list[int]) -> tuple[list[torch.Tensor], FloatArray, tuple[int, ...]]:
         """Output of every layer ``[n_tokens, d_model]``, logits ``[n_tokens, n_vocab]``, ids that it does not add."""
-        watcher = _Watcher()
+        watcher = LayerWatcher()
         file, n_threads = self.written.path, self.compute.n_threads
         with open_model(file, n_ctx=N_TOKENS, n_threads=n_threads, watcher=watcher, in_float32=True) as model:
             left_out = _tokens_left_out(_added(self.source.transformers_ids), _added(model.tokenize))
             logits = model.logits(ids)
-        missing = [i for i in range(self.source.spec.n_layers) if i not in watcher.outputs]
+        missing = [i for i in range(self.source.spec.n_layers) if i not in watcher.states]
         if missing:
             raise DifferenceError(f"llama.cpp does not compute layer {missing[0]}")
-        return [torch.from_numpy(watcher.outputs[i]) for i in range(self.source.spec.n_layers)], logits, left_out
+        return [torch.from_numpy(watcher.states[i]) for i in range(self.source.spec.n_layers)], logits, left_out
 
     def _layer_errors(
         self,
@@ -151,10 +150,8 @@ class _Comparison:
             expected = layer.hidden_part(after)[0]
             error = change(layer.hidden_part(before)[0], expected, found)
             types = {self.written.stored_type(t) for t in self.source.spec.layer_matrices[index]}
-            bound = layer_bound(types)
-            if not error <= bound:  # NaN is not
-                bound = max(bound, EMULATED_FACTOR * _emulated_change(layer, before, expected, types))
-            check_layer(index, error, bound, _TRANSFORMERS)
+            emulated = partial(_emulated_change, layer, before, expected, types)
+            check_layer(index, error, layer_bound(types), _TRANSFORMERS, emulated)
             yield error
             before = layer.with_hidden(after, found[None])
             advance(1)
@@ -191,20 +188,6 @@ def _added(tokenize: Callable[[str, bool], list[int] | None]) -> _Added | None:
         return None
     starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
     return (whole[: starts[0]], whole[starts[0] + len(plain) :]) if starts else None
-
-
-class _Watcher:
-    """Keeps the outputs of layers."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[int, FloatArray] = {}
-
-    def wants(self, node: Node) -> bool:
-        return node.output_of_layer is not None
-
-    def see(self, node: Node) -> None:
-        assert node.output_of_layer is not None
-        self.outputs[node.output_of_layer] = node.read_rows()
 
 
 def _emulated_change(

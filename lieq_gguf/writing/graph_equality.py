@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
@@ -26,7 +26,6 @@ from lieq_gguf.sources.file_order import CHUNK_WEIGHTS
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writing.differences import (
-    EMULATED_FACTOR,
     DifferenceError,
     Equality,
     change,
@@ -94,30 +93,30 @@ class _Graphs:
     def compare(self, advance: Callable[[float], None]) -> Equality:
         self._compare_metadata()
         products = _Products(self.source.spec, self.written)
-        watcher = _Watcher(products)
+        watcher = LayerWatcher(products)
         expected = self._run(self.source.path, watcher)
-        found = self._run(self.written.path, _Watcher(given=watcher))
+        found = self._run(self.written.path, LayerWatcher(given=watcher))
         if found.ids != expected.ids:
             raise DifferenceError(f"a text has the tokens {found.ids[:8]}…, in the source {expected.ids[:8]}…")
         unlike = expected.states.keys() ^ found.states.keys()
         if unlike:
             raise DifferenceError(f"llama.cpp does not compute layer {min(unlike)}")
         rounded_run = cache(lambda: self._rounded_run(watcher))
+
+        def rounding(last: int, layer: int) -> float:
+            return _change(expected, rounded_run(), last, layer)
+
         errors = []
         for last, layer in pairwise([_BEFORE_FIRST, *sorted(expected.states)]):
             advance(layer - last)
             bound = self._bound(range(last + 1, layer + 1), products.kept)
             if bound is None:
                 continue
-            error = _change(expected, found, last, layer)
-            if not error <= bound:  # NaN is not
-                bound = max(bound, EMULATED_FACTOR * _change(expected, rounded_run(), last, layer))
-            check_layer(layer, error, bound, _REFERENCE)
-            errors.append(error)
+            errors.append(_change(expected, found, last, layer))
+            check_layer(layer, errors[-1], bound, _REFERENCE, partial(rounding, last, layer))
         error, bound = logits_change(expected.logits, found.logits), head_bound(products.output_type)
-        if not error <= bound:  # where the last layers are not shown, their rounding is in the logits
-            bound = max(bound, EMULATED_FACTOR * logits_change(expected.logits, rounded_run().logits))
-        check_head(error, bound, _REFERENCE)
+        # where the last layers are not shown, their rounding is in the logits
+        check_head(error, bound, _REFERENCE, lambda: logits_change(expected.logits, rounded_run().logits))
         return Equality(_REFERENCE, tuple(errors), error)
 
     def _compare_metadata(self) -> None:
@@ -128,16 +127,16 @@ class _Graphs:
         if unlike:
             raise DifferenceError(f"{unlike[0]} has another value")
 
-    def _run(self, file: Path, watcher: _Watcher) -> _Run:
+    def _run(self, file: Path, watcher: LayerWatcher) -> _Run:
         with open_model(file, n_ctx=self.n_tokens, n_threads=self.n_threads, watcher=watcher, in_float32=True) as model:
             ids = model.tokenize(self.text, True)[: self.n_tokens]
             logits = model.logits(ids)
         return _Run(ids, {layer: torch.from_numpy(state) for layer, state in watcher.states.items()}, logits)
 
-    def _rounded_run(self, exact: _Watcher) -> _Run:
+    def _rounded_run(self, exact: LayerWatcher) -> _Run:
         """The reference, with inputs of products rounded as llama.cpp does it, for where that is more than usual."""
         products = _Products(self.source.spec, self.written, rounds=True)
-        return self._run(self.source.path, _Watcher(products, exact))
+        return self._run(self.source.path, LayerWatcher(products, exact))
 
     def _bound(self, layers: range, kept: Collection[str]) -> float | None:
         """What rounding explains in one layer, or in several of which only the last is shown.
@@ -156,7 +155,7 @@ def _change(expected: _Run, found: _Run, last: int, layer: int) -> float:
     return change(expected.states.get(last, torch.zeros_like(after)), after, found.states[layer])
 
 
-class _Watcher:
+class LayerWatcher:
     """Keeps the outputs of layers.
 
     Attributes:
@@ -164,7 +163,7 @@ class _Watcher:
         n_nodes: How many outputs it shows of each.
     """
 
-    def __init__(self, products: _Products | None = None, given: _Watcher | None = None) -> None:
+    def __init__(self, products: _Products | None = None, given: LayerWatcher | None = None) -> None:
         """Watch a graph.
 
         Args:
@@ -176,11 +175,14 @@ class _Watcher:
         self._products, self._given = products, given
 
     def wants(self, node: Node) -> bool:
-        if self._products is not None and not self._replaces(node):
+        """Outputs of layers, and products to replace."""
+        is_replaced = self._replaces(node)
+        if self._products is not None and not is_replaced:
             self._products.note_kept(node)
-        return node.output_of_layer is not None or self._replaces(node)
+        return is_replaced or node.output_of_layer is not None
 
     def see(self, node: Node) -> None:
+        """Replace a product; keep the output of a layer, and put the given one in its place."""
         if self._products is not None and self._replaces(node):
             node.write(self._products.of(node))
         layer = node.output_of_layer
