@@ -89,7 +89,7 @@ def test_codes_are_those_of_the_published_algorithm(name: str) -> None:
 
 def test_coupling_is_a_factor_of_the_moments() -> None:
     moments = correlated_moments(256).double()
-    found = coupling(moments.float(), damping=0.0).astype(np.float64)
+    found = coupling(moments.float(), damping=0.0).weights.astype(np.float64)
     assert np.array_equal(found, np.triu(found))
     assert np.array_equal(found.diagonal(), np.ones(256))
     inverse = np.linalg.inv(found)
@@ -98,10 +98,19 @@ def test_coupling_is_a_factor_of_the_moments() -> None:
     np.testing.assert_allclose(squares / scale, np.eye(256), atol=0.01)
 
 
+def test_products_are_divided_by_the_damped_moments() -> None:
+    moments = correlated_moments(256)
+    damped = moments.double().numpy().copy()
+    np.einsum("ii->i", damped)[:] = 2 * (damped.diagonal() + 1e-4 * damped.diagonal().mean())
+    products = some_weights(256)
+    found = coupling(moments.clone(), damping=1.0).divided(products)
+    np.testing.assert_allclose(found @ damped, products, atol=1e-4)
+
+
 def test_matrix_that_is_not_positive_definite_is_damped_more() -> None:
     moments = np.eye(8, dtype=np.float32)
     moments[2, 5] = moments[5, 2] = 5.0  # a diagonal of 1 + 1 is too little, (1 + 1) · (1 + 10) is enough
-    found = coupling(torch.from_numpy(moments.copy()), damping=1.0)
+    found = coupling(torch.from_numpy(moments.copy()), damping=1.0).weights
     assert np.array_equal(np.argwhere(np.triu(found, 1)), [[2, 5]])
     diagonal = (1 + 1e-4) * 2 * 11
     assert found[2, 5] == pytest.approx(5.0 / diagonal, rel=1e-5)
@@ -142,7 +151,7 @@ def test_columns_that_are_never_used_do_no_harm(n_used: int) -> None:
 
 
 def test_few_tokens_are_enough_for_a_factor() -> None:
-    assert np.isfinite(coupling(correlated_moments(256, n_tokens=8))).all()
+    assert np.isfinite(coupling(correlated_moments(256, n_tokens=8)).weights).all()
 
 
 def test_moments_that_are_not_finite_are_refused() -> None:

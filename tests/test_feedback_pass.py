@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.stream import additions, states_behind
 from lieq_gguf.measure.text import CalibrationText, tokenize
 from lieq_gguf.native import ggml
 from lieq_gguf.pipeline import Conversion, convert
@@ -25,7 +26,7 @@ from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
-from lieq_gguf.writing import error_feedback
+from lieq_gguf.writing import error_feedback, feedback_pass
 from lieq_gguf.writing.feedback_pass import FeedbackPass
 
 
@@ -113,7 +114,7 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
     seen: list[torch.Tensor] = []
     original = error_feedback.coupling
 
-    def coupling(moments: torch.Tensor, damping: float) -> error_feedback.FloatArray:
+    def coupling(moments: torch.Tensor, damping: float) -> error_feedback.Coupling:
         seen.append(moments.clone())
         return original(moments, damping)
 
@@ -200,3 +201,56 @@ def test_its_time_is_estimated_before_anything_is_embedded(name: str, calibratio
     source = ModelDirectory(model)
     tokens = tokenize(CalibrationText("Some words. " * 200, "words"), source.load_tokenizer(), 256)
     assert FeedbackPass(source, plan, tokens, None, ComputeOptions(n_threads=2)).expected_seconds() > 0
+
+
+ADDED = {
+    "llama": {"self_attn.o_proj": 1.0, "mlp.down_proj": 1.0},
+    "granite": {"self_attn.o_proj": 0.3, "mlp.down_proj": 0.3},
+    "gemma3": {},  # a norm follows
+    "falcon-h1": {"mamba.out_proj": 1.0, "self_attn.o_proj": 1.0, "feed_forward.down_proj": 1.0},
+    "qwen3moe": {"self_attn.o_proj": 1.0, "mlp.experts": 1.0},
+    "nemotron-3-super": {"mixer.out_proj": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", list(ADDED))
+def test_modules_that_add_to_the_hidden_states_are_found(name: str, tmp_path: Path) -> None:
+    source = ModelDirectory(TINY_MODELS[name].write(tmp_path / "model"))
+    layer = LayerModel.of(source, ComputeOptions(n_threads=2))
+    states = layer.embed(source, np.arange(48).reshape(2, 24))
+    layer.load(source, 0)
+    with torch.no_grad():
+        assert additions(layer, states) == pytest.approx(ADDED[name], rel=1e-3)
+
+
+def test_states_behind_attention_are_those_before_the_feed_forward_network(tiny_model: Path) -> None:
+    source = ModelDirectory(tiny_model)
+    layer = LayerModel.of(source, ComputeOptions(n_threads=2, in_float32=True))
+    states = layer.embed(source, np.arange(48).reshape(2, 24))
+    layer.load(source, 0)
+    seen: list[torch.Tensor] = []
+    norm = layer.layer.get_submodule("post_attention_layernorm")
+    with torch.no_grad():
+        added = additions(layer, states)
+        norm.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+        with states_behind(added, layer) as behind:
+            output = layer.forward(states)
+    found = behind(output)
+    torch.testing.assert_close(found["self_attn.o_proj"], seen[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["mlp.down_proj"], output)
+
+
+def test_what_earlier_layers_lack_is_partly_made_good(
+    tiny_model: Path, fed: Conversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hidden states behind the last layer are closer to the intact model's."""
+    prepared, errors = fed.prepared, {}
+    tokens = tokenize(CalibrationText("some words to run on " * 400, "test"), load_source_tokenizer(tiny_model), 2048)
+    exact = ComputeOptions(n_threads=2, in_float32=True)
+    for share in (0.0, 0.5):
+        monkeypatch.setattr(feedback_pass, "_SHARE_MADE_GOOD", share)
+        feedback = FeedbackPass(ModelDirectory(tiny_model), prepared.plan, tokens, prepared.measured.importance, exact)
+        for _ in feedback.encoded():
+            pass
+        errors[share] = feedback.block_errors
+    assert errors[0.5][-1] < 0.95 * errors[0.0][-1]

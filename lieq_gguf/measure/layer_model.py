@@ -329,6 +329,24 @@ class LayerModel:
                 after = (output[0] if isinstance(output, tuple) else output).float().cpu()
                 yield rows, self._joined(after, self._carried.after(self.index, carried, around))
 
+    def run(self, states: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the layer on one batch with other parameters, so that gradients reach them.
+
+        Args:
+            states: ``[n_chunks, chunk_size, state_width]``.
+            weights: Name of a parameter of the layer to its numbers.
+
+        Returns:
+            The same shape in float32.
+        """
+        hidden, carried = self.hidden_part(states), states[..., self._d_model :]
+        around = self._around_layers(hidden.shape)[self._layers.index(self.layer)]
+        around = around | self._carried.arguments(carried, self.device, self._of_tokens)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            output = torch.func.functional_call(self.layer, dict(weights), (hidden.to(self.device),), around)
+        after = (output[0] if isinstance(output, tuple) else output).float()
+        return self._joined(after, self._carried.after(self.index, carried, around))
+
     def batches(self, hidden: torch.Tensor) -> Iterator[slice]:
         """Rows of ``hidden`` for each batch."""
         step = max(1, _BATCH_TOKENS // hidden.shape[1])
@@ -389,11 +407,15 @@ class LayerModel:
         names = () if family is None else family.header_parameters
         return {name: torch.full_like(own[name], spec.config[name][index]) for name in names}
 
-    def _prepare(self, index: int) -> None:
-        """Select the module for the layer of an index, and make room for its weights."""
+    def select(self, index: int) -> None:
+        """Make this the layer of an index, without its weights, for :meth:`run`."""
         self.index = index
         self.layer = self._layers[self._slots[index]]
         self._of_tokens = None if self._token_inputs is None else self._token_inputs.of_layer(index)
+
+    def _prepare(self, index: int) -> None:
+        """Select the layer of an index, and make room for its weights."""
+        self.select(index)
         self.forget_rounded()
         with torch.inference_mode(mode=False):
             for parameter, shape in self._forgotten:

@@ -31,9 +31,16 @@ class OutputHead:
         self._divisor = divisor
         self._cap = cap
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of final hidden states ``[…, d_model]``, on the CPU."""
+    @property
+    def n_vocab(self) -> int:
+        """Rows of the output matrix."""
+        return int(self._matrix.shape[0])
+
+    def logits(self, hidden: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of final hidden states ``[…, d_model]``, on the device; ``factors`` ``[d_model]`` go to the norm."""
         normed = self._normed(hidden)
+        if factors is not None:
+            normed = normed * factors
         return torch.cat([self._products(normed, rows) for rows in self._row_batches()], dim=-1)
 
     def divergence(
@@ -56,8 +63,8 @@ class OutputHead:
         top = torch.full((normed.shape[0],), -torch.inf, dtype=torch.float64)
         total, other_total, gap = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
         for rows in self._row_batches():
-            z = self._products(normed, rows).double()
-            other_z = self._products(other_normed, rows if change is None else change(rows)).double()
+            z = self._products(normed, rows).cpu().double()
+            other_z = self._products(other_normed, rows if change is None else change(rows)).cpu().double()
             new_top = torch.maximum(top, torch.maximum(z, other_z).amax(dim=-1))
             shrink = (top - new_top).exp()
             p = (z - new_top[:, None]).exp()
@@ -73,7 +80,7 @@ class OutputHead:
         return result
 
     def _products(self, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        logits = (normed @ rows.T).cpu() / self._divisor
+        logits = (normed @ rows.T) / self._divisor
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def _row_batches(self) -> Iterator[torch.Tensor]:

@@ -161,7 +161,7 @@ class _Comparison:
     ) -> float:
         matrix = weights.head()
         head = layer.output_head(weights, matrix)  # type: ignore[arg-type]  # rows are read when they are needed
-        error = logits_change(head.logits(hidden).numpy(), logits)
+        error = logits_change(head.logits(hidden).cpu().numpy(), logits)
         check_head(error, head_bound(matrix.quant_type), _TRANSFORMERS)
         return error
 

@@ -42,8 +42,30 @@ _SUB_BLOCK = 32  # columns corrected one by one; errors reach later columns by p
 _LEAST_ROWS, _MOST_ROWS = 384, 1024  # rows per task of a thread: fewer are slow, more leave threads idle
 
 
-def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
-    """The weights with which errors correct later columns: ``A`` of ``H = (A D) (A D)ᵀ``, ``[n_in, n_in]``.
+@dataclass(frozen=True)
+class Coupling:
+    """Damped second moments ``H = A P Aᵀ``.
+
+    Attributes:
+        weights: ``A`` ``[n_in, n_in]``, upper triangular with ones on the diagonal: the weights with which errors
+            correct later columns.
+        pivots: The diagonal of ``P`` ``[n_in]``.
+    """
+
+    weights: FloatArray
+    pivots: FloatArray
+
+    def divided(self, products: FloatArray) -> FloatArray:
+        """``products`` ``[n_out, n_in]`` times the inverse of ``H``."""
+        with _blas().limit(limits=torch.get_num_threads(), user_api="blas"):
+            half = solve_triangular(self.weights, products.T, unit_diagonal=True, check_finite=False)
+            half /= self.pivots[:, None]
+            result = solve_triangular(self.weights, half, trans="T", unit_diagonal=True, check_finite=False)
+        return np.ascontiguousarray(result.T)
+
+
+def coupling(moments: torch.Tensor, damping: float = DAMPING) -> Coupling:
+    """Damp and factor second moments.
 
     Works in the memory of ``moments``, since the moments of a wide matrix can be as large as a layer.
 
@@ -61,7 +83,7 @@ def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
     if not np.isfinite(mean):
         raise CalibrationError("the second moments of the activations are not finite; the model's weights are damaged")
     if mean <= 0:
-        return np.eye(n_in, dtype=np.float32)
+        return Coupling(np.eye(n_in, dtype=np.float32), np.ones(n_in, dtype=np.float32))
     _reverse(matrix)  # L Lᵀ of the reversed matrix is U Uᵀ of the matrix, with U the reversed L
     diagonal = np.einsum("ii->i", matrix)
     diagonal += _FLOOR * mean
@@ -75,8 +97,9 @@ def coupling(moments: torch.Tensor, damping: float = DAMPING) -> FloatArray:
             for i in range(n_in):
                 matrix[i, i + 1 :] = 0
             _reverse(matrix)
-            matrix /= matrix.diagonal().copy()
-            return matrix
+            roots = matrix.diagonal().copy()
+            matrix /= roots
+            return Coupling(matrix, np.square(roots))
         for i in range(n_in):  # restore it from the other triangle, which is unchanged
             matrix[i, :i] = matrix[:i, i]
         diagonal[:] = damped
@@ -110,12 +133,12 @@ class MatrixToEncode:
     importance: FloatArray | None
 
 
-def encode(matrices: Sequence[MatrixToEncode], coupled: FloatArray, n_threads: int = 1) -> list[ByteArray]:
+def encode(matrices: Sequence[MatrixToEncode], coupled: Coupling, n_threads: int = 1) -> list[ByteArray]:
     """Encode matrices that share an input, with error feedback.
 
     Args:
         matrices: The matrices.
-        coupled: ``A`` of their input ``[n_in, n_in]``.
+        coupled: The second moments of their input.
         n_threads: Threads over rows. The bytes do not depend on it.
 
     Returns:
@@ -129,7 +152,7 @@ def encode(matrices: Sequence[MatrixToEncode], coupled: FloatArray, n_threads: i
     def encode_slice(row_slice: tuple[int, slice]) -> None:
         index, rows = row_slice
         matrix = matrices[index]
-        results[index][rows] = _encode_rows(matrix.weights[rows], matrix.quant_type, matrix.importance, coupled)
+        results[index][rows] = _encode_rows(matrix.weights[rows], matrix.quant_type, matrix.importance, coupled.weights)
 
     # One BLAS thread, since the threads over rows already use all cores.
     with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(max(1, n_threads)) as pool:

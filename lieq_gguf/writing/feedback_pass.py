@@ -1,8 +1,12 @@
 """Writing with error feedback: a second pass, in which the input of every layer comes from quantised layers.
 
 Layer by layer: measure the second moments of the inputs, encode the layer's matrices so that their outputs, not their
-weights, stay close (``error_feedback``), replace the original matrices, and continue with the layer's new output. So a
-layer's feedback also corrects some of the error of the layers before it.
+weights, stay close (``error_feedback``), replace the original matrices, and continue with the layer's new output.
+
+The intact model runs beside it. What the quantised layers before have made of a matrix's input ``x`` lacks something of
+the intact model's input; of it, ``x`` tells a part, by least squares, and half of this part is made good by moving the
+weights before they are encoded. A matrix whose output is added to the hidden states makes good what these lack.
+Source: GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695, for the inputs; the hidden states are our own.
 
 Of experts, the matrices that take the input of the whole mixture share its moments. The others have those of the
 expert's own tokens, whose correlations count the less the fewer they are; an expert that no token reaches has no
@@ -14,6 +18,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 
@@ -24,6 +30,7 @@ import torch
 from lieq_gguf.errors import CalibrationError, QuantizationError
 from lieq_gguf.measure.experts import mixture_of, takes_own_input
 from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.stream import Additions, additions, states_behind
 from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.measure.torch_setup import keep_freed_memory
 from lieq_gguf.native import encoders, ggml
@@ -39,8 +46,10 @@ from lieq_gguf.writing.second_moments import SecondMoments
 from lieq_gguf.writing.writer import EncodedRows, encode_tensors
 
 ByteArray = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float32]
 
 _N_COMPARED = 4  # sequences whose outputs are compared for the block errors
+_SHARE_MADE_GOOD = 0.5  # all of it would fit the calibration text too well
 _FEEDBACK_SECONDS = 1e-7  # per weight, besides its encoder
 
 
@@ -48,8 +57,8 @@ class FeedbackPass:
     """The second pass.
 
     Attributes:
-        block_errors: One per finished layer: mean over tokens of ``‖h' − h‖² / ‖h‖²`` of its output, ``h'`` with all
-            its matrices quantised, both on the input from the quantised layers before it.
+        block_errors: One per finished layer: mean over tokens of ``‖h' − h‖² / ‖h‖²`` of its output, ``h`` in the
+            intact model and ``h'`` with all matrices quantised up to here.
     """
 
     def __init__(
@@ -86,9 +95,9 @@ class FeedbackPass:
         spec = self._source.spec
         matrices = [t for layer in spec.layer_matrices for t in layer]
         widths = sorted(t.shape[-1] for t in matrices)
-        of_moments = sum(n * n for n in set(widths)) + 2 * widths[-1] ** 2
+        of_moments = 2 * sum(n * n for n in set(widths)) + 2 * widths[-1] ** 2
         inputs = (t.shape[-1] * t.shape[0] * t.active_share for t in matrices if t.of_experts and _takes_own_input(t))
-        n_states = 3 * self._layer.state_width + round(max(inputs, default=0))
+        n_states = 5 * self._layer.state_width + round(max(inputs, default=0))
         return int(4 * (of_moments + self._ids.size * n_states))
 
     def expected_seconds(self) -> float:
@@ -102,6 +111,8 @@ class FeedbackPass:
             start = time.perf_counter()
             with layer.watching_inputs(moments.see_input, with_mixtures=True):
                 layer.forward(hidden[rows])
+            moments.end_batch({})
+            layer.forward(hidden[rows])
             layer.forward(hidden[rows])
             of_pass = (time.perf_counter() - start) * len(hidden) / len(hidden[rows]) * spec.n_layers
         n_weights: Counter[str] = Counter()
@@ -117,13 +128,13 @@ class FeedbackPass:
             CalibrationError: if the activations are not finite.
             QuantizationError: if a tensor cannot be encoded.
         """
-        hidden = self._embedded()
+        states = _States(self._layer.embed(self._source, self._ids), self._embedded())
         keep_freed_memory()
         for index, group in groupby(self._source.spec.tensors, key=lambda tensor: tensor.layer):
             tensors = tuple(group)
             matrices: dict[str, ByteArray] = {}
             if index is not None:
-                matrices, hidden = self._encode_layer(index, hidden)
+                matrices, states = self._encode_layer(index, states)
             for tensor in tensors:
                 if tensor.name in matrices:
                     yield EncodedRows(tensor, matrices.pop(tensor.name), is_last=True)
@@ -141,14 +152,13 @@ class FeedbackPass:
 
         return self._layer.embed(self._source, self._ids, rows_of)
 
-    def _encode_layer(self, index: int, hidden: torch.Tensor) -> tuple[dict[str, ByteArray], torch.Tensor]:
-        """The layer's encoded matrices, rows in file order, and its output with them."""
+    def _encode_layer(self, index: int, states: _States) -> tuple[dict[str, ByteArray], _States]:
+        """The layer's encoded matrices, rows in file order, and its output."""
         layer = self._layer
         layer.load(self._source, index)
-        moments = self._moments()
         with torch.inference_mode():
-            with layer.watching_inputs(moments.see_input, with_mixtures=True):
-                intact = layer.forward(hidden)
+            added = additions(layer, states.intact)
+            moments, intact = self._measure(states, added)
             layer.forget_rounded()  # every matrix gets other weights before the layer runs again
             if not bool(intact.sum().isfinite()):
                 raise CalibrationError(f"the output of layer {index} is not finite; the model's weights are damaged")
@@ -156,13 +166,32 @@ class FeedbackPass:
             for modules in moments.groups():
                 # a name would keep the moments alive: for a wide matrix they take hundreds of megabytes
                 coupled = error_feedback.coupling(moments.take(modules[0]), self._damping(modules[0], moments))
+                lack = moments.take_lack(modules[0])
                 for together in self._sharing(modules):
-                    encoded |= self._encode_matrices(together, coupled)
+                    encoded |= self._encode_matrices(together, coupled, lack, added)
             matrices = {tensor.name: self._joined(tensor, encoded) for tensor in layer.modules}
-            quantized = layer.forward(hidden)
-        some = slice(None, None, -(-len(hidden) // _N_COMPARED))
+            quantized = layer.forward(states.quantized)
+        some = slice(None, None, -(-len(intact) // _N_COMPARED))
         self.block_errors.append(layer.relative_change(intact[some], quantized[some]))
-        return matrices, quantized
+        return matrices, _States(intact, quantized)
+
+    def _measure(self, states: _States, added: Additions) -> tuple[SecondMoments, torch.Tensor]:
+        """Moments of the inputs from quantised layers, what they lack, and the output of the intact model."""
+        layer, moments = self._layer, self._moments()
+        intact = torch.empty_like(states.intact)
+        for rows in layer.batches(intact):
+            with ExitStack() as watching:
+                watching.enter_context(layer.watching_inputs(moments.see_intact, with_mixtures=True))
+                behind = watching.enter_context(states_behind(added, layer))
+                intact[rows] = layer.forward(states.intact[rows])
+            expected = behind(intact[rows])
+            with ExitStack() as watching:
+                watching.enter_context(layer.watching_inputs(moments.see_input, with_mixtures=True))
+                behind = watching.enter_context(states_behind(added, layer))
+                output = layer.forward(states.quantized[rows])
+            found = behind(output)
+            moments.end_batch({name: expected[name] - found[name] for name in found.keys() & layer.tensors.keys()})
+        return moments, intact
 
     def _moments(self) -> SecondMoments:
         tensors = self._layer.tensors
@@ -190,9 +219,16 @@ class FeedbackPass:
                 for _, of_expert in groupby(by_expert, key=lambda name: name.rpartition(".")[0]):
                     yield list(of_expert)
 
-    def _encode_matrices(self, modules: list[str], coupled: error_feedback.FloatArray) -> dict[str, ByteArray]:
+    def _encode_matrices(
+        self, modules: list[str], coupled: error_feedback.Coupling, lack: torch.Tensor | None, added: Additions
+    ) -> dict[str, ByteArray]:
         """Encode the matrices that share an input, and put the decoded matrices into the layer."""
         matrices = [self._matrix(module) for module in modules]
+        if lack is not None:
+            for i, module in enumerate(modules):
+                matrices[i] = replace(
+                    matrices[i], weights=_moved(matrices[i].weights, lack, coupled, added.get(module))
+                )
         try:
             encoded = error_feedback.encode(matrices, coupled, self._n_threads)
         except QuantizationError as error:
@@ -225,6 +261,35 @@ class FeedbackPass:
                 )
                 self._assign(module, encoded[module], matrix.quant_type)
         return np.concatenate([encoded.pop(module) for module in self._layer.modules[tensor]])
+
+
+def _moved(
+    weights: FloatArray, lack: torch.Tensor, coupled: error_feedback.Coupling, factor: float | None
+) -> FloatArray:
+    """Weights ``[n_out, n_in]`` that make good a share of what inputs lack, or of what hidden states lack.
+
+    Args:
+        weights: The weights.
+        lack: ``mean(δ xᵀ)``, of the input ``[n_in, n_in]``, or of the hidden states ``[n_out, n_in]``.
+        coupled: The second moments of the input ``x``.
+        factor: By what the output is multiplied before it is added to the hidden states; None if it is not added.
+    """
+    lacking: FloatArray = lack.numpy()
+    products = weights @ lacking if factor is None else lacking / np.float32(factor)
+    return weights + np.float32(_SHARE_MADE_GOOD) * coupled.divided(products)
+
+
+@dataclass(frozen=True)
+class _States:
+    """States between two layers ``[n_chunks, chunk_size, state_width]``.
+
+    Attributes:
+        intact: Of the intact model.
+        quantized: From the quantised layers.
+    """
+
+    intact: torch.Tensor
+    quantized: torch.Tensor
 
 
 def _takes_own_input(tensor: TensorSpec) -> bool:

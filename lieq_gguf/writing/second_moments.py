@@ -1,8 +1,8 @@
-"""Second moments of the inputs of a layer's matrices, for error feedback."""
+"""Second moments of the inputs of a layer's matrices, for error feedback, and what they lack of the intact model's."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +31,14 @@ class SecondMoments:
         self._n_tokens: dict[str, int] = {}
         self._modules: dict[str, list[str]] = {}
         self._last: tuple[torch.Tensor, str] | None = None
+        self._intact: dict[str, torch.Tensor] = {}
+        self._batch: dict[str, torch.Tensor] = {}
+        self._lacks: dict[str, torch.Tensor] = {}
+
+    def see_intact(self, module: str, x: torch.Tensor) -> None:
+        """Remember an input in the intact model, for the same tokens as the next batch."""
+        if module in self._watched:
+            self._intact[module] = x
 
     def see_input(self, module: str, x: torch.Tensor) -> None:
         """Add a batch; a tensor that reaches several modules is summed once, under the name of the first."""
@@ -47,7 +55,23 @@ class SecondMoments:
         self._note(module, module)
         rows = x.reshape(-1, x.shape[-1])
         self._n_tokens[module] = self._n_tokens.get(module, 0) + len(rows)
+        self._batch[module] = rows
         self._add(module, rows)
+
+    def end_batch(self, lacking: Mapping[str, torch.Tensor]) -> None:
+        """Sum ``δ xᵀ`` over the tokens of a batch, for every distinct input ``x`` of it.
+
+        ``δ`` is what the input lacks of the intact model's, or ``lacking`` ``[…, n]`` for the modules named there.
+        """
+        for module, rows in self._batch.items():
+            if module in lacking:
+                lack = lacking[module].reshape(len(rows), -1).to(rows.device)
+            elif module in self._intact:
+                lack = self._intact[module].reshape(rows.shape).float() - rows.float()
+            else:
+                continue
+            self._add_product(self._lacks, module, lack, rows.float())
+        self._intact, self._batch = {}, {}
 
     def groups(self) -> list[list[str]]:
         """Groups of modules that share an input, in the order in which they run."""
@@ -64,12 +88,19 @@ class SecondMoments:
             self._add(first, torch.cat(self._inputs.pop(first)))
         return self._sums.pop(first).div_(self._n_tokens[first]).cpu()
 
+    def take_lack(self, first: str) -> torch.Tensor | None:
+        """``mean(δ xᵀ)`` ``[n, n_in]`` for a group's first module, on the CPU; None if there is none."""
+        return self._lacks.pop(first).div_(self._n_tokens[first]).cpu() if first in self._lacks else None
+
     def _add(self, module: str, rows: torch.Tensor) -> None:
         rows = rows.float()
-        if module not in self._sums:
-            self._sums[module] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        self._add_product(self._sums, module, rows, rows)
+
+    def _add_product(self, sums: dict[str, torch.Tensor], module: str, left: torch.Tensor, right: torch.Tensor) -> None:
+        if module not in sums:
+            sums[module] = torch.zeros(left.shape[1], right.shape[1], device=right.device)
         with _rounding_products(self._in_bfloat16):
-            self._sums[module].addmm_(rows.T, rows)
+            sums[module].addmm_(left.T, right)
 
     def _note(self, first: str, module: str) -> None:
         modules = self._modules.setdefault(first, [])

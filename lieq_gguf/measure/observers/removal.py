@@ -36,8 +36,8 @@ class Removal(Observer):
 
     def conclude(self, output_head: OutputHead, hidden: torch.Tensor) -> None:
         """Compare the perplexities."""
-        intact = self._perplexity(output_head.logits(hidden[self._sample]))
-        self._perplexity_drops = tuple(self._perplexity(output_head.logits(v)) - intact for v in self._variants)
+        intact = self._perplexity(output_head.logits(hidden[self._sample]).cpu())
+        self._perplexity_drops = tuple(self._perplexity(output_head.logits(v).cpu()) - intact for v in self._variants)
 
     def statistics(self, layer: int) -> Mapping[str, Any]:
         """Perplexity without the layer minus perplexity, on the sample."""
