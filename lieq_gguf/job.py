@@ -56,8 +56,10 @@ class Job:
 
     def provenance(self, importance: ImportanceMatrix | None, types_are_quantized: bool) -> Provenance:
         """What the file says about its origin."""
-        note = imatrix_note(self.source.spec, self.request.measuring, importance) if types_are_quantized else None
-        return Provenance(self.request.writing.command_line, note)
+        if not types_are_quantized:
+            return Provenance(self.request.writing.command_line)
+        note = imatrix_note(self.source.spec, self.request.measuring, importance)
+        return Provenance(self.request.writing.command_line, note, self.request.writing.tune)
 
 
 def resolve(request: Request, progress: Progress, *, for_writing: bool = True) -> Job:
@@ -106,7 +108,8 @@ def _expected_header_bytes(
 ) -> int:
     no_scores = (0.0,) * source.spec.n_layers
     labels = PlanLabels(options.method, scorer_of(options), options.profile, False, budget, no_scores)
-    provenance = Provenance(request.writing.command_line, imatrix_note(source.spec, request.measuring, None))
+    note = imatrix_note(source.spec, request.measuring, None)
+    provenance = Provenance(request.writing.command_line, note, request.writing.tune)
     return header_bytes(source.spec, metadata, labels, provenance) + _HEADER_SLACK
 
 
@@ -182,6 +185,8 @@ def _limited_to_engine(source: Source, request: Request) -> AllocationOptions:
             f"{why}, which cannot run a layer again with quantised weights, as error feedback does; "
             "use --no-error-feedback"
         )
+    if request.writing.tune != "none":
+        raise CalibrationError(f"{why}, which has no gradients, as tuning needs; leave out --tune")
     if options.scorer is not None:
         shown_scorer(source, options.scorer)
     if options.method == "best":
@@ -228,7 +233,7 @@ def _measuring_for_problem(source: Source, request: Request, problem: Problem, f
         importance=for_writing and problem.is_quantized,
         types=types_on_offer(options.types, request.measuring.use_imatrix),  # of any profile: the cache serves all
         costly=scorers()[problem.scorer].is_costly,
-        tokens=for_writing and problem.error_feedback and problem.is_quantized,
+        tokens=for_writing and problem.is_quantized and (problem.error_feedback or request.writing.tune != "none"),
     )
     return resolve_measuring(source, request.measuring, request.compute, needs)
 
@@ -253,5 +258,6 @@ def _given_plan(file: Path, source: Source, request: Request) -> QuantPlan:
 def _measuring_for_plan(source: Source, request: Request, plan: QuantPlan, for_writing: bool) -> MeasuringTask:
     """What to measure in order to write the file."""
     is_quantized = quantizes_layers(plan.types, source.spec) and for_writing
-    needs = MeasuringNeeds(scores=False, importance=is_quantized, tokens=for_writing and plan.error_feedback)
+    has_tokens = plan.error_feedback or (is_quantized and request.writing.tune != "none")
+    needs = MeasuringNeeds(scores=False, importance=is_quantized, tokens=for_writing and has_tokens)
     return resolve_measuring(source, request.measuring, request.compute, needs)

@@ -33,6 +33,7 @@ from lieq_gguf.writing.writer import encode_tensors, write_file
 if TYPE_CHECKING:
     from lieq_gguf.writing.differences import Equality
     from lieq_gguf.writing.feedback_pass import FeedbackPass
+    from lieq_gguf.writing.model_tuning import ModelTuning
 
 _COMPARED_CHARACTERS = 2000  # more than the tokens that are compared
 
@@ -60,6 +61,12 @@ class PreparedFile:
         """Generation speed predicted from the decode costs."""
         return 1 / self.job.costs.seconds(self.job.source.spec.tensors, self.plan.types)
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether scales and norms are tuned after the codes are chosen."""
+        tunes = self.job.request.writing.tune != "none"
+        return tunes and quantizes_layers(self.plan.types, self.job.source.spec)
+
     def to_json(self) -> dict[str, Any]:
         """The document that ``plan --json`` prints."""
         return (
@@ -85,7 +92,8 @@ class Conversion:
         output: The file.
         prepared: Its plan and figures.
         seconds: Stage name to wall-clock seconds.
-        block_errors: With error feedback, one per layer: how far quantising all its matrices moves its output.
+        block_errors: With error feedback, one per layer: how far its output is from the intact model's.
+        divergences: Divergence on calibration sequences held out from tuning, before and after it; None without.
         equality: How equal the file and its model are; None without proof.
     """
 
@@ -93,6 +101,7 @@ class Conversion:
     prepared: PreparedFile
     seconds: Mapping[str, float]
     block_errors: tuple[float, ...] = ()
+    divergences: tuple[float, float] | None = None
     equality: Equality | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -102,6 +111,9 @@ class Conversion:
             "kind": "conversion",
             "output": str(self.output),
             "block_errors": list(self.block_errors),
+            "tuning": None
+            if self.divergences is None
+            else dict(zip(("before", "after"), self.divergences, strict=True)),
             "equality": None if self.equality is None else self.equality.to_json(),
             "seconds": _rounded(self.seconds),
         }
@@ -123,11 +135,13 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
         ggml.prepare([QUANT_TYPES[name] for name in sorted(set(job.plan.types.values()))])
     prepared = prepare(job, progress)
     feedback = _feedback_pass(prepared, progress) if prepared.plan.error_feedback else None
+    tuning = _tuning(prepared, progress) if prepared.is_tuned else None
     with replaced_when_complete(job.output) as temporary:
-        _write(temporary, prepared, feedback, progress)
-        equality = _verify(temporary, prepared, progress)
+        checksums = _write(temporary, prepared, feedback, tuning, progress)
+        equality = _verify(temporary, prepared, checksums, progress)
     block_errors = () if feedback is None else tuple(feedback.block_errors)
-    return Conversion(job.output, prepared, dict(progress.seconds), block_errors, equality)
+    divergences = None if tuning is None else tuning.divergences
+    return Conversion(job.output, prepared, dict(progress.seconds), block_errors, divergences, equality)
 
 
 def plan(request: Request, progress: Progress | None = None) -> PreparedFile:
@@ -233,7 +247,24 @@ def _feedback_pass(prepared: PreparedFile, progress: Progress) -> FeedbackPass:
     return feedback
 
 
-def _write(file: Path, prepared: PreparedFile, feedback: FeedbackPass | None, progress: Progress) -> None:
+def _tuning(prepared: PreparedFile, progress: Progress) -> ModelTuning:
+    """Prepare tuning and say how long it will take."""
+    from lieq_gguf.writing.model_tuning import ModelTuning
+
+    task = prepared.job.measuring
+    tuning = ModelTuning(task.source, prepared.plan, task.tokens, task.compute)
+    if not progress.silent:
+        progress.note(
+            f"tuning takes about {tuning.expected_seconds():.0f} s and {tuning.expected_bytes() / 1e6:.0f} MB besides; "
+            "--tune none skips it"
+        )
+    return tuning
+
+
+def _write(
+    file: Path, prepared: PreparedFile, feedback: FeedbackPass | None, tuning: ModelTuning | None, progress: Progress
+) -> Mapping[str, int]:
+    """Write the file; returns the checksum of every tensor."""
     source, n_threads = prepared.job.source, prepared.job.request.compute.n_threads
     tensors = source.spec.tensors
     with progress.stage("write", "Quantising", sum(t.n_weights for t in tensors)) as advance:
@@ -241,14 +272,18 @@ def _write(file: Path, prepared: PreparedFile, feedback: FeedbackPass | None, pr
             encoded = encode_tensors(source, tensors, prepared.plan, prepared.measured.importance, n_threads)
         else:
             encoded = feedback.encoded()
-        write_file(file, prepared.header, encoded, advance)
+        if tuning is None:
+            return write_file(file, prepared.header, encoded, advance)
+        tuning.take(encoded, advance)
+    with progress.stage("tune", "Tuning", 1.0) as advance:
+        return write_file(file, prepared.header, tuning.tuned(advance))
 
 
-def _verify(file: Path, prepared: PreparedFile, progress: Progress) -> Equality | None:
+def _verify(file: Path, prepared: PreparedFile, checksums: Mapping[str, int], progress: Progress) -> Equality | None:
     job, tensors = prepared.job, prepared.job.source.spec.tensors
     with progress.stage("verify", "Verifying", sum(t.n_weights for t in tensors)) as advance:
         shapes = {t.name: t.shape for t in tensors}
-        verify(file, prepared.plan.types, shapes, job.request.compute.n_threads, advance)
+        verify(file, prepared.plan.types, shapes, job.request.compute.n_threads, advance, checksums)
         check_tokenizer(job.source, file, job.metadata.vocabulary, progress)
     if not job.request.writing.proof:
         return None

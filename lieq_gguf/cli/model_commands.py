@@ -162,7 +162,7 @@ def _refuse_ignored(
         why = "the plan decides the types; leave this out, or make another plan"
         refuse_given(given, _DECIDED_BY_PLAN, why)
     if measuring.imatrix is not None and (measuring.scores_file is not None or target.plan is not None):
-        has_pass = _has_feedback_pass(writing.error_feedback, target.plan)
+        has_pass = writing.tune != "none" or _has_feedback_pass(writing.error_feedback, target.plan)
         ignored = _ONLY_FOR_SCORES + (() if has_pass else _ONLY_FOR_A_PASS)
         refuse_given(given, ignored, "nothing is measured with these files; leave this out")
 

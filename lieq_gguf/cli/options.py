@@ -21,6 +21,7 @@ from lieq_gguf.errors import LieqError
 from lieq_gguf.progress import Progress
 from lieq_gguf.records.options import (
     MTP_CHOICES,
+    TUNE_CHOICES,
     ComputeOptions,
     GenerationOptions,
     MeasuringOptions,
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
     MethodName: TypeAlias = str
     MtpChoice: TypeAlias = str
     ProfileName: TypeAlias = str
+    TuneChoice: TypeAlias = str
 else:
     MethodName = Literal[tuple(METHODS)]
     MtpChoice = Literal[MTP_CHOICES]
     ProfileName = Literal[tuple(PROFILES)]
+    TuneChoice = Literal[TUNE_CHOICES]
 
 
 debug_is_on = False
@@ -382,6 +385,14 @@ class FileArguments(FeedbackArguments):
         typer.Option("--output", "-o", metavar="FILE", help="File to write.", show_default="MODEL-BITSbpw.gguf"),
     ] = WritingOptions.output
     force: Force = WritingOptions.force
+    tune: Annotated[
+        TuneChoice,
+        typer.Option(
+            "--tune",
+            help="Tune the scales of all blocks, and the norms, so that the whole model's answers diverge less: same "
+            "types, codes and size. `model` takes several times as long as the rest; more --n-tokens give more.",
+        ),
+    ] = WritingOptions.tune
     proof: Annotated[
         bool,
         typer.Option(
@@ -394,7 +405,7 @@ class FileArguments(FeedbackArguments):
 
     def options(self) -> WritingOptions:
         """How to write the file."""
-        return replace(super().options(), output=self.output, force=self.force, proof=self.proof)
+        return replace(super().options(), output=self.output, force=self.force, tune=self.tune, proof=self.proof)
 
 
 def command_line() -> str:

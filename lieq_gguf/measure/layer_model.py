@@ -199,7 +199,7 @@ class LayerModel:
         for tensor in (t for t in source.spec.tensors if t.layer == index):
             stored = source.read(tensor)
             weights |= zip(tensor.names_in_layer, stored if tensor.of_experts else (stored,), strict=True)
-        weights |= self._header_parameters(source.spec, index)
+        weights |= self.header_parameters(source.spec, index)
         result = self.layer.load_state_dict(weights, strict=False)
         if result.missing_keys or result.unexpected_keys:
             raise SourceError(f"a layer's tensors do not match transformers' model: {result}")
@@ -227,6 +227,12 @@ class LayerModel:
     def forget_rounded(self) -> None:
         """Free the memory of the bfloat16 matrices; they are rounded again when needed."""
         self._rounded_weights.clear()
+
+    def header_parameters(self, spec: ModelSpec, index: int) -> dict[str, torch.Tensor]:
+        """Parameters of the layer that no file of llama.cpp has as a tensor."""
+        family, own = family_named(spec.architecture), self.layer.state_dict()
+        names = () if family is None else family.header_parameters
+        return {name: torch.full_like(own[name], spec.config[name][index]) for name in names}
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -400,12 +406,6 @@ class LayerModel:
 
     def _as_in_model(self, module: str, columns: torch.Tensor) -> torch.Tensor:
         return columns[..., self._columns[module][1].to(columns.device)] if module in self._columns else columns
-
-    def _header_parameters(self, spec: ModelSpec, index: int) -> dict[str, torch.Tensor]:
-        """Parameters of the layer that no file of llama.cpp has as a tensor."""
-        family, own = family_named(spec.architecture), self.layer.state_dict()
-        names = () if family is None else family.header_parameters
-        return {name: torch.full_like(own[name], spec.config[name][index]) for name in names}
 
     def select(self, index: int) -> None:
         """Make this the layer of an index, without its weights, for :meth:`run`."""

@@ -1,6 +1,9 @@
-"""Prepares torch for a pass: the device, whether it is fast in bfloat16, and how freed memory is kept."""
+"""Prepares torch for a pass: the device, precision, and how freed memory is kept."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,3 +41,14 @@ def torch_device(name: str) -> torch.device:
         first_line = str(error).splitlines()[0]
         raise CalibrationError(f"device '{name}' cannot be used: {first_line}; try --device cpu") from None
     return device
+
+
+@contextmanager
+def rounding_products(rounding: bool) -> Iterator[None]:
+    """For the length of a ``with``, products of float32 matrices may round their factors to bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if rounding else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

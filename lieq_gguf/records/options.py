@@ -13,6 +13,7 @@ def usable_cores() -> int:
 
 
 MTP_CHOICES = ("drop", "keep")
+TUNE_CHOICES = ("none", "model")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class WritingOptions:
         force: Whether to replace an existing file.
         error_feedback: Whether to write with error feedback, in a second pass. None: as a given plan says; without a
             plan, if there is an importance matrix.
+        tune: What is tuned after the codes are chosen, by ``TUNE_CHOICES``.
         proof: Whether to prove that the file is the model that was read, and to keep none that is not.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, if it cannot be recognised.
         command_line: The command, stored in the file.
@@ -74,6 +76,7 @@ class WritingOptions:
     output: Path | None = None
     force: bool = False
     error_feedback: bool | None = None
+    tune: str = "none"
     proof: bool = True
     pre_tokenizer: str | None = None
     command_line: str = ""

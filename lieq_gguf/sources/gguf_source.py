@@ -61,6 +61,8 @@ class GgufSource:
         path: The file; the first of several.
         spec: Tensors and structure of the model.
         why_not_supported: Why transformers cannot run the model; empty if it can.
+        has_error_feedback: Whether it says that it was written with error feedback.
+        is_tuned: Whether it says that scales and norms were tuned.
 
     Raises:
         FormatError: if the file is damaged.
@@ -74,6 +76,8 @@ class GgufSource:
         first = files[0]
         require_language_model(files)
         self.metadata = SourceMetadata({key: first.value_bytes(key) for key in first.keys if _tells_of_model(key)})
+        self.has_error_feedback = first.value("lieq.refine") == "feedback"
+        self.is_tuned = first.value("lieq.tune", "none") != "none"
         self._places = {
             t.spec.name: _Place(file.path, t.offset, t.quant_type, (t.data.shape[0], t.data.shape[1]))
             for file in files

@@ -40,10 +40,12 @@ class Provenance:
     Attributes:
         command_line: The command that made it.
         imatrix: The importance matrix that was used, if any.
+        tune: What was tuned after the codes were chosen, as in ``WritingOptions``.
     """
 
     command_line: str
     imatrix: ImatrixNote | None = None
+    tune: str = "none"
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class _Layout:
         writer.add_string("lieq.scorer", labels.scorer)
         writer.add_string("lieq.profile", labels.profile)
         writer.add_string("lieq.refine", "feedback" if labels.error_feedback else "none")
+        writer.add_string("lieq.tune", self.provenance.tune)
         writer.add_array("lieq.layer_scores", [float(score) for score in labels.layer_scores])
         writer.add_string("lieq.target.kind", labels.budget.kind)
         writer.add_float64("lieq.target.value", labels.budget.value)  # a size needs more digits

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 
 import torch
+
+from lieq_gguf.measure.torch_setup import rounding_products
 
 
 class SecondMoments:
@@ -99,21 +100,10 @@ class SecondMoments:
     def _add_product(self, sums: dict[str, torch.Tensor], module: str, left: torch.Tensor, right: torch.Tensor) -> None:
         if module not in sums:
             sums[module] = torch.zeros(left.shape[1], right.shape[1], device=right.device)
-        with _rounding_products(self._in_bfloat16):
+        with rounding_products(self._in_bfloat16):
             sums[module].addmm_(left.T, right)
 
     def _note(self, first: str, module: str) -> None:
         modules = self._modules.setdefault(first, [])
         if module not in modules:
             modules.append(module)
-
-
-@contextmanager
-def _rounding_products(rounding: bool) -> Iterator[None]:
-    """For the length of a ``with``, products of float32 matrices may round their factors to bfloat16."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if rounding else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

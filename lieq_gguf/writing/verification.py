@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
+from zlib import crc32
 
 import numpy as np
 
@@ -42,6 +43,7 @@ def verify(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     n_threads: int = 1,
     advance: Callable[[float], None] = lambda _amount: None,
+    checksums: Mapping[str, int] | None = None,
 ) -> Verification:
     """Read a file back, compare it with the plan, and run a few tokens in llama.cpp.
 
@@ -51,13 +53,14 @@ def verify(
         shapes: Planned shape of every tensor, or None.
         n_threads: Threads to decode and to run with.
         advance: Called with the number of weights checked.
+        checksums: CRC-32 of the bytes that each tensor should have, or None.
 
     Raises:
         FormatError: if the file is not a complete GGUF file.
-        VerificationError: if a tensor is missing, not planned, of another type or shape, or not finite, or if llama.cpp
-            does not load or run the file.
+        VerificationError: if a tensor is missing, not planned, of another type or shape, not finite, or has other bytes
+            than were written, or if llama.cpp does not load or run the file.
     """
-    n_tensors, n_weights = _check_tensors(file, types, shapes, n_threads, advance)
+    n_tensors, n_weights = _check_tensors(file, types, shapes, checksums or {}, n_threads, advance)
     return Verification(n_tensors, n_weights, _run_in_llama_cpp(file, n_threads))
 
 
@@ -65,6 +68,7 @@ def _check_tensors(
     file: Path,
     types: Mapping[str, str] | None,
     shapes: Mapping[str, tuple[int, ...]] | None,
+    checksums: Mapping[str, int],
     n_threads: int,
     advance: Callable[[float], None],
 ) -> tuple[int, int]:
@@ -76,6 +80,10 @@ def _check_tensors(
         if shapes is not None and shapes[tensor.spec.name] != tensor.spec.shape:
             planned = shapes[tensor.spec.name]
             raise VerificationError(f"{tensor.spec.name} in {file} has shape {tensor.spec.shape}; planned {planned}")
+        if tensor.spec.name in checksums and crc32(tensor.data.data) != checksums[tensor.spec.name]:
+            raise VerificationError(
+                f"{tensor.spec.name} in {file} has other bytes than were written; the disk or its file system lost some"
+            )
     with ThreadPoolExecutor(max(1, n_threads)) as pool:
         slices = [row_slice for tensor in content.tensors for row_slice in _row_slices(tensor)]
         for (tensor, rows), is_finite in zip(slices, pool.map(_is_finite, slices), strict=True):

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ def write_file(
     header: Header,
     encoded: Iterable[EncodedRows],
     advance: Callable[[float], None] = lambda _amount: None,
-) -> None:
+) -> dict[str, int]:
     """Write header and tensors.
 
     Args:
@@ -62,19 +63,25 @@ def write_file(
         encoded: All tensors, in file order.
         advance: Called with the number of weights written.
 
+    Returns:
+        Name of each tensor to the CRC-32 of its bytes.
+
     Raises:
         OutputError: if the file does not have the size in the header.
     """
+    checksums: dict[str, int] = {}
     with target.open("wb") as file:
         file.write(header.content)
         for rows in encoded:
             file.write(rows.data.data)
+            checksums[rows.tensor.name] = crc32(rows.data.data, checksums.get(rows.tensor.name, 0))
             if rows.is_last:
                 file.write(bytes(padded(file.tell()) - file.tell()))
             advance(len(rows.data) / rows.tensor.n_rows * rows.tensor.n_weights)
         written = file.tell()
     if written != header.meter.file_bytes:
         raise OutputError(f"{target} has {written} bytes; planned {header.meter.file_bytes}; please report this")
+    return checksums
 
 
 def encode_tensors(
