@@ -50,6 +50,7 @@ FloatArray = npt.NDArray[np.float32]
 
 _N_COMPARED = 4  # sequences whose outputs are compared for the block errors
 _SHARE_MADE_GOOD = 0.5  # all of it would fit the calibration text too well
+_LARGEST_CHANGE = 0.3  # of the size of a row, so that a file stays the model, and rows of zeros stay zero
 _FEEDBACK_SECONDS = 1e-7  # per weight, besides its encoder
 
 
@@ -226,6 +227,8 @@ class FeedbackPass:
         matrices = [self._matrix(module) for module in modules]
         if lack is not None:
             for i, module in enumerate(modules):
+                if matrices[i].quant_type.family == "trained":  # such weights lie on the type's grid already
+                    continue
                 matrices[i] = replace(
                     matrices[i], weights=_moved(matrices[i].weights, lack, coupled, added.get(module))
                 )
@@ -276,7 +279,11 @@ def _moved(
     """
     lacking: FloatArray = lack.numpy()
     products = weights @ lacking if factor is None else lacking / np.float32(factor)
-    return weights + np.float32(_SHARE_MADE_GOOD) * coupled.divided(products)
+    change = np.float32(_SHARE_MADE_GOOD) * coupled.divided(products)
+    of_weights, of_change = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (weights, change))
+    allowed: FloatArray = np.float32(_LARGEST_CHANGE) * of_weights
+    moved: FloatArray = weights + change * np.minimum(1, allowed / np.maximum(of_change, np.finfo(np.float32).tiny))
+    return moved
 
 
 @dataclass(frozen=True)
