@@ -80,8 +80,23 @@ def test_wrong_scales_and_norms_are_mended(name: str, calibration_text: Path, tm
     assert sum(shares) == pytest.approx(1)
     assert tuning.divergences is not None
     assert tuning.divergences[1] < 0.85 * tuning.divergences[0]
-    for rows in tenth_off:
-        assert after[rows.tensor.name].data.nbytes >= rows.data.nbytes
+    for name, rows in after.items():
+        assert rows.data.nbytes == sum(part.data.nbytes for part in tenth_off if part.tensor.name == name)
+
+
+def test_final_norm_is_tuned_under_any_name(calibration_text: Path, tmp_path: Path) -> None:
+    """LFM2 has it as ``token_embd_norm``."""
+    source = ModelDirectory(TINY_MODELS["lfm2"].write(tmp_path / "model"))
+    plan = planned(request_of(source.path, 2.625, None, "Q2_K", on_text(calibration_text, 256))).plan
+    tokens = tokenize(CalibrationText(calibration_text.read_text(encoding="utf-8"), "a"), source.load_tokenizer(), 2048)
+    tuning = ModelTuning(source, plan, tokens, ComputeOptions(n_threads=2, in_float32=True))
+    tuning.take(encode_tensors(source, source.spec.tensors, plan, None), lambda _n: None)
+    tuned = {rows.tensor.name: rows.data for rows in tuning.tuned(lambda _n: None)}
+    assert tuning.divergences is not None
+    assert tuning.divergences[1] < tuning.divergences[0]
+    norm = source.spec.final_norm
+    assert norm.name == "token_embd_norm.weight"
+    assert not np.array_equal(tuned[norm.name].view(np.float32), next(iter(source.rows(norm))))
 
 
 def test_a_tuned_file_is_proved_and_says_so(

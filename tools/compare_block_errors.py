@@ -4,7 +4,7 @@
 Usage: compare_block_errors.py TEXT [--bits 3] [--n-tokens 16384] [FAMILY|MODEL_DIR …]
 
 FAMILY is a name in tests/support/families.py, for which a tiny model is made; the default is all families. A block
-error is the change of a layer's output, both on the states that quantised layers have made, as in the feedback pass.
+error is the change of a layer's output, both on the states that quantised layers have made.
 """
 
 from __future__ import annotations

@@ -327,13 +327,7 @@ class LayerModel:
         in_bfloat16 = self.in_bfloat16 and not exact
         with self._rounded() if in_bfloat16 else nullcontext():
             for rows in self.batches(hidden):
-                states, carried = self.hidden_part(hidden[rows]), hidden[rows][..., self._d_model :]
-                around = self._around_layers(states.shape)[self._layers.index(self.layer)]
-                around = around | self._carried.arguments(carried, self.device, self._of_tokens)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
-                    output = self.layer(states.to(self.device), **around)
-                after = (output[0] if isinstance(output, tuple) else output).float().cpu()
-                yield rows, self._joined(after, self._carried.after(self.index, carried, around))
+                yield rows, self._output(hidden[rows], {}, in_bfloat16)
 
     def run(self, states: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the layer on one batch with other parameters, so that gradients reach them.
@@ -343,14 +337,22 @@ class LayerModel:
             weights: Name of a parameter of the layer to its numbers.
 
         Returns:
-            The same shape in float32.
+            The same shape in float32, on the CPU.
         """
+        return self._output(states, weights, self.in_bfloat16)
+
+    def _output(self, states: torch.Tensor, weights: Mapping[str, torch.Tensor], in_bfloat16: bool) -> torch.Tensor:
+        """The states behind the layer, some of whose parameters may be replaced."""
         hidden, carried = self.hidden_part(states), states[..., self._d_model :]
         around = self._around_layers(hidden.shape)[self._layers.index(self.layer)]
         around = around | self._carried.arguments(carried, self.device, self._of_tokens)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-            output = torch.func.functional_call(self.layer, dict(weights), (hidden.to(self.device),), around)
-        after = (output[0] if isinstance(output, tuple) else output).float()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
+            inputs = (hidden.to(self.device),)
+            if weights:
+                output = torch.func.functional_call(self.layer, dict(weights), inputs, around)
+            else:
+                output = self.layer(*inputs, **around)
+        after = (output[0] if isinstance(output, tuple) else output).float().cpu()
         return self._joined(after, self._carried.after(self.index, carried, around))
 
     def batches(self, hidden: torch.Tensor) -> Iterator[slice]:

@@ -40,7 +40,6 @@ _HELD_OUT = 16  # one of so many sequences decides whether factors are kept
 _LOGITS = 1 << 24  # held at a time
 _RUNS_OF_LAYER = 4 / 3  # a layer runs a second time for its gradients
 _RUNS_OF_HEAD = 4  # products of the intact model's, the file's, and their gradients
-_FINAL_NORM = "output_norm.weight"
 
 
 class ModelTuning:
@@ -113,7 +112,7 @@ class ModelTuning:
         self._logarithms = {
             name: torch.zeros(written.factors_shape, device=self._layer.device, requires_grad=True)
             for name, written in self._named.items()
-            if (written.tensor.layer is not None or name == _FINAL_NORM) and written.is_tunable
+            if (written.tensor.layer is not None or name == self._source.spec.final_norm.name) and written.is_tunable
         }
         with rounding_products(self._layer.in_bfloat16):
             self._train(advance)
@@ -186,11 +185,14 @@ class ModelTuning:
             )  # fmt: skip
         found, expected = (self._layer.hidden_part(part).flatten(0, -2) for part in (states, intact))
         step = max(16, _LOGITS // self._head.n_vocab)
-        of_norm = self._logarithms[_FINAL_NORM]
+        of_norm = self._logarithms[self._source.spec.final_norm.name]
         sums: list[torch.Tensor] = []
         for start in range(0, len(found), step):
-            some = slice(start, start + step)
-            sums.append(_WithGradients.apply(self._sum_of_divergences, expected[some], found[some], of_norm))  # type: ignore[no-untyped-call]
+            parts = expected[start : start + step], found[start : start + step], of_norm
+            if torch.is_grad_enabled():
+                sums.append(_WithGradients.apply(self._sum_of_divergences, *parts))  # type: ignore[no-untyped-call]
+            else:
+                sums.append(self._sum_of_divergences(*parts))
         return torch.stack(sums).sum() / len(found)
 
     def _after_layer(
