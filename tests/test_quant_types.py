@@ -10,7 +10,7 @@ from lieq_gguf.cli.tables import _COLOURS
 from lieq_gguf.errors import BudgetError
 from lieq_gguf.measure.type_errors import probe_type
 from lieq_gguf.native import ggml
-from lieq_gguf.native.code_layouts import code_layout
+from lieq_gguf.native.type_layouts import code_layout
 from lieq_gguf.quant_types import BY_GGML_ID, DEFAULT_LADDER, QUANT_TYPES, Family, QuantType, parse_types
 
 ALL_TYPES = pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=lambda t: t.name)
@@ -112,8 +112,7 @@ def test_tables_are_made_where_ggml_makes_them() -> None:
 @ALL_TYPES
 def test_a_type_stands_in_every_table_that_it_belongs_to(quant_type: QuantType) -> None:
     """A new row of the table must not be forgotten elsewhere."""
-    rounds_weight_by_weight = quant_type.family in ("legacy", "K") or quant_type.name.startswith("IQ4")
-    assert (code_layout(quant_type) is not None) == rounds_weight_by_weight
+    assert (code_layout(quant_type) is not None) == (quant_type.family not in ("float", "trained"))
     if quant_type in DEFAULT_LADDER or quant_type.name == "Q2_0":  # what `bench --types` measures
         assert decode_costs().picoseconds[quant_type.name] > 0
     assert any(quant_type.family in profile.families for profile in PROFILES.values())

@@ -1,14 +1,13 @@
-"""Where a block stores the codes of its weights, for the types that round weights one by one to a grid.
+"""What blocks of scaled codes mean, and which code is nearest.
 
-A block of such a type has scales, and for every weight a code for one of a few levels: ``base + step · level``. How
-scales are stored does not matter here: ``grid`` reads base and step off ggml's decoder.
-
-Source: the block structs of ggml-common.h and the decoders of ggml-quants.c, in llama.cpp.
+A block has scales, and codes for one of a few levels: ``base + step · level``. A code stands for one weight, or for
+eight, whose levels are entries of a codebook. What scales mean does not matter here: ``grid`` reads base and step off
+ggml's decoder. ``type_layouts`` has the layout of every type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,55 +15,96 @@ import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf.native import ggml
-from lieq_gguf.quant_types import QUANT_TYPES, QuantType
+from lieq_gguf.native.packed_numbers import Numbers, PackedNumbers
+from lieq_gguf.quant_types import QuantType
 
 ByteArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
-
-_IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @dataclass(frozen=True)
-class Field:
-    """Some neighbouring bits of every weight's code.
-
-    Attributes:
-        first_bit: Position in the code of the lowest of these bits.
-        n_bits: Their number.
-        byte: ``[block_size]``, the byte of the block that holds them.
-        shift: ``[block_size]``, position in that byte of the lowest of them.
-    """
-
-    first_bit: int
-    n_bits: int
-    byte: IntArray
-    shift: IntArray
-
-
-@dataclass(frozen=True)
-class CodeLayout:
-    """How a type stores its codes.
+class CodeLayout(ABC):
+    """How a type stores its weights.
 
     Attributes:
         quant_type: The type.
-        fields: The groups of bits that make up a code.
-        levels: ``[n_codes]``, ascending: the level of each code, in steps.
-        flipped_bits: Bits that are stored inverted, as in two's complement.
+        codes: Where the codes are.
+        scales: Where the scales of the parts of a block are, if it has parts.
+        minima: Where their minima are, if they have any.
     """
 
     quant_type: QuantType
-    fields: tuple[Field, ...]
-    levels: FloatArray
-    flipped_bits: int = 0
+    codes: PackedNumbers
+    scales: PackedNumbers | None
+    minima: PackedNumbers | None
 
-    def nearest(self, values: FloatArray) -> tuple[ByteArray, FloatArray]:
-        """Codes of the levels nearest to some values, and these levels; values are in steps."""
+    @property
+    @abstractmethod
+    def n_together(self) -> int:
+        """Number of neighbouring weights that share a code."""
+
+    @property
+    @abstractmethod
+    def spread(self) -> tuple[int, int]:
+        """Two codes whose levels differ for every weight."""
+
+    @abstractmethod
+    def levels_of(self, codes: Numbers) -> FloatArray:
+        """Levels ``[..., n_codes · n_together]``, in steps, of codes ``[..., n_codes]``."""
+
+    @abstractmethod
+    def nearest(self, values: FloatArray, importance: FloatArray) -> tuple[Numbers, FloatArray]:
+        """Codes of the levels nearest to some values, and these levels.
+
+        Args:
+            values: ``[n_together, n_rows]``, in steps.
+            importance: ``[n_together]``, weights of the squared errors.
+
+        Returns:
+            Codes ``[n_rows]``, and levels ``[n_together, n_rows]``.
+        """
+
+    def grid(self, blocks: ByteArray) -> tuple[FloatArray, FloatArray]:
+        """Base and step of every weight ``[n_rows, n_per_row]`` of encoded rows ``[n_rows, row_bytes]``."""
+        first, last = (ggml.dequantize(self.codes.filled(blocks, code), self.quant_type) for code in self.spread)
+        n_codes = first.shape[1] // self.n_together
+        low, high = (self.levels_of(np.full((1, n_codes), code, dtype=np.uint32)) for code in self.spread)
+        step: FloatArray = (last - first) / (high - low)
+        return first - step * low, step
+
+
+@dataclass(frozen=True)
+class LevelLayout(CodeLayout):
+    """A code for every weight.
+
+    Attributes:
+        levels: ``[n_codes]``, ascending: the level of each code, in steps.
+    """
+
+    levels: FloatArray
+
+    @property
+    def n_together(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def spread(self) -> tuple[int, int]:
+        """The lowest and the highest level."""
+        return 0, len(self.levels) - 1
+
+    def levels_of(self, codes: Numbers) -> FloatArray:
+        """Levels ``[..., n_codes]``."""
+        found: FloatArray = self.levels[codes]
+        return found
+
+    def nearest(self, values: FloatArray, importance: FloatArray) -> tuple[Numbers, FloatArray]:  # noqa: ARG002
+        """The nearest levels, one for every row; with one weight, its importance does not matter."""
         if self._is_even:
             levels = np.clip(np.rint(values), self.levels[0], self.levels[-1])
-            return (levels - self.levels[0]).astype(np.uint8), levels
+            return (levels[0] - self.levels[0]).astype(np.uint8), levels
         codes = np.searchsorted(self._midpoints, values)
-        return codes.astype(np.uint8), self.levels[codes]
+        return codes[0].astype(np.uint8), self.levels[codes]
 
     @cached_property
     def _is_even(self) -> bool:
@@ -76,79 +116,81 @@ class CodeLayout:
         """``[n_codes − 1]``, where the nearest level changes."""
         return (self.levels[1:] + self.levels[:-1]) / np.float32(2)
 
-    def grid(self, blocks: ByteArray) -> tuple[FloatArray, FloatArray]:
-        """Base and step of every weight ``[n_rows, n_per_row]`` of encoded rows ``[n_rows, row_bytes]``."""
-        n_per_row = blocks.shape[1] // self.quant_type.block_bytes * self.quant_type.block_size
-        first, last = (
-            ggml.dequantize(self.pack(blocks, np.full((len(blocks), n_per_row), code, dtype=np.uint8)), self.quant_type)
-            for code in (0, len(self.levels) - 1)
-        )
-        step = (last - first) / (self.levels[-1] - self.levels[0])
-        return first - step * self.levels[0], step
 
-    def pack(self, blocks: ByteArray, codes: ByteArray) -> ByteArray:
-        """Encoded rows ``[n_rows, row_bytes]`` with other codes ``[n_rows, n_per_row]`` and the same scales."""
-        packed = blocks.reshape(-1, self.quant_type.block_bytes) & self._scale_bits
-        codes = codes.reshape(-1, self.quant_type.block_size) ^ np.uint8(self.flipped_bits)
-        for field in self.fields:
-            bits = (codes >> np.uint8(field.first_bit)) & np.uint8((1 << field.n_bits) - 1)
-            for shift in np.unique(field.shift):  # weights of the same shift are in different bytes
-                weights = np.flatnonzero(field.shift == shift)
-                packed[:, field.byte[weights]] |= bits[:, weights] << np.uint8(shift)
-        return packed.reshape(blocks.shape)
+@dataclass(frozen=True)
+class CodebookLayout(CodeLayout):
+    """A code for eight weights: one or two indices into a codebook, the first in the lowest bits, and signs above them.
 
-    @cached_property
-    def _scale_bits(self) -> ByteArray:
-        """``[block_bytes]``, mask of the bits that do not belong to codes."""
-        result = np.full(self.quant_type.block_bytes, 0xFF, dtype=np.uint8)
-        for field in self.fields:
-            for byte, shift in zip(field.byte, field.shift, strict=True):
-                result[byte] &= 0xFF ^ ((1 << field.n_bits) - 1) << int(shift)
-        return result
+    Attributes:
+        entries: ``[n_entries, 4 or 8]``, in steps; without signs if there are any in the code.
+        n_signs: 0, 8, or 7 if the last weight's sign makes the number of negative ones even.
+    """
 
+    entries: FloatArray
+    n_signs: int
 
-def code_layout(quant_type: QuantType) -> CodeLayout | None:
-    """The layout of a type, or None if its weights are not rounded one by one."""
-    return _LAYOUTS.get(quant_type.name)
+    @property
+    def n_together(self) -> int:
+        """Eight."""
+        return 8
 
+    @property
+    def spread(self) -> tuple[int, int]:
+        """An entry and its negative, or the entries with the lowest and highest levels."""
+        if self.n_signs:
+            return 0, ((1 << self.n_signs) - 1) << self._n_index_bits * self._n_indices
+        sums = self.entries.sum(axis=1)
+        return int(sums.argmin()), int(sums.argmax())
 
-def _field(first_bit: int, n_bits: int, offset: int, byte: IntArray, shift: IntArray) -> Field:
-    return Field(first_bit, n_bits, offset + byte, shift + np.zeros_like(byte))
+    def levels_of(self, codes: Numbers) -> FloatArray:
+        """Levels of eight weights for each code."""
+        mask = (1 << self._n_index_bits) - 1
+        indices = [codes >> i * self._n_index_bits & mask for i in range(self._n_indices)]
+        levels: FloatArray = np.concatenate([self.entries[some] for some in indices], axis=-1)
+        if self.n_signs:
+            bits = codes >> self._n_indices * self._n_index_bits
+            is_negative = bits[..., None] >> np.arange(8, dtype=codes.dtype) & 1 == 1
+            if self.n_signs == 7:
+                is_negative[..., 7] = is_negative[..., :7].sum(axis=-1) % 2 == 1
+            levels = np.where(is_negative, -levels, levels)
+        return levels.reshape(*codes.shape[:-1], -1)
 
+    def nearest(self, values: FloatArray, importance: FloatArray) -> tuple[Numbers, FloatArray]:
+        """The nearest entries.
 
-def _strided(offset: int, n_bits: int, run_length: int, first_bit: int = 0, block_size: int = 256) -> Field:
-    """Codes in runs: ``8 / n_bits`` runs share ``run_length`` bytes, each at its own shift; then the next bytes."""
-    run, place = np.divmod(np.arange(block_size), run_length)
-    n_runs = 8 // n_bits
-    return _field(first_bit, n_bits, offset, run // n_runs * run_length + place, run % n_runs * n_bits)
+        With seven signs, the sign that costs least is turned where the number of negative ones is odd, as ggml does.
+        """
+        values = np.ascontiguousarray(values.T)
+        is_negative = values < 0 if self.n_signs else np.zeros(values.shape, dtype=bool)
+        if self.n_signs == 7:
+            odd = np.flatnonzero(is_negative.sum(axis=1) % 2)
+            cheapest = (importance * values[odd] * values[odd]).argmin(axis=1)
+            is_negative[odd, cheapest] ^= True
+        sizes = np.ones((len(values), 9), dtype=np.float32)  # the last column is for a term without values
+        sizes[:, :8] = np.where(is_negative, -values, values)
+        codes = np.zeros(len(values), dtype=np.uint32)
+        levels = np.empty_like(values)
+        width = self.entries.shape[1]
+        for i in range(self._n_indices):
+            some = slice(i * width, (i + 1) * width)
+            weighted = self.entries * importance[some]
+            halves = np.float32(0.5) * (weighted * self.entries).sum(axis=1, keepdims=True)
+            # half of −|v − entry|², without the term that all entries share; one product is faster than a difference
+            closeness = sizes[:, [*range(i * width, (i + 1) * width), 8]] @ np.hstack([weighted, -halves]).T
+            index = closeness.argmax(axis=1)
+            codes |= index.astype(np.uint32) << np.uint32(i * self._n_index_bits)
+            levels[:, some] = self.entries[index]
+        if self.n_signs:
+            bits = (is_negative[:, : self.n_signs] << np.arange(self.n_signs, dtype=np.uint32)).sum(axis=1)
+            codes |= bits.astype(np.uint32) << np.uint32(self._n_indices * self._n_index_bits)
+        return codes, np.ascontiguousarray(np.where(is_negative, -levels, levels).T)
 
+    @property
+    def _n_index_bits(self) -> int:
+        n_entries: int = self.entries.shape[0]
+        return (n_entries - 1).bit_length()
 
-def _layouts() -> dict[str, CodeLayout]:
-    def layout(name: str, fields: Sequence[Field], first: int, n_codes: int, flipped_bits: int = 0) -> CodeLayout:
-        levels = np.arange(first, first + n_codes, dtype=np.float32)
-        return CodeLayout(QUANT_TYPES[name], tuple(fields), levels, flipped_bits)
-
-    small = np.arange(32)
-    high_of_5 = [_field(4, 1, offset, small // 8, small % 8) for offset in (2, 4)]
-    half, run, place = np.arange(256) // 128, np.arange(256) % 128 // 32, np.arange(256) % 32
-    low_of_q6 = _field(0, 4, 0, 64 * half + 32 * (run % 2) + place, 4 * (run // 2))
-    iq4_levels = np.array(_IQ4_LEVELS, dtype=np.float32)
-    layouts = [
-        layout("Q2_K", [_strided(16, 2, 32)], 0, 4),
-        layout("Q3_K", [_strided(32, 2, 32), _strided(0, 1, 32, first_bit=2)], -4, 8),
-        layout("Q4_K", [_strided(16, 4, 32)], 0, 16),
-        layout("Q5_K", [_strided(48, 4, 32), _strided(16, 1, 32, first_bit=4)], 0, 32),
-        layout("Q6_K", [low_of_q6, _strided(128, 2, 32, first_bit=4)], -32, 64),
-        layout("Q2_0", [_field(0, 2, 2, np.arange(64) // 4, np.arange(64) % 4 * 2)], -1, 4),
-        layout("Q4_0", [_strided(2, 4, 16, block_size=32)], -8, 16),
-        layout("Q4_1", [_strided(4, 4, 16, block_size=32)], 0, 16),
-        layout("Q5_0", [_strided(6, 4, 16, block_size=32), high_of_5[0]], -16, 32),
-        layout("Q5_1", [_strided(8, 4, 16, block_size=32), high_of_5[1]], 0, 32),
-        layout("Q8_0", [_field(0, 8, 2, small, small * 0)], -128, 256, flipped_bits=0x80),
-        CodeLayout(QUANT_TYPES["IQ4_NL"], (_strided(2, 4, 16, block_size=32),), iq4_levels),
-        CodeLayout(QUANT_TYPES["IQ4_XS"], (_strided(8, 4, 16),), iq4_levels),
-    ]
-    return {each.quant_type.name: each for each in layouts}
-
-
-_LAYOUTS = _layouts()
+    @property
+    def _n_indices(self) -> int:
+        width: int = self.entries.shape[1]
+        return 8 // width

@@ -2,11 +2,12 @@
 
 It minimises the change of the matrix's output, not that of its weights: ``tr(ΔW H ΔWᵀ)`` with the second moments
 ``H = mean(x xᵀ)`` of its input. With ``H = (A D) (A D)ᵀ``, ``A`` upper triangular with ones on its diagonal, column
-``k`` is best rounded from ``W_k + Σ_{i<k} (W_i − Ŵ_i) A_ik``. Types, scales and sizes stay ggml's: its encoders get the
-corrected weights of a block. If a type rounds weight by weight (``code_layouts``), the codes in the block are then
-chosen again, column by column, with the scales that ggml found.
+``k`` is best rounded from ``W_k + Σ_{i<k} (W_i − Ŵ_i) A_ik``. ggml's encoders get the corrected weights of a block.
+Then the codes are chosen again, column by column, or by eight where eight weights are one entry of a codebook; and the
+scales, before and after the codes (``scale_search``).
 
-Source: OBQ and GPTQ, arXiv 2210.17323; without an inverse as in QuIP's LDLQ, arXiv 2307.13304, which gives the same.
+Source: OBQ and GPTQ, arXiv 2210.17323; without an inverse as in QuIP's LDLQ, arXiv 2307.13304, which gives the same; by
+eight as in QuIP#'s block LDLQ, arXiv 2402.04396.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from threadpoolctl import ThreadpoolController
 
 from lieq_gguf.errors import CalibrationError
 from lieq_gguf.native import encoders, ggml
-from lieq_gguf.native.code_layouts import CodeLayout, code_layout
+from lieq_gguf.native.code_layouts import CodeLayout
+from lieq_gguf.native.type_layouts import code_layout
 from lieq_gguf.quant_types import QuantType
+from lieq_gguf.writing.scale_search import scales_for
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -54,6 +57,11 @@ class Coupling:
 
     weights: FloatArray
     pivots: FloatArray
+
+    def moments(self) -> FloatArray:
+        """``H`` itself."""
+        scaled: FloatArray = self.weights * self.pivots
+        return scaled @ self.weights.T
 
     def divided(self, products: FloatArray) -> FloatArray:
         """``products`` ``[n_out, n_in]`` times the inverse of ``H``."""
@@ -152,7 +160,7 @@ def encode(matrices: Sequence[MatrixToEncode], coupled: Coupling, n_threads: int
     def encode_slice(row_slice: tuple[int, slice]) -> None:
         index, rows = row_slice
         matrix = matrices[index]
-        results[index][rows] = _encode_rows(matrix.weights[rows], matrix.quant_type, matrix.importance, coupled.weights)
+        results[index][rows] = _encode_rows(matrix.weights[rows], matrix.quant_type, matrix.importance, coupled)
 
     # One BLAS thread, since the threads over rows already use all cores.
     with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(max(1, n_threads)) as pool:
@@ -176,7 +184,7 @@ def _blas() -> ThreadpoolController:
 
 
 def _encode_rows(
-    weights: FloatArray, quant_type: QuantType, importance: FloatArray | None, coupled: FloatArray
+    weights: FloatArray, quant_type: QuantType, importance: FloatArray | None, coupled: Coupling
 ) -> ByteArray:
     if not quant_type.is_quantized:  # no error to correct
         return encoders.quantize(weights, quant_type)
@@ -188,40 +196,50 @@ def _encode_rows(
     encoded = []
     for start in range(0, n_in, group):
         columns = slice(start, start + group)
-        inside = coupled[columns, columns]
-        from_before = coupled[:start, columns].T @ errors[:start]
-        moved = exact[columns] + solve_triangular(inside, from_before, trans="T", unit_diagonal=True)
+        inside = Coupling(coupled.weights[columns, columns], coupled.pivots[columns])
+        from_before = coupled.weights[:start, columns].T @ errors[:start]
+        moved = exact[columns] + solve_triangular(inside.weights, from_before, trans="T", unit_diagonal=True)
         blocks = encoders.quantize(
             np.ascontiguousarray(moved.T), quant_type, None if importance is None else importance[columns]
         )
         if layout is not None:
+            moments = inside.moments()
+            blocks = scales_for(blocks, layout, moved, moments)
             blocks = _rounded_again(blocks, layout, exact[columns], from_before, inside)
+            blocks = scales_for(blocks, layout, moved, moments)
         encoded.append(blocks)
         errors[columns] = exact[columns] - ggml.dequantize(blocks, quant_type).T
     return np.concatenate(encoded, axis=1)
 
 
 def _rounded_again(
-    blocks: ByteArray, layout: CodeLayout, exact: FloatArray, from_before: FloatArray, inside: FloatArray
+    blocks: ByteArray, layout: CodeLayout, exact: FloatArray, from_before: FloatArray, inside: Coupling
 ) -> ByteArray:
-    """The same scales with codes chosen column by column.
+    """The same scales with codes chosen in the order of the columns.
 
     Args:
         blocks: Encoded rows ``[n_rows, row_bytes]`` of one group of columns.
         layout: How the type stores its codes.
         exact: The weights ``[n_columns, n_rows]``.
         from_before: Correction from the groups before, ``[n_columns, n_rows]``.
-        inside: ``A`` between the columns of the group.
+        inside: Between the columns of the group.
     """
     base, step = (np.ascontiguousarray(values.T) for values in layout.grid(blocks))
     per_step = np.divide(1, step, out=np.zeros_like(step), where=step != 0)
-    codes = np.empty(exact.shape, dtype=np.uint8)
+    coupled, n_together = inside.weights, layout.n_together
+    codes = []
     errors = np.empty_like(exact)
     for start in range(0, len(exact), _SUB_BLOCK):
         columns = slice(start, start + _SUB_BLOCK)
-        corrected = exact[columns] + from_before[columns] + inside[:start, columns].T @ errors[:start]
-        for k in range(start, start + len(corrected)):
-            level = (corrected[k - start] + inside[start:k, k] @ errors[start:k] - base[k]) * per_step[k]
-            codes[k], level = layout.nearest(level)
-            errors[k] = exact[k] - (base[k] + step[k] * level)
-    return layout.pack(blocks, np.ascontiguousarray(codes.T))
+        corrected = exact[columns] + from_before[columns] + coupled[:start, columns].T @ errors[:start]
+        for k in range(start, start + len(corrected), n_together):
+            some = slice(k, k + n_together)
+            among, pivots = coupled[some, some], inside.pivots[some]
+            wanted = corrected[k - start : k - start + n_together] + coupled[start:k, some].T @ errors[start:k]
+            if n_together > 1:
+                wanted = exact[some] + solve_triangular(among, wanted - exact[some], trans="T", unit_diagonal=True)
+            importance = np.square(among) @ pivots
+            code, level = layout.nearest((wanted - base[some]) * per_step[some], importance)
+            codes.append(code)
+            errors[some] = exact[some] - (base[some] + step[some] * level)
+    return layout.codes.written(blocks, np.stack(codes, axis=1))

@@ -51,7 +51,7 @@ FloatArray = npt.NDArray[np.float32]
 _N_COMPARED = 4  # sequences whose outputs are compared for the block errors
 _SHARE_MADE_GOOD = 0.5  # all of it would fit the calibration text too well
 _LARGEST_CHANGE = 0.3  # of the size of a row, so that a file stays the model, and rows of zeros stay zero
-_FEEDBACK_SECONDS = 1e-7  # per weight, besides its encoder
+_FEEDBACK_SECONDS = 4e-7  # per weight, besides its encoder
 
 
 class FeedbackPass:
