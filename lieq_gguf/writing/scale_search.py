@@ -61,7 +61,8 @@ def _with_parts(
     pull = moments @ (_decoded(blocks, layout) - wanted)
     width = units.shape[1] // numbers.shape[1]
     for part in range(numbers.shape[1]):
-        some = slice(part * width, (part + 1) * width)
+        end = (part + 1) * width
+        some = slice(end - width, end)
         unit = units[:, some]
         linear = (unit * pull[some]).sum(axis=1)
         square = np.einsum("icr,jcr->ijr", unit, moments[some, some] @ unit).reshape(-1, unit.shape[2])
@@ -70,7 +71,7 @@ def _with_parts(
         cost[((new < 0) | (new > most)).any(axis=1)] = np.inf
         change = changes[cost.argmin(axis=0)].T  # [n_kinds, n_rows]
         numbers[:, part] += change
-        pull += moments[:, some] @ np.einsum("ir,icr->cr", change, unit)
+        pull[end:] += moments[end:, some] @ np.einsum("ir,icr->cr", change, unit)
     for kind, of_kind in zip(kinds, numbers, strict=True):
         blocks = kind.written(blocks, np.ascontiguousarray(of_kind.T).astype(np.uint32))
     return blocks
