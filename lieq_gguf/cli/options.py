@@ -355,7 +355,7 @@ class FeedbackArguments:
         typer.Option(
             "--error-feedback/--no-error-feedback",
             help="Correct the error of each column in later columns, in a second pass: same types and size, less "
-            "divergence, twice the time. Without it, blocks are byte for byte llama-quantize's.",
+            "divergence, two to three times the time. Without it, blocks are byte for byte llama-quantize's.",
             show_default="on; off with --no-imatrix",
         ),
     ] = WritingOptions.error_feedback
