@@ -127,8 +127,9 @@ def test_error_feedback_brings_a_file_closer_to_the_model(first_layers: Path, tm
     measuring = on_text(None, 1536)
     for fed, file in made.items():
         convert(request_of(first_layers, 2.625, file, "Q2_K", measuring, error_feedback=fed))
-    without, with_feedback = evaluate(list(made.values()), exact, read_text(None), ComparisonOptions(256, 3, N_THREADS))
-    assert with_feedback.kld.value < 0.85 * without.kld.value
+    options = ComparisonOptions(256, 12, N_THREADS)  # with three sequences the ratio is chance by a tenth
+    without, with_feedback = evaluate(list(made.values()), exact, read_text(None), options)
+    assert with_feedback.kld.value < 0.9 * without.kld.value
 
 
 @pytest.mark.parametrize("size", [45_000_000, 55_000_000, 66_000_000])
