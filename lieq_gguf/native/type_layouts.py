@@ -1,4 +1,6 @@
-"""Where each type stores its codes, scales and minima.
+"""Where each type stores its codes, and the scales and minima of the parts of a block.
+
+Where the scale of a whole block is, stands in ``block_scales``.
 
 Source: the block structs of ggml-common.h and the decoders of ggml-quants.c, in llama.cpp; the codebooks are those of
 the package gguf.

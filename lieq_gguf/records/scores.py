@@ -13,7 +13,8 @@ from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
 from lieq_gguf.records.spec import ModelSpec
 
 # Share of a matrix's error that error feedback leaves, on text other than the calibration text. One number for all
-# types: most of theirs are between 0.58 and 0.74, but plans that told them apart were no better (docs/experiments.md).
+# types: theirs were mostly between 0.58 and 0.74, and plans that told them apart were no better (docs/experiments.md).
+# They are between 0.57 and 0.67 since scales are chosen for the output; plans with less were not tried yet.
 _LEFT_BY_FEEDBACK = 0.72
 
 

@@ -234,11 +234,12 @@ def _rounded_again(
         corrected = exact[columns] + from_before[columns] + coupled[:start, columns].T @ errors[:start]
         for k in range(start, start + len(corrected), n_together):
             some = slice(k, k + n_together)
-            among, pivots = coupled[some, some], inside.pivots[some]
+            importance = inside.pivots[some]
             wanted = corrected[k - start : k - start + n_together] + coupled[start:k, some].T @ errors[start:k]
             if n_together > 1:
+                among = coupled[some, some]
                 wanted = exact[some] + solve_triangular(among, wanted - exact[some], trans="T", unit_diagonal=True)
-            importance = np.square(among) @ pivots
+                importance = np.square(among) @ importance
             code, level = layout.nearest((wanted - base[some]) * per_step[some], importance)
             codes.append(code)
             errors[some] = exact[some] - (base[some] + step[some] * level)
