@@ -13,6 +13,7 @@ from lieq_gguf.allocation.problem import AllocationOptions, Problem
 from lieq_gguf.errors import BudgetError, CalibrationError, ScoringError
 from lieq_gguf.measure.engines import Engine, engine_of
 from lieq_gguf.measure.measuring import MeasuringNeeds, MeasuringTask, resolve_measuring, run_by
+from lieq_gguf.measure.text import joined_name
 from lieq_gguf.progress import Progress
 from lieq_gguf.records.bits import BitBudget
 from lieq_gguf.records.files import check_output
@@ -156,8 +157,7 @@ def imatrix_note(spec: ModelSpec, options: MeasuringOptions, importance: Importa
     file = options.imatrix_file.name if options.imatrix_file else "computed by lieq-gguf"
     if importance is not None:
         return ImatrixNote(file, importance.dataset, len(importance.in_sum2), importance.n_chunks)
-    dataset = options.text_file.name if options.text_file else "shipped"
-    return ImatrixNote(file, dataset, sum(len(layer) for layer in spec.layer_matrices), 0)
+    return ImatrixNote(file, joined_name(options.text_files), sum(len(layer) for layer in spec.layer_matrices), 0)
 
 
 def _read_metadata(source: Source, request: Request, progress: Progress) -> SourceMetadata:

@@ -13,7 +13,7 @@ from support.tokenizer_fixtures import ALL_TEXTS, write_llama_3
 from transformers import AutoModelForCausalLM
 
 from lieq_gguf.evaluation.divergence import ComparisonOptions, TokenFigures, compare_logits, evaluate, read_text
-from lieq_gguf.measure.text import read_calibration_text
+from lieq_gguf.measure.text import read_calibration_texts
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.records.options import MeasuringOptions
 
@@ -220,7 +220,7 @@ def test_a_file_of_another_architecture_is_refused(
 def test_text_that_comes_along_is_no_part_of_the_calibration_text(run_cli: RunCli, files: dict[str, Path]) -> None:
     paragraphs = [p for p in read_text(None).split("\n\n") if len(p) > 40]
     assert len(paragraphs) > 20
-    assert not any(p in read_calibration_text(None).content for p in paragraphs)
+    assert not any(p in read_calibration_texts()[0].content for p in paragraphs)
     done = run_cli("eval", files["Q2_K"], "--reference", files["F16"], "--n-ctx", N_CTX, "--chunks", 2, "--json")
     assert json.loads(done.stdout)["n_chunks"] == 2
 

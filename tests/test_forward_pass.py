@@ -28,7 +28,7 @@ from lieq_gguf.measure.text import (
     SHIPPED_TEXT,
     CalibrationText,
     CalibrationTokens,
-    read_calibration_text,
+    read_calibration_texts,
     tokenize,
 )
 from lieq_gguf.measure.type_errors import probe_matrix, relative_errors
@@ -428,7 +428,7 @@ def test_sequences_are_spread_evenly_over_a_long_text(tiny_model: Path) -> None:
     ids = plain_ids(tiny_model, long_text())
     n_available = len(ids) // CHUNK_SIZE
     assert n_available > 8  # or there is nothing to spread over
-    tokens = tokenize(CalibrationText(long_text(), "long"), load_source_tokenizer(tiny_model), 4 * CHUNK_SIZE + 100)
+    tokens = tokenize([CalibrationText(long_text(), "long")], load_source_tokenizer(tiny_model), 4 * CHUNK_SIZE + 100)
     chunks = [ids[i * CHUNK_SIZE : (i + 1) * CHUNK_SIZE] for i in range(n_available)]
     places = [chunks.index(row) for row in tokens.ids.tolist()]
     gaps = np.diff(places)
@@ -438,7 +438,7 @@ def test_sequences_are_spread_evenly_over_a_long_text(tiny_model: Path) -> None:
 
 def test_whole_text_is_used_when_it_is_short(tiny_model: Path) -> None:
     ids = plain_ids(tiny_model, long_text())
-    tokens = tokenize(CalibrationText(long_text(), "long"), load_source_tokenizer(tiny_model), 10**6)
+    tokens = tokenize([CalibrationText(long_text(), "long")], load_source_tokenizer(tiny_model), 10**6)
     assert tokens.ids.ravel().tolist() == ids[: len(ids) // CHUNK_SIZE * CHUNK_SIZE]
 
 
@@ -446,7 +446,7 @@ def test_first_token_of_every_sequence_becomes_bos_where_the_tokenizer_adds_one(
     path = write_model(tmp_path, write_tokenizer=write_llama_3)
     ids = plain_ids(path, long_text())
     bos = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id("<|begin_of_text|>")
-    tokens = tokenize(CalibrationText(long_text(), "long"), load_source_tokenizer(path), 10**6)
+    tokens = tokenize([CalibrationText(long_text(), "long")], load_source_tokenizer(path), 10**6)
     expected = np.array(ids[: tokens.ids.size]).reshape(-1, CHUNK_SIZE)
     expected[:, 0] = bos
     np.testing.assert_array_equal(tokens.ids, expected)
@@ -454,21 +454,24 @@ def test_first_token_of_every_sequence_becomes_bos_where_the_tokenizer_adds_one(
 
 def test_text_shorter_than_a_sequence_shortens_it(tiny_model: Path) -> None:
     text = long_text()[:300]
-    tokens = tokenize(CalibrationText(text, "short"), load_source_tokenizer(tiny_model), 10**6)
+    tokens = tokenize([CalibrationText(text, "short")], load_source_tokenizer(tiny_model), 10**6)
     assert tokens.ids.tolist() == [plain_ids(tiny_model, text)]
 
 
 def test_fewer_tokens_than_a_sequence_shorten_it(tiny_model: Path) -> None:
-    assert tokenize(CalibrationText(long_text(), "long"), load_source_tokenizer(tiny_model), 100).ids.shape == (1, 100)
+    assert tokenize([CalibrationText(long_text(), "long")], load_source_tokenizer(tiny_model), 100).ids.shape == (
+        1,
+        100,
+    )
 
 
 def test_text_of_a_few_words_is_refused(tiny_model: Path) -> None:
     with pytest.raises(CalibrationError, match=r"'words' gives [1-9]"):
-        tokenize(CalibrationText("A few words.", "words"), load_source_tokenizer(tiny_model), 10**6)
+        tokenize([CalibrationText("A few words.", "words")], load_source_tokenizer(tiny_model), 10**6)
 
 
 def test_shipped_text_is_long_enough() -> None:
-    text = read_calibration_text(None)
+    [text] = read_calibration_texts()
     assert text.dataset == SHIPPED_TEXT
     assert len(text.content.encode("utf-8")) >= 60_000
 
@@ -476,7 +479,35 @@ def test_shipped_text_is_long_enough() -> None:
 def test_calibration_file_is_read_with_its_name(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("Ünïcode\n", encoding="utf-8")
-    assert read_calibration_text(file) == CalibrationText("Ünïcode\n", "text.txt")
+    assert read_calibration_texts([file]) == (CalibrationText("Ünïcode\n", "text.txt"),)
+
+
+def test_the_shipped_text_can_be_one_of_several(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("Ünïcode\n", encoding="utf-8")
+    own, shipped = read_calibration_texts([file, Path(SHIPPED_TEXT)])
+    assert (own.dataset, shipped) == ("text.txt", *read_calibration_texts())
+
+
+def test_several_texts_give_as_many_sequences_each_as_they_have(tiny_model: Path) -> None:
+    tokenizer = load_source_tokenizer(tiny_model)
+    short = CalibrationText("tail head " * 1000, "short")
+    n_short = len(tokenizer.encode(short.content, add_special_tokens=False)) // CHUNK_SIZE
+    both = [CalibrationText(long_text(), "long"), short]
+    few, many = (tokenize(both, tokenizer, n * CHUNK_SIZE) for n in (4, 2 * n_short + 3))
+    alone = tokenize(both[1:], tokenizer, 10**6).ids.tolist()
+    assert [row in alone for row in few.ids.tolist()] == [False, False, True, True]
+    assert [row in alone for row in many.ids.tolist()] == [False] * (n_short + 3) + [True] * n_short
+    assert many.dataset == "long+short"
+
+
+@pytest.mark.parametrize(
+    ("words", "n_tokens", "message"), [(9, 2048, "'words' gives"), (2000, 600, "2 calibration texts")]
+)
+def test_several_texts_need_a_sequence_each(tiny_model: Path, words: int, n_tokens: int, message: str) -> None:
+    texts = [CalibrationText(long_text(), "long"), CalibrationText("tail head " * words, "words")]
+    with pytest.raises(CalibrationError, match=message):
+        tokenize(texts, load_source_tokenizer(tiny_model), n_tokens)
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n", b"abc\xff\xfe"], ids=["missing", "empty", "blank", "not utf-8"])
@@ -485,9 +516,9 @@ def test_calibration_file_that_is_no_text_is_refused(tmp_path: Path, content: by
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(CalibrationError, match=r"text\.txt"):
-        read_calibration_text(file)
+        read_calibration_texts([file])
 
 
 def test_calibration_file_that_is_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="cannot be read"):
-        read_calibration_text(tmp_path)
+        read_calibration_texts([tmp_path])

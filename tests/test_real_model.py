@@ -31,7 +31,7 @@ from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.imatrix_file import save_importance
 from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.passes import PassOptions
-from lieq_gguf.measure.text import CHUNK_SIZE, read_calibration_text, tokenize
+from lieq_gguf.measure.text import CHUNK_SIZE, read_calibration_texts, tokenize
 from lieq_gguf.measure.torch_setup import has_fast_bfloat16
 from lieq_gguf.native.llama_cpp import open_model
 from lieq_gguf.pipeline import convert, plan
@@ -173,7 +173,7 @@ def test_a_quantised_file_speaks(model: Path, tmp_path: Path) -> None:
 
 def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(first_layers: Path) -> None:
     source = ModelDirectory(first_layers)
-    tokens = tokenize(read_calibration_text(None), load_source_tokenizer(first_layers), 5 * CHUNK_SIZE)
+    tokens = tokenize(read_calibration_texts(), load_source_tokenizer(first_layers), 5 * CHUNK_SIZE)
     exact = run_pass(source, tokens, PassOptions(compute=ComputeOptions(n_threads=N_THREADS, in_float32=True)))
     assert lieq.score(exact.measurements) == pytest.approx(lieq_scores(first_layers, tokens.ids, seed=0), abs=1e-4)
     if not has_fast_bfloat16(torch.device("cpu")):
@@ -186,7 +186,7 @@ def test_streamed_scores_are_those_of_whole_models_and_of_bfloat16(first_layers:
 
 
 def test_f16_logits_agree_with_transformers(model: Path, f16_file: Path) -> None:
-    text = read_calibration_text(None)
+    [text] = read_calibration_texts()
     ids = load_source_tokenizer(model).encode(text.content, add_special_tokens=False)[:500]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with open_model(f16_file, n_ctx=500, n_threads=N_THREADS) as ours, torch.inference_mode():

@@ -63,7 +63,9 @@ def test_wrong_scales_and_norms_are_mended(name: str, calibration_text: Path, tm
     """Of a file whose scales and norms are a tenth too small, the divergence falls."""
     source = ModelDirectory(TINY_MODELS[name].write(tmp_path / "model"))
     plan = planned(request_of(source.path, 8.5, None, "Q8_0", on_text(calibration_text, 256))).plan
-    tokens = tokenize(CalibrationText(calibration_text.read_text(encoding="utf-8"), "a"), source.load_tokenizer(), 4096)
+    tokens = tokenize(
+        [CalibrationText(calibration_text.read_text(encoding="utf-8"), "a")], source.load_tokenizer(), 4096
+    )
     tuning = ModelTuning(source, plan, tokens, ComputeOptions(n_threads=2, in_float32=True))
     assert tuning.expected_seconds() > 0
     assert tuning.expected_bytes() > 0
@@ -88,7 +90,9 @@ def test_final_norm_is_tuned_under_any_name(calibration_text: Path, tmp_path: Pa
     """LFM2 has it as ``token_embd_norm``."""
     source = ModelDirectory(TINY_MODELS["lfm2"].write(tmp_path / "model"))
     plan = planned(request_of(source.path, 2.625, None, "Q2_K", on_text(calibration_text, 256))).plan
-    tokens = tokenize(CalibrationText(calibration_text.read_text(encoding="utf-8"), "a"), source.load_tokenizer(), 2048)
+    tokens = tokenize(
+        [CalibrationText(calibration_text.read_text(encoding="utf-8"), "a")], source.load_tokenizer(), 2048
+    )
     tuning = ModelTuning(source, plan, tokens, ComputeOptions(n_threads=2, in_float32=True))
     tuning.take(encode_tensors(source, source.spec.tensors, plan, None), lambda _n: None)
     tuned = {rows.tensor.name: rows.data for rows in tuning.tuned(lambda _n: None)}

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.measure.text import read_calibration_text, tokenize
+from lieq_gguf.measure.text import read_calibration_texts, tokenize
 from lieq_gguf.records.options import ComputeOptions, SourceOptions
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -75,7 +75,7 @@ def convert(model: Path, folder: Path, bits: str, n_tokens: str, feedback: bool)
 def block_errors(model: Path, file: Path, text: Path) -> npt.NDArray[np.float64]:
     """One per layer."""
     source, written = ModelDirectory(model), GgufSource(file, SourceOptions(allow_requantize=True))
-    ids = tokenize(read_calibration_text(text), source.load_tokenizer(), N_TOKENS).ids
+    ids = tokenize(read_calibration_texts([text]), source.load_tokenizer(), N_TOKENS).ids
     layer = LayerModel.of(source, ComputeOptions(n_threads=N_THREADS, in_float32=True))
     states = layer.embed(written, ids)
     errors = []

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=7)
     arguments = parser.parse_args()
     source = ModelDirectory(arguments.model)
-    measuring, compute = MeasuringOptions(text_file=arguments.text), ComputeOptions(n_threads=N_THREADS)
+    measuring, compute = MeasuringOptions(text_files=(arguments.text,)), ComputeOptions(n_threads=N_THREADS)
     importance = imatrix(ImatrixRequest(str(arguments.model), measuring=measuring, compute=compute))
     deviations: dict[str, list[float]] = {t.name: [] for t in DEFAULT_LADDER}
     layers = np.linspace(0, source.spec.n_layers - 1, arguments.layers).round().astype(int)

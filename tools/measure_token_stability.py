@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.passes import PassOptions, PassResult
-from lieq_gguf.measure.text import CHUNK_SIZE, CalibrationTokens, read_calibration_text, tokenize
+from lieq_gguf.measure.text import CHUNK_SIZE, CalibrationTokens, read_calibration_texts, tokenize
 from lieq_gguf.records.measurement import measured
 from lieq_gguf.scorers import score_layers
 from lieq_gguf.sources.model_directory import ModelDirectory
@@ -35,7 +35,7 @@ SCORES = ("lieq", "energy-gain")
 def main() -> None:
     """Run the pass with each setting and print three tables."""
     path = Path(sys.argv[1])
-    text = read_calibration_text(Path(sys.argv[2]))
+    text = read_calibration_texts([Path(sys.argv[2])])
     source = ModelDirectory(path)
     tokens = tokenize(text, load_source_tokenizer(path), N_CHUNKS * CHUNK_SIZE)
     by_count = [run(source, tokens, *counts) for counts in zip(SCORE_TOKENS, DAMAGE_TOKENS, strict=True)]

@@ -291,9 +291,13 @@ class CalibrationArguments:
     """The text on which the model is measured."""
 
     calibration: Annotated[
-        Path | None,
-        typer.Option("--calibration", metavar="FILE", help="Text to calibrate on, instead of the shipped one."),
-    ] = MeasuringOptions.text_file
+        list[Path] | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Text to calibrate on, instead of the shipped one; may be repeated, and 'shipped' names that one.",
+        ),
+    ] = None
     n_tokens: Annotated[int, typer.Option("--n-tokens", min=16, help="Calibration tokens.")] = MeasuringOptions.n_tokens
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Measure again, and keep nothing for the next run.")
@@ -301,7 +305,7 @@ class CalibrationArguments:
 
     def options(self) -> MeasuringOptions:
         """How to measure the model."""
-        return MeasuringOptions(self.calibration, self.n_tokens, use_cache=not self.no_cache)
+        return MeasuringOptions(tuple(self.calibration or ()), self.n_tokens, use_cache=not self.no_cache)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -45,13 +46,22 @@ class CalibrationTokens:
     dataset: str
 
 
-def read_calibration_text(file: Path | None) -> CalibrationText:
-    """The text of a file, or the text that this package ships.
+def read_calibration_texts(files: Sequence[Path] = ()) -> tuple[CalibrationText, ...]:
+    """The texts of some files; the text that this package ships for its name, or if there are no files.
 
     Raises:
-        CalibrationError: if the file cannot be read, is not UTF-8, or is empty.
+        CalibrationError: if a file cannot be read, is not UTF-8, or is empty.
     """
-    if file is None:
+    return tuple(_read(file) for file in files or (Path(SHIPPED_TEXT),))
+
+
+def joined_name(files: Sequence[Path]) -> str:
+    """Name of the texts together."""
+    return "+".join(file.name for file in files) or SHIPPED_TEXT
+
+
+def _read(file: Path) -> CalibrationText:
+    if file == Path(SHIPPED_TEXT):
         text = resources.files("lieq_gguf").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
         return CalibrationText(text, SHIPPED_TEXT)
     try:
@@ -67,29 +77,58 @@ def read_calibration_text(file: Path | None) -> CalibrationText:
     return CalibrationText(text, file.name)
 
 
-def tokenize(text: CalibrationText, tokenizer: SourceTokenizer, n_tokens: int) -> CalibrationTokens:
-    """Cut a text into sequences, spread evenly over it if it is longer than ``n_tokens``.
+def tokenize(texts: Sequence[CalibrationText], tokenizer: SourceTokenizer, n_tokens: int) -> CalibrationTokens:
+    """Cut texts into sequences, as many of each text as it has and others leave room for, spread evenly over it.
 
     As in llama-imatrix, the beginning-of-text token replaces the first token of every sequence if the tokenizer adds
     one.
 
     Raises:
-        CalibrationError: if the text is too short to fill one sequence.
+        CalibrationError: if a text is too short to fill one sequence, or ``n_tokens`` is less than one of each text.
     """
-    plain = tokenizer.encode(text.content, add_special_tokens=False)
-    marked = tokenizer.encode(text.content[:64], add_special_tokens=True)
-    unmarked = tokenizer.encode(text.content[:64], add_special_tokens=False)
-    starts_with_bos = len(marked) > len(unmarked) and marked[1 : 1 + len(unmarked)] == unmarked
-    chunk_size = min(CHUNK_SIZE, len(plain), n_tokens)
-    if chunk_size < _MIN_CHUNK_SIZE:
+    plain = [tokenizer.encode(text.content, add_special_tokens=False) for text in texts]
+    bos = _first_token(texts[0].content[:64], tokenizer)
+    chunk_size = min(CHUNK_SIZE, n_tokens, *map(len, plain))
+    for text, tokens in zip(texts, plain, strict=True):
+        # one short text would shorten the sequences of all
+        least = _MIN_CHUNK_SIZE if len(texts) == 1 else min(CHUNK_SIZE, n_tokens)
+        if len(tokens) < least:
+            raise CalibrationError(
+                f"the calibration text '{text.dataset}' gives {len(tokens)} tokens; expected at least {least}, "
+                "better a few thousand"
+            )
+    n_chunks = max(1, n_tokens // chunk_size)
+    if n_chunks < len(texts):
         raise CalibrationError(
-            f"the calibration text '{text.dataset}' gives {chunk_size} tokens; expected at least {_MIN_CHUNK_SIZE}, "
-            "better a few thousand"
+            f"{len(texts)} calibration texts need at least {len(texts) * chunk_size} tokens; got --n-tokens {n_tokens}"
         )
-    n_available = len(plain) // chunk_size
-    n_chunks = min(n_available, max(1, n_tokens // chunk_size))
-    ids = np.array(plain[: n_available * chunk_size], dtype=np.int64).reshape(n_available, chunk_size)
-    ids = ids[np.linspace(0, n_available - 1, n_chunks).round().astype(int)]
-    if starts_with_bos:
-        ids[:, 0] = marked[0]
-    return CalibrationTokens(ids, text.dataset)
+    shares = _shares([len(tokens) // chunk_size for tokens in plain], n_chunks)
+    ids = np.concatenate([_spread(tokens, chunk_size, n) for tokens, n in zip(plain, shares, strict=True)])
+    if bos is not None:
+        ids[:, 0] = bos
+    return CalibrationTokens(ids, "+".join(text.dataset for text in texts))
+
+
+def _first_token(text: str, tokenizer: SourceTokenizer) -> int | None:
+    """The token that the tokenizer puts before a text, if it is one."""
+    marked, unmarked = (tokenizer.encode(text, add_special_tokens=special) for special in (True, False))
+    is_added = len(marked) > len(unmarked) and marked[1 : 1 + len(unmarked)] == unmarked
+    return marked[0] if is_added else None
+
+
+def _shares(available: Sequence[int], n_chunks: int) -> list[int]:
+    """As many of ``n_chunks`` for each as are available, the same for all where there are enough."""
+    shares, left = [0] * len(available), n_chunks
+    shortest_first = sorted(range(len(available)), key=lambda i: available[i])
+    for n_after, i in zip(reversed(range(len(available))), shortest_first, strict=True):
+        shares[i] = min(available[i], left // (n_after + 1))
+        left -= shares[i]
+    return shares
+
+
+def _spread(tokens: Sequence[int], chunk_size: int, n_chunks: int) -> npt.NDArray[np.int64]:
+    """Sequences ``[n_chunks, chunk_size]`` spread evenly over a text."""
+    n_available = len(tokens) // chunk_size
+    ids = np.array(tokens[: n_available * chunk_size], dtype=np.int64).reshape(n_available, chunk_size)
+    spread: npt.NDArray[np.int64] = ids[np.linspace(0, n_available - 1, n_chunks).round().astype(int)]
+    return spread

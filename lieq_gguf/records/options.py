@@ -40,7 +40,7 @@ class MeasuringOptions:
     """How to measure the model.
 
     Attributes:
-        text_file: Calibration text, or None for the shipped one.
+        text_files: Calibration texts; none for the shipped one alone, for which a name in the list can stand too.
         n_tokens: Number of its tokens to use.
         imatrix_file: Importance matrix to use instead of measuring one.
         use_imatrix: Whether to quantise with an importance matrix at all.
@@ -49,7 +49,7 @@ class MeasuringOptions:
         use_cache: Whether to use the results of an earlier pass, and to keep those of this one.
     """
 
-    text_file: Path | None = None
+    text_files: tuple[Path, ...] = ()
     n_tokens: int = 16384
     imatrix_file: Path | None = None
     use_imatrix: bool = True

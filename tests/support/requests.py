@@ -21,7 +21,7 @@ TWO_THREADS = ComputeOptions(n_threads=2)
 
 def on_text(text: Path | None, n_tokens: int, **more: Any) -> MeasuringOptions:
     """A pass over some tokens of a text."""
-    return MeasuringOptions(text_file=text, n_tokens=n_tokens, use_cache=False, **more)
+    return MeasuringOptions(text_files=() if text is None else (text,), n_tokens=n_tokens, use_cache=False, **more)
 
 
 def request_of(
