@@ -12,7 +12,7 @@ from lieq_gguf.allocation.allocate import allocate
 from lieq_gguf.errors import BudgetError, ScoringError, TokenizerError, VerificationError
 from lieq_gguf.job import Job, open_model, resolve, shown_scorer
 from lieq_gguf.measure.measuring import Measured, MeasuringNeeds, measure, resolve_measuring
-from lieq_gguf.measure.text import CalibrationText, read_calibration_text
+from lieq_gguf.measure.text import CalibrationText, read_calibration_texts
 from lieq_gguf.native import ggml
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES
@@ -238,7 +238,10 @@ def _feedback_pass(prepared: PreparedFile, progress: Progress) -> FeedbackPass:
     from lieq_gguf.writing.feedback_pass import FeedbackPass
 
     task = prepared.job.measuring
-    feedback = FeedbackPass(task.source, prepared.plan, task.tokens, prepared.measured.importance, task.compute)
+    measured = prepared.measured
+    feedback = FeedbackPass(
+        task.source, prepared.plan, task.tokens, measured.importance, task.compute, measured.output_moments
+    )
     if not progress.silent:
         progress.note(
             f"error feedback takes about {feedback.expected_seconds():.0f} s and "
@@ -288,7 +291,7 @@ def _verify(file: Path, prepared: PreparedFile, checksums: Mapping[str, int], pr
     if not job.request.writing.proof:
         return None
     try:
-        return compare(job.source, file, job.request.compute, progress, job.measuring.text)
+        return compare(job.source, file, job.request.compute, progress, *job.measuring.texts[:1])
     except VerificationError as error:
         raise VerificationError(
             f"{error}; nothing is kept. Please report this, and if the model is right elsewhere, --no-proof keeps it"
@@ -305,7 +308,7 @@ def compare(
     """
     from lieq_gguf.writing.equality import check_equality
 
-    beginning = (text or read_calibration_text(None)).content[:_COMPARED_CHARACTERS]
+    beginning = (text or read_calibration_texts()[0]).content[:_COMPARED_CHARACTERS]
     with progress.stage("compare", "Comparing", source.spec.n_layers) as advance:
         equality = check_equality(source, file, beginning, compute, advance)
     if isinstance(source, ModelDirectory) and source.has_unreadable_tokenizer:

@@ -27,6 +27,7 @@ from lieq_gguf.measure import llama_cpp_pass
 from lieq_gguf.measure.experts import Experts, separate_matrices
 from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.passes import PassOptions, PassResult
+from lieq_gguf.measure.second_moments import SecondMoments
 from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.measure.type_errors import probe_matrix
 from lieq_gguf.native import ggml
@@ -39,7 +40,6 @@ from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.sources.gguf_source import GgufSource
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.writing.feedback_pass import FeedbackPass
-from lieq_gguf.writing.second_moments import SecondMoments
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 N_EXPERTS = 8

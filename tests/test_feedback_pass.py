@@ -16,7 +16,9 @@ from transformers import LlamaForCausalLM
 
 from lieq_gguf.formats.gguf_file import GgufFile
 from lieq_gguf.formats.imatrix_file import save_importance
+from lieq_gguf.measure.forward_pass import run_pass
 from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.passes import PassOptions
 from lieq_gguf.measure.stream import additions, states_behind
 from lieq_gguf.measure.text import CalibrationText, tokenize
 from lieq_gguf.native import ggml
@@ -26,7 +28,7 @@ from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
-from lieq_gguf.writing import error_feedback, feedback_pass
+from lieq_gguf.writing import error_feedback, moved_weights
 from lieq_gguf.writing.feedback_pass import FeedbackPass
 
 
@@ -77,7 +79,7 @@ def test_only_the_values_differ(fed: Conversion, run_cli: RunCli, tiny_model: Pa
     # a row of 256 weights is one block of IQ3_XXS: there is no later one
     matrices = [t for layer in fed.prepared.job.source.spec.layer_matrices for t in layer]
     types = fed.prepared.plan.types
-    assert differ == {t.name for t in matrices if types[t.name] == "Q2_K" or t.shape[1] > 256}
+    assert differ == {t.name for t in matrices if types[t.name] == "Q2_K" or t.shape[1] > 256} | {"token_embd.weight"}
 
 
 def test_file_holds_what_the_layers_were_run_with(
@@ -93,7 +95,7 @@ def test_file_holds_what_the_layers_were_run_with(
     monkeypatch.setattr(LayerModel, "assign", assign)
     source = ModelDirectory(tiny_model)
     prepared = fed.prepared
-    tokens = tokenize(CalibrationText("some words to run on " * 400, "test"), load_source_tokenizer(tiny_model), 512)
+    tokens = tokenize([CalibrationText("some words to run on " * 400, "test")], load_source_tokenizer(tiny_model), 512)
     written = {}
     for rows in FeedbackPass(source, prepared.plan, tokens, prepared.measured.importance, ComputeOptions()).encoded():
         quant_type = QUANT_TYPES[prepared.plan.types[rows.tensor.name]]
@@ -110,17 +112,20 @@ def test_file_holds_what_the_layers_were_run_with(
 def test_layers_see_what_the_quantised_layers_before_them_make(
     tiny_model: Path, fed: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each layer's moments are those of a whole model of the file's own weights up to that layer."""
+    """Each layer's moments are those of a whole model of the file's own weights up to that layer.
+
+    Those of the embedding, which is the output matrix too, are of the intact model.
+    """
     seen: list[torch.Tensor] = []
     original = error_feedback.coupling
 
-    def coupling(moments: torch.Tensor, damping: float) -> error_feedback.Coupling:
+    def coupling(moments: torch.Tensor, damping: float = error_feedback.DAMPING) -> error_feedback.Coupling:
         seen.append(moments.clone())
         return original(moments, damping)
 
     monkeypatch.setattr(error_feedback, "coupling", coupling)
     source, prepared = ModelDirectory(tiny_model), fed.prepared
-    tokens = tokenize(CalibrationText("some words to run on " * 400, "test"), load_source_tokenizer(tiny_model), 512)
+    tokens = tokenize([CalibrationText("some words to run on " * 400, "test")], load_source_tokenizer(tiny_model), 512)
     exact = ComputeOptions(in_float32=True)
     feedback = FeedbackPass(source, prepared.plan, tokens, prepared.measured.importance, exact)
     parts: dict[str, list[npt.NDArray[np.float32]]] = {}
@@ -129,6 +134,9 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
         parts.setdefault(rows.tensor.name, []).append(decoded)
     written = {name: np.concatenate(of_tensor) for name, of_tensor in parts.items()}
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.inference_mode():
+        x = model.model(torch.from_numpy(tokens.ids))[0].reshape(-1, 256)
+    of_output = x.T @ x / len(x)
     state = model.state_dict()
     for tensor in source.spec.tensors:
         if tensor.layer in (None, 0) and tensor.is_matrix:
@@ -143,6 +151,7 @@ def test_layers_see_what_the_quantised_layers_before_them_make(
     with torch.inference_mode():
         model(torch.from_numpy(tokens.ids))
     x = inputs[0].reshape(-1, 256)
+    torch.testing.assert_close(seen.pop(0), of_output, rtol=1e-3, atol=1e-4)
     per_layer = len(seen) // source.spec.n_layers
     torch.testing.assert_close(seen[per_layer], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
 
@@ -199,7 +208,7 @@ def test_its_time_is_estimated_before_anything_is_embedded(name: str, calibratio
     model = TINY_MODELS[name].write(tmp_path / "model")
     plan = planned(request_of(model, 4.5, None, "Q4_0", on_text(calibration_text, 256))).plan
     source = ModelDirectory(model)
-    tokens = tokenize(CalibrationText("Some words. " * 200, "words"), source.load_tokenizer(), 256)
+    tokens = tokenize([CalibrationText("Some words. " * 200, "words")], source.load_tokenizer(), 256)
     assert FeedbackPass(source, plan, tokens, None, ComputeOptions(n_threads=2)).expected_seconds() > 0
 
 
@@ -245,12 +254,28 @@ def test_what_earlier_layers_lack_is_partly_made_good(
 ) -> None:
     """The hidden states behind the last layer are closer to the intact model's."""
     prepared, errors = fed.prepared, {}
-    tokens = tokenize(CalibrationText("some words to run on " * 400, "test"), load_source_tokenizer(tiny_model), 2048)
+    tokens = tokenize([CalibrationText("some words to run on " * 400, "test")], load_source_tokenizer(tiny_model), 2048)
     exact = ComputeOptions(n_threads=2, in_float32=True)
     for share in (0.0, 0.5):
-        monkeypatch.setattr(feedback_pass, "_SHARE_MADE_GOOD", share)
+        monkeypatch.setattr(moved_weights, "_SHARE_MADE_GOOD", share)
         feedback = FeedbackPass(ModelDirectory(tiny_model), prepared.plan, tokens, prepared.measured.importance, exact)
         for _ in feedback.encoded():
             pass
         errors[share] = feedback.block_errors
     assert errors[0.5][-1] < 0.95 * errors[0.0][-1]
+
+
+def test_moments_of_the_measuring_pass_give_the_same_embedding(tiny_model: Path, fed: Conversion) -> None:
+    """So the bytes do not depend on what is in the cache, which has no moments."""
+    source, prepared, compute = ModelDirectory(tiny_model), fed.prepared, ComputeOptions(n_threads=2)
+    text = CalibrationText("some words to run on " * 2000, "test")
+    tokens = tokenize([text], load_source_tokenizer(tiny_model), 4096)
+    known = run_pass(source, tokens, PassOptions(frozenset(), compute=compute, output_moments=True)).output_moments
+    assert known is not None
+    first = []
+    for moments in (None, known):
+        feedback = FeedbackPass(source, prepared.plan, tokens, prepared.measured.importance, compute, moments)
+        rows = next(feedback.encoded())
+        assert rows.tensor is source.spec.embedding
+        first.append(rows.data)
+    np.testing.assert_array_equal(first[0], first[1])

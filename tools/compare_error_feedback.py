@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
-    f16, scores, imatrix = measured_files(arguments)
+    f16, scores, _ = measured_files(arguments)
     rows = arguments.rows.split(",")
     files = {(row, fed): folder / f"{row}-{'feedback' if fed else 'none'}.gguf" for row in rows for fed in FEEDBACK}
     seconds: dict[bool, list[float]] = {fed: [] for fed in FEEDBACK}
@@ -42,7 +42,7 @@ def main() -> None:
         is_type = row in QUANT_TYPES
         bits = QUANT_TYPES[row].bits_per_weight if is_type else float(row)
         types = ["--types", row] if is_type else ["--profile", "quality"]
-        options = [*types, *measured_options(arguments, scores, imatrix, fed), "-o", file, *threads]
+        options = [*types, *measured_options(arguments.calibration, scores, fed), "-o", file, *threads]
         conversion = lieq("convert", arguments.model, "--bits", bits, *options)
         seconds[fed].append(conversion["seconds"]["write"])
     for text in arguments.texts:

@@ -4,11 +4,11 @@
 Usage: compare_presets.py MODEL_DIR CALIBRATION TEXT FOLDER [--presets A,B] [--profiles quality,cpu,edge]
        [--no-error-feedback]
 
-Both sides quantise with the same importance matrix, measured on CALIBRATION, and are compared on TEXT. The installed
-library makes the presets. Our files get --size with the bytes of the preset; the column "embedding as preset" fixes the
-embedding's type too, which separates the two effects. Speeds come from alternating runs of all files of a row and the
-K preset nearest in size. Files and evaluations stay in FOLDER and are not made again: use a new folder for another text
-or after a change.
+Both sides quantise with importance measured on CALIBRATION, and are compared on TEXT. The installed library makes the
+presets, with the importance of the layers' matrices, which is what llama-imatrix measures. Our files get --size with
+the bytes of the preset; the column "embedding as preset" fixes the embedding's type too, which separates the two
+effects. Speeds come from alternating runs of all files of a row and the K preset nearest in size. Files and evaluations
+stay in FOLDER and are not made again: use a new folder for another text or after a change.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,18 @@ def measured_files(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
     return f16, scores, imatrix
 
 
-def measured_options(arguments: argparse.Namespace, scores: Path, imatrix: Path, feedback: bool) -> list[object]:
-    """Options for a conversion that measures nothing except what error feedback needs."""
-    fed_with = ["--error-feedback", "--calibration", arguments.calibration] if feedback else ["--no-error-feedback"]
-    return ["--scores-file", scores, "--imatrix", imatrix, *fed_with]
+def measured_options(calibration: Path, scores: Path, feedback: bool) -> list[object]:
+    """Options for a conversion that does not score the model again."""
+    option = "--error-feedback" if feedback else "--no-error-feedback"
+    return ["--scores-file", scores, "--calibration", calibration, option]
 
 
 def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
     """Preset to column to file."""
     folder, threads = arguments.folder, ["-t", arguments.threads, "-q"]
     f16, scores, imatrix = measured_files(arguments)
-    importance = load_importance(imatrix)
+    measured = load_importance(imatrix)
+    importance = replace(measured, in_sum2={n: s for n, s in measured.in_sum2.items() if n.startswith("blk.")})
     files: dict[str, dict[str, Path]] = {}
     presets = arguments.presets.split(",")
     for preset in dict.fromkeys([*presets, *K_PRESETS]):
@@ -85,8 +87,8 @@ def make_files(arguments: argparse.Namespace) -> dict[str, dict[str, Path]]:
         for name, options in columns.items():
             ours = folder / f"{preset}-{name.replace(' ', '-')}.gguf"
             if not ours.exists():
-                measured = measured_options(arguments, scores, imatrix, arguments.feedback)
-                lieq("convert", arguments.model, "--size", size, *options, *measured, "-o", ours, *threads)
+                options = [*options, *measured_options(arguments.calibration, scores, arguments.feedback)]
+                lieq("convert", arguments.model, "--size", size, *options, "-o", ours, *threads)
             assert ours.stat().st_size <= size
             files[preset][name] = ours
     return files

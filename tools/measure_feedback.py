@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from lieq_gguf.measure.layer_model import LayerModel
-from lieq_gguf.measure.text import read_calibration_text, tokenize
+from lieq_gguf.measure.second_moments import SecondMoments
+from lieq_gguf.measure.text import read_calibration_texts, tokenize
 from lieq_gguf.native import ggml
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.options import ComputeOptions
 from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.tokenizers import load_source_tokenizer
 from lieq_gguf.writing.error_feedback import MatrixToEncode, coupling, encode
-from lieq_gguf.writing.second_moments import SecondMoments
 
 TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
 N_TOKENS, N_ROWS, N_THREADS = (16384, 8192), 384, 2
@@ -52,7 +52,7 @@ def main() -> None:
     tokenizer = load_source_tokenizer(source.path)
     ids = []
     for file, n_tokens in zip(sys.argv[2:4], N_TOKENS, strict=True):
-        ids.append(tokenize(read_calibration_text(Path(file)), tokenizer, n_tokens).ids)
+        ids.append(tokenize(read_calibration_texts([Path(file)]), tokenizer, n_tokens).ids)
     layer = LayerModel.of(source, ComputeOptions(n_threads=N_THREADS))
     hidden = [layer.embed(source, some) for some in ids]
     left: dict[str, list[list[float]]] = {name: [] for name in TYPES}

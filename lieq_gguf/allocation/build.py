@@ -138,18 +138,18 @@ def _choices(tensors: Sequence[TensorSpec], types: Sequence[QuantType]) -> tuple
 def _require_types_of_outer(spec: ModelSpec, tensors: Sequence[TensorSpec], types: Sequence[QuantType]) -> None:
     """Require a type without importance for embedding and output, where the method chooses theirs."""
     if tensors and all(q.needs_imatrix for q in types):
-        has_both = len({_is_output(t, spec) for t in tensors}) > 1
+        has_both = len({t is spec.output_matrix for t in tensors}) > 1
         option = _OPTION_OF_OUTER[tensors[0].name == "output.weight"]
         names, options = " and ".join(t.name for t in tensors), " and ".join(_OPTION_OF_OUTER.values())
         raise BudgetError(
             f"all types you asked for ({', '.join(q.name for q in types)}) need an importance matrix, which "
-            f"{names} never {'has' if len(tensors) == 1 else 'have'}; add a K type, or name another type with "
+            f"{names} may lack; add a K type, or name another type with "
             f"{options if has_both else option}"
         )
 
 
 def _can_be(tensor: TensorSpec, quant_type: QuantType) -> bool:
-    """Whether a matrix can be stored in a type; embedding and output matrix never have importance."""
+    """Whether a matrix can be stored in a type; embedding and output matrix may lack importance."""
     return quant_type.fits(tensor.shape[-1]) and not (quant_type.needs_imatrix and tensor.layer is None)
 
 
@@ -183,7 +183,7 @@ def _check_fit(tensor: TensorSpec, quant_type: QuantType) -> None:
     if not quant_type.fits(tensor.shape[-1]):
         why = "does not fit its rows"
     elif quant_type.needs_imatrix and tensor.layer is None:
-        why = "needs an importance matrix, which embedding and output never have"
+        why = "needs an importance matrix, which embedding and output may lack"
     if why is not None:
         usable = [q for q in DEFAULT_LADDER if _can_be(tensor, q) and not q.needs_imatrix]
         nearest = min(usable, key=lambda q: abs(q.bits_per_weight - quant_type.bits_per_weight))
@@ -193,14 +193,9 @@ def _check_fit(tensor: TensorSpec, quant_type: QuantType) -> None:
         )
 
 
-def _is_output(tensor: TensorSpec, spec: ModelSpec) -> bool:
-    """Whether an outer matrix gives the logits: the output matrix, or an embedding that is the output matrix too."""
-    return tensor.name == "output.weight" or (spec.has_tied_embeddings and tensor is spec.embedding)
-
-
 def _requested_outer_type(tensor: TensorSpec, spec: ModelSpec, options: AllocationOptions) -> QuantType | None:
     """The type that the user requested for the embedding or the output matrix."""
-    requested = options.output_type if _is_output(tensor, spec) else options.embedding_type
+    requested = options.output_type if tensor is spec.output_matrix else options.embedding_type
     if spec.has_tied_embeddings and options.embedding_type is not None:
         if requested not in (None, options.embedding_type):
             raise BudgetError(
@@ -221,7 +216,7 @@ def _outer_type_by_rule(
     if not any(q.is_quantized for q in types):
         return max(types, key=lambda q: q.bits_per_weight)
     output_ladder = ("Q6_K", "Q8_0", "F16")
-    ladder = output_ladder if _is_output(tensor, spec) else ("Q2_K", "Q3_K", "Q4_K", "Q5_K", *output_ladder)
+    ladder = output_ladder if tensor is spec.output_matrix else ("Q2_K", "Q3_K", "Q4_K", "Q5_K", *output_ladder)
     fitting = [QUANT_TYPES[n] for n in ladder if QUANT_TYPES[n].fits(tensor.shape[-1])]
     least = 8 * budget.value / spec.n_weights if budget.kind == "size" else budget.value
     return next((q for q in fitting if q.bits_per_weight >= least), F16)

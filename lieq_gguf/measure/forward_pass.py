@@ -16,6 +16,7 @@ from lieq_gguf.measure.observers import Observer, Observers, PassSetting
 from lieq_gguf.measure.observers.input_sums import InputSums
 from lieq_gguf.measure.observers.modification import Modification
 from lieq_gguf.measure.observers.outer_damage import OuterDamage
+from lieq_gguf.measure.observers.output_moments import OutputMoments
 from lieq_gguf.measure.observers.projections import Projections
 from lieq_gguf.measure.observers.quantization_damage import QuantizationDamage
 from lieq_gguf.measure.observers.removal import Removal
@@ -54,6 +55,7 @@ def run_pass(
         observers[InputSums].importance(),
         tuple(_measurement(index, observers, options) for index in range(n_measured)),
         *_damage(observers),
+        output_moments=observers[OutputMoments].moments if options.output_moments else None,
     )
 
 
@@ -65,6 +67,8 @@ def _observer_kinds(options: PassOptions) -> list[type[Observer]]:
         kinds.append(QuantizationDamage)
     if options.measures_damage:
         kinds.append(OuterDamage)
+    if options.output_moments:
+        kinds.append(OutputMoments)
     return kinds
 
 
@@ -96,7 +100,6 @@ def _stream(
 ) -> None:
     """Run all tokens through one layer after the other, and call the observers."""
     spec = source.spec
-    tensor_named = {t.name: t for t in spec.tensors}
     hidden = layer.embed(source, ids)
     output = torch.empty_like(hidden)
     keep_freed_memory()
@@ -120,9 +123,8 @@ def _stream(
                 observer.finish(layer, hidden)
             hidden, output = output, hidden
             advance(1)
-        output_matrix = tensor_named.get("output.weight", spec.embedding)
         layer.forget()
-        output_head = layer.output_head(source, source.read(output_matrix))
+        output_head = layer.output_head(source, source.read(spec.output_matrix))
         for observer in observers:
             observer.conclude(output_head, hidden)
         source.release()

@@ -363,16 +363,21 @@ class LayerModel:
 
     def output_head(self, source: Weights, matrix: torch.Tensor) -> OutputHead:
         """What follows the last layer, from a source with the final norm, and the output matrix."""
-        norm = source.spec.final_norm
-        assert norm.source_name is not None
-        final_norm = self._model.get_submodule(norm.source_name.removeprefix("model.").removesuffix(".weight"))
-        final_norm.load_state_dict({"weight": source.read(norm)})
         divisor = (getattr(self.config, "logits_scaling", None) or 1.0) / getattr(
             self.config, "lm_head_multiplier", 1.0
         )
         return OutputHead(
-            final_norm, matrix, self.device, divisor, cap=getattr(self.config, "final_logit_softcapping", None)
-        )
+            self.final_norm(source), matrix, self.device, divisor,
+            cap=getattr(self.config, "final_logit_softcapping", None),
+        )  # fmt: skip
+
+    def final_norm(self, source: Weights) -> nn.Module:
+        """The norm after the last layer, with the weights of a source."""
+        norm = source.spec.final_norm
+        assert norm.source_name is not None
+        module = self._model.get_submodule(norm.source_name.removeprefix("model.").removesuffix(".weight"))
+        module.load_state_dict({"weight": source.read(norm)})
+        return module
 
     def watching_inputs(self, see: Callable[[str, torch.Tensor], None], *, with_mixtures: bool = False) -> Any:
         """For the length of a ``with``, call ``see`` with name and input of each linear module that runs.

@@ -6,6 +6,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from lieq_gguf import __version__
 from lieq_gguf.errors import CalibrationError
@@ -13,7 +14,7 @@ from lieq_gguf.formats.imatrix_file import load_importance
 from lieq_gguf.measure.cache import CacheEntry
 from lieq_gguf.measure.engines import Engine, engine_of
 from lieq_gguf.measure.passes import PassOptions, PassResult
-from lieq_gguf.measure.text import CalibrationText, CalibrationTokens, read_calibration_text, tokenize
+from lieq_gguf.measure.text import CalibrationText, CalibrationTokens, read_calibration_texts, tokenize
 from lieq_gguf.native import ggml
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QuantType
@@ -23,6 +24,9 @@ from lieq_gguf.records.options import ComputeOptions, MeasuringOptions
 from lieq_gguf.records.scores import LayerScores
 from lieq_gguf.scorers import score_layers, scorers
 from lieq_gguf.sources.source import Source
+
+if TYPE_CHECKING:
+    import torch
 
 _FEW_TOKENS = 2048
 
@@ -53,10 +57,13 @@ class Measured:
     Attributes:
         scores: Layer scores and type errors, or None if they are not needed.
         importance: Importance matrix, or None to quantise without one.
+        output_moments: Second moments of the output matrix's input ``[d_model, d_model]``, if this run's own pass gave
+            them: they are too large for the cache.
     """
 
     scores: LayerScores | None = None
     importance: ImportanceMatrix | None = None
+    output_moments: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class MeasuringTask:
         needs: What the job needs.
         scores: Scores from a file, or None.
         importance: Importance matrix from a file, or None.
-        text: Calibration text; None if it is not needed.
+        texts: Calibration texts; empty if they are not needed.
     """
 
     source: Source
@@ -81,7 +88,7 @@ class MeasuringTask:
     needs: MeasuringNeeds
     scores: LayerScores | None
     importance: ImportanceMatrix | None
-    text: CalibrationText | None = None
+    texts: tuple[CalibrationText, ...] = ()
 
     @property
     def measures_scores(self) -> bool:
@@ -96,9 +103,8 @@ class MeasuringTask:
 
     @cached_property
     def tokens(self) -> CalibrationTokens:
-        """The calibration text in the model's own tokens; tokenised at the first access."""
-        assert self.text is not None
-        return tokenize(self.text, self.source.load_tokenizer(), self.options.n_tokens)
+        """The calibration texts in the model's own tokens; tokenised at the first access."""
+        return tokenize(self.texts, self.source.load_tokenizer(), self.options.n_tokens)
 
 
 def resolve_measuring(
@@ -124,7 +130,7 @@ def resolve_measuring(
         return task
     for scorer in scorers().values() if task.measures_scores else ():
         scorer.load()  # fails now, not after a pass of minutes, if another package's scorer cannot be imported
-    return replace(task, text=read_calibration_text(options.text_file))
+    return replace(task, texts=read_calibration_texts(options.text_files))
 
 
 def run_by(source: Source, engine: Engine) -> str:
@@ -144,12 +150,13 @@ def measure(task: MeasuringTask, progress: Progress) -> Measured:
     cached = entry.load() if task.options.use_cache else None
     if cached is not None and (cached[0] is not None) == task.measures_scores:
         progress.note(f"using what an earlier pass measured in {task.source.spec.name}; --no-cache measures it again")
-        scores, importance = cached
+        measured = Measured(*cached)
     else:
-        scores, importance = _measured_by_pass(task, progress)
-        if task.options.use_cache:
-            entry.save(scores, importance)
-    return Measured(task.scores or scores, (task.importance or importance) if task.options.use_imatrix else None)
+        measured = _measured_by_pass(task, progress)
+        if task.options.use_cache and measured.importance is not None:
+            entry.save(measured.scores, measured.importance)
+    importance = (task.importance or measured.importance) if task.options.use_imatrix else None
+    return replace(measured, scores=task.scores or measured.scores, importance=importance)
 
 
 def _warn_of_zeros(source: Source, importance: ImportanceMatrix, progress: Progress) -> None:
@@ -169,14 +176,13 @@ def _warn_of_zeros(source: Source, importance: ImportanceMatrix, progress: Progr
 
 def _cache_entry(task: MeasuringTask) -> CacheEntry:
     """The cache entry of the pass, by everything that its result depends on."""
-    options, compute, text = task.options, task.compute, task.text
-    assert text is not None
+    options, compute = task.options, task.compute
     return CacheEntry.of(
         version=__version__,
+        has_output=True,  # importance of the output matrix
         model=task.source.fingerprint,
         tokenizer=task.source.tokenizer_fingerprint,
-        text=hashlib.sha256(text.content.encode()).hexdigest(),
-        dataset=text.dataset,
+        texts=[(text.dataset, hashlib.sha256(text.content.encode()).hexdigest()) for text in task.texts],
         n_tokens=options.n_tokens,
         types=[t.name for t in task.needs.types] if task.measures_scores else None,
         importance=None if task.importance is None else task.importance.digest(),
@@ -189,7 +195,7 @@ def _cache_entry(task: MeasuringTask) -> CacheEntry:
     )
 
 
-def _measured_by_pass(task: MeasuringTask, progress: Progress) -> tuple[LayerScores | None, ImportanceMatrix]:
+def _measured_by_pass(task: MeasuringTask, progress: Progress) -> Measured:
     result = _run_pass(task, progress)
     if result.importance.n_unseen:
         n_matrices = sum(counts.size for counts in result.importance.counts.values())
@@ -198,7 +204,7 @@ def _measured_by_pass(task: MeasuringTask, progress: Progress) -> tuple[LayerSco
             "get the importance of the others; use more --n-tokens, or a --calibration text closer to your use"
         )
     if not task.measures_scores:
-        return None, result.importance
+        return Measured(None, result.importance, result.output_moments)
     scores = LayerScores(
         model=task.source.spec.name,
         n_tokens=task.tokens.ids.size,
@@ -210,7 +216,7 @@ def _measured_by_pass(task: MeasuringTask, progress: Progress) -> tuple[LayerSco
         fingerprint=task.source.fingerprint,
         kld_per_block_error=result.kld_per_block_error,
     )
-    return scores, result.importance
+    return Measured(scores, result.importance, result.output_moments)
 
 
 def _run_pass(task: MeasuringTask, progress: Progress) -> PassResult:
@@ -228,6 +234,7 @@ def _run_pass(task: MeasuringTask, progress: Progress) -> PassResult:
         error_types=types,
         importance=task.importance,
         weigh_errors=task.options.use_imatrix,
+        output_moments=task.needs.tokens and task.source.spec.has_tied_embeddings,
         seed=task.options.seed,
         compute=task.compute,
     )

@@ -31,6 +31,12 @@ class OutputHead:
         self._divisor = divisor
         self._cap = cap
 
+    def inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Inputs of the output matrix ``[…, d_model]``, on the device, of final states ``[…, state_width]``."""
+        states = hidden[..., : self._matrix.shape[1]]  # without what is carried along between layers
+        result: torch.Tensor = self._norm(states.to(self._device))
+        return result
+
     @property
     def n_vocab(self) -> int:
         """Rows of the output matrix."""
@@ -38,7 +44,7 @@ class OutputHead:
 
     def logits(self, hidden: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of final hidden states ``[…, d_model]``, on the device; ``factors`` ``[d_model]`` go to the norm."""
-        normed = self._normed(hidden)
+        normed = self.inputs(hidden)
         if factors is not None:
             normed = normed * factors
         return torch.cat([self._products(normed, rows) for rows in self._row_batches()], dim=-1)
@@ -58,8 +64,8 @@ class OutputHead:
 
         The sums over the vocabulary are updated batch by batch of its rows, so that only one batch of logits is held.
         """
-        normed = self._normed(hidden).flatten(0, -2)
-        other_normed = normed if other is None else self._normed(other).flatten(0, -2)
+        normed = self.inputs(hidden).flatten(0, -2)
+        other_normed = normed if other is None else self.inputs(other).flatten(0, -2)
         top = torch.full((normed.shape[0],), -torch.inf, dtype=torch.float64)
         total, other_total, gap = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
         for rows in self._row_batches():
@@ -73,11 +79,6 @@ class OutputHead:
             other_total = other_total * shrink + (other_z - new_top[:, None]).exp().sum(dim=-1)
             top = new_top
         return max(0.0, float((gap / total - total.log() + other_total.log()).mean()))
-
-    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        states = hidden[..., : self._matrix.shape[1]]  # without what is carried along between layers
-        result: torch.Tensor = self._norm(states.to(self._device))
-        return result
 
     def _products(self, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         logits = (normed @ rows.T) / self._divisor

@@ -65,7 +65,7 @@ class QuantPlan:
             if quant_type.needs_imatrix and tensor.layer is None:
                 raise FormatError(
                     f"the plan gives {tensor.name} the type {quant_type.name}, which needs an importance matrix; "
-                    "embedding and output matrix never have one: choose another type"
+                    "embedding and output matrix may lack one: choose another type"
                 )
             if not quant_type.fits(tensor.shape[-1]) or (
                 not tensor.is_matrix and quant_type.is_quantized and quant_type.name != tensor.fixed_type

@@ -13,9 +13,9 @@ from lieq_gguf.records.files import SCHEMA_VERSION, read_json, write_json
 from lieq_gguf.records.spec import ModelSpec
 
 # Share of a matrix's error that error feedback leaves, on text other than the calibration text. One number for all
-# types: theirs were mostly between 0.58 and 0.74, and plans that told them apart were no better (docs/experiments.md).
-# They are between 0.57 and 0.67 since scales are chosen for the output; plans with less were not tried yet.
-_LEFT_BY_FEEDBACK = 0.72
+# types: theirs are between 0.57 and 0.67, and plans that told them apart were no better (docs/experiments.md). The
+# output matrix's are about as large.
+_LEFT_BY_FEEDBACK = 0.62
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,13 @@ class LayerScores:
         return len(next(iter(self.by_scorer.values())))
 
     def with_feedback(self, spec: ModelSpec) -> LayerScores:
-        """The same scores with the errors that error feedback leaves in the layers' matrices."""
+        """The same scores with the errors that error feedback leaves in the layers' matrices and the output matrix."""
+        corrected = [t.name for layer in spec.layer_matrices for t in layer]
+        if spec.output_matrix.name in self.type_errors:
+            corrected.append(spec.output_matrix.name)
         remaining = {
-            t.name: {name: error * _LEFT_BY_FEEDBACK for name, error in self.type_errors[t.name].items()}
-            for layer in spec.layer_matrices
-            for t in layer
+            tensor: {name: error * _LEFT_BY_FEEDBACK for name, error in self.type_errors[tensor].items()}
+            for tensor in corrected
         }
         return replace(self, type_errors={**self.type_errors, **remaining})
 

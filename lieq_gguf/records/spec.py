@@ -185,6 +185,11 @@ class ModelSpec:
         return next(t for t in self.tensors if t.name == "token_embd.weight")
 
     @property
+    def output_matrix(self) -> TensorSpec:
+        """The matrix that gives the logits: the output matrix, or the embedding where it is both."""
+        return next((t for t in self.outer_matrices if t.name == "output.weight"), self.embedding)
+
+    @property
     def final_norm(self) -> TensorSpec:
         """The norm after the last layer; LFM2 has it under the name of one after the embedding."""
         outer = {t.name: t for t in self.tensors if t.layer is None}

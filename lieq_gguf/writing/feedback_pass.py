@@ -5,8 +5,10 @@ weights, stay close (``error_feedback``), replace the original matrices, and con
 
 The intact model runs beside it. What the quantised layers before have made of a matrix's input ``x`` lacks something of
 the intact model's input; of it, ``x`` tells a part, by least squares, and half of this part is made good by moving the
-weights before they are encoded. A matrix whose output is added to the hidden states makes good what these lack.
-Source: GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695, for the inputs; the hidden states are our own.
+weights before they are encoded (``moved_weights``). A matrix whose output is added to the hidden states makes good what
+these lack.
+
+The output matrix follows, or, where it is the embedding too, comes first (``output_feedback``).
 
 Of experts, the matrices that take the input of the whole mixture share its moments. The others have those of the
 expert's own tokens, whose correlations count the less the fewer they are; an expert that no token reaches has no
@@ -30,6 +32,7 @@ import torch
 from lieq_gguf.errors import CalibrationError, QuantizationError
 from lieq_gguf.measure.experts import mixture_of, takes_own_input
 from lieq_gguf.measure.layer_model import LayerModel
+from lieq_gguf.measure.second_moments import SecondMoments, output_moments
 from lieq_gguf.measure.stream import Additions, additions, states_behind
 from lieq_gguf.measure.text import CalibrationTokens
 from lieq_gguf.measure.torch_setup import keep_freed_memory
@@ -42,16 +45,16 @@ from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.file_order import in_file_order
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writing import error_feedback
-from lieq_gguf.writing.second_moments import SecondMoments
+from lieq_gguf.writing.moved_weights import moved
+from lieq_gguf.writing.output_feedback import OutputFeedback
 from lieq_gguf.writing.writer import EncodedRows, encode_tensors
 
 ByteArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 
 _N_COMPARED = 4  # sequences whose outputs are compared for the block errors
-_SHARE_MADE_GOOD = 0.5  # all of it would fit the calibration text too well
-_LARGEST_CHANGE = 0.3  # of the size of a row, so that a file stays the model, and rows of zeros stay zero
 _FEEDBACK_SECONDS = 4e-7  # per weight, besides its encoder
+_RUNS_OF_LAYER = 3  # intact, intact with quantised input, and quantised
 
 
 class FeedbackPass:
@@ -69,6 +72,7 @@ class FeedbackPass:
         tokens: CalibrationTokens,
         importance: ImportanceMatrix | None,
         compute: ComputeOptions,
+        output_moments: torch.Tensor | None = None,
     ) -> None:
         """Prepare the pass.
 
@@ -78,6 +82,8 @@ class FeedbackPass:
             tokens: The calibration tokens.
             importance: Weights of the squared errors for ggml's encoders, or None.
             compute: Device, threads and precision.
+            output_moments: Second moments of the output matrix's input in the intact model, if they are known;
+                overwritten.
 
         Raises:
             CalibrationError: if the device is not available.
@@ -90,6 +96,8 @@ class FeedbackPass:
         self._mean = lru_cache(maxsize=4)(lambda name: None if importance is None else importance.mean(name))
         self._n_threads = compute.n_threads
         self._layer = LayerModel.of(source, compute)
+        self._output_moments = output_moments
+        self._corrects_output = OutputFeedback.applies(source, plan)
 
     def expected_bytes(self) -> int:
         """Memory of second moments and hidden states."""
@@ -116,11 +124,14 @@ class FeedbackPass:
             layer.forward(hidden[rows])
             layer.forward(hidden[rows])
             of_pass = (time.perf_counter() - start) * len(hidden) / len(hidden[rows]) * spec.n_layers
+            if self._output_comes_first and self._output_moments is None:
+                of_pass *= 1 + 1 / _RUNS_OF_LAYER
         n_weights: Counter[str] = Counter()
         for tensor in (t for t in spec.tensors if t.is_matrix):
             n_weights[self._plan.types[tensor.name]] += tensor.n_weights
         of_types = sum(_seconds_per_weight(QUANT_TYPES[name]) * n for name, n in n_weights.items())
-        return of_pass + (of_types + _FEEDBACK_SECONDS * spec.n_layer_weights) / self._n_threads
+        n_corrected = spec.n_layer_weights + spec.output_matrix.n_weights
+        return of_pass + (of_types + _FEEDBACK_SECONDS * n_corrected) / self._n_threads
 
     def encoded(self) -> Iterator[EncodedRows]:
         """All tensors of the file, in file order.
@@ -129,9 +140,13 @@ class FeedbackPass:
             CalibrationError: if the activations are not finite.
             QuantizationError: if a tensor cannot be encoded.
         """
-        states = _States(self._layer.embed(self._source, self._ids), self._embedded())
         keep_freed_memory()
-        for index, group in groupby(self._source.spec.tensors, key=lambda tensor: tensor.layer):
+        spec = self._source.spec
+        embedded = self._layer.embed(self._source, self._ids)
+        # the embedding is needed before the layers
+        output = self._early_output(embedded) if self._output_comes_first else None
+        states = _States(embedded, self._embedded(output))
+        for index, group in groupby(spec.tensors, key=lambda tensor: tensor.layer):
             tensors = tuple(group)
             matrices: dict[str, ByteArray] = {}
             if index is not None:
@@ -139,17 +154,53 @@ class FeedbackPass:
             for tensor in tensors:
                 if tensor.name in matrices:
                     yield EncodedRows(tensor, matrices.pop(tensor.name), is_last=True)
+                elif tensor is spec.output_matrix and self._corrects_output:
+                    output = output or self._output(*self._behind(states.quantized, states.intact))
+                    yield from output.encoded(self._n_threads)
                 else:
                     yield from encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
 
-    def _embedded(self) -> torch.Tensor:
+    @property
+    def _output_comes_first(self) -> bool:
+        """Whether the output matrix is encoded before the layers: it is the embedding too, or is there in the file."""
+        spec = self._source.spec
+        first_of_layers = next((i for i, tensor in enumerate(spec.tensors) if tensor.layer is not None), 0)
+        is_before = spec.tensors.index(spec.output_matrix) < first_of_layers
+        return self._corrects_output and (spec.has_tied_embeddings or is_before)
+
+    def _early_output(self, states: torch.Tensor) -> OutputFeedback:
+        """The output matrix with the intact model's moments, which runs for them from its first states if need be."""
+        moments, self._output_moments = self._output_moments, None
+        if moments is None:
+            with torch.inference_mode():
+                for index in range(self._source.spec.n_layers):
+                    self._layer.load(self._source, index)
+                    states = self._layer.forward(states)
+            moments, _ = self._behind(states)
+        return self._output(moments)
+
+    def _output(self, moments: torch.Tensor, lack: torch.Tensor | None = None) -> OutputFeedback:
+        return OutputFeedback(self._source, self._plan, self._importance, moments, lack)
+
+    def _behind(
+        self, states: torch.Tensor, intact: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Moments of the output matrix's input, and what it lacks, from states behind the last layer."""
+        norm = self._layer.final_norm(self._source)
+        with torch.inference_mode():
+            return output_moments(lambda x: norm(self._layer.hidden_part(x).to(self._layer.device)), states, intact)
+
+    def _embedded(self, output: OutputFeedback | None) -> torch.Tensor:
         """States before the first layer ``[n_chunks, chunk_size, state_width]``, from quantised tables."""
 
         def rows_of(tensor: TensorSpec, ids: Sequence[int]) -> torch.Tensor:
             rows = self._source.read_rows(tensor, ids).float().numpy()
             quant_type = QUANT_TYPES[self._plan.types[tensor.name]]
-            decoded = ggml.dequantize(encoders.quantize(rows, quant_type, None, self._n_threads), quant_type)
-            return torch.from_numpy(decoded)
+            if output is not None and tensor is self._source.spec.output_matrix:
+                encoded = output.encode(rows, self._n_threads)
+            else:
+                encoded = encoders.quantize(rows, quant_type, self._mean(tensor.name), self._n_threads)
+            return torch.from_numpy(ggml.dequantize(encoded, quant_type))
 
         return self._layer.embed(self._source, self._ids, rows_of)
 
@@ -229,9 +280,7 @@ class FeedbackPass:
             for i, module in enumerate(modules):
                 if matrices[i].quant_type.family == "trained":  # such weights lie on the type's grid already
                     continue
-                matrices[i] = replace(
-                    matrices[i], weights=_moved(matrices[i].weights, lack, coupled, added.get(module))
-                )
+                matrices[i] = replace(matrices[i], weights=moved(matrices[i].weights, lack, coupled, added.get(module)))
         try:
             encoded = error_feedback.encode(matrices, coupled, self._n_threads)
         except QuantizationError as error:
@@ -264,26 +313,6 @@ class FeedbackPass:
                 )
                 self._assign(module, encoded[module], matrix.quant_type)
         return np.concatenate([encoded.pop(module) for module in self._layer.modules[tensor]])
-
-
-def _moved(
-    weights: FloatArray, lack: torch.Tensor, coupled: error_feedback.Coupling, factor: float | None
-) -> FloatArray:
-    """Weights ``[n_out, n_in]`` that make good a share of what inputs lack, or of what hidden states lack.
-
-    Args:
-        weights: The weights.
-        lack: ``mean(δ xᵀ)``, of the input ``[n_in, n_in]``, or of the hidden states ``[n_out, n_in]``.
-        coupled: The second moments of the input ``x``.
-        factor: By what the output is multiplied before it is added to the hidden states; None if it is not added.
-    """
-    lacking: FloatArray = lack.numpy()
-    products = weights @ lacking if factor is None else lacking / np.float32(factor)
-    change = np.float32(_SHARE_MADE_GOOD) * coupled.divided(products)
-    of_weights, of_change = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (weights, change))
-    allowed: FloatArray = np.float32(_LARGEST_CHANGE) * of_weights
-    moved: FloatArray = weights + change * np.minimum(1, allowed / np.maximum(of_change, np.finfo(np.float32).tiny))
-    return moved
 
 
 @dataclass(frozen=True)

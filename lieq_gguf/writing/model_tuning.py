@@ -161,7 +161,7 @@ class ModelTuning:
                 intact = layer.forward(intact)
             layer.forget()
             states = layer.embed(source, self._ids, self._rows_of)
-        output = next((t for t in spec.tensors if t.name == "output.weight"), spec.embedding)
+        output = spec.output_matrix
         self._intact_head = layer.output_head(source, source.read(output))
         self._head = layer.output_head(source, self._named[output.name].numbers().half())
         return intact, states

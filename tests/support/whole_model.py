@@ -35,7 +35,8 @@ class WholeModel:
     """transformers' model in one piece, and everything that passes through it."""
 
     def __init__(self, path: Path, ids: npt.NDArray[np.int64]) -> None:
-        model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).model
+        whole = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = whole.model
         self.inputs: dict[str, torch.Tensor] = {}
         self.projections: dict[str, torch.Tensor] = {}
         self.layers, self.rotary, self.n_layers = model.layers, model.rotary_emb, len(model.layers)
@@ -48,6 +49,7 @@ class WholeModel:
         with torch.inference_mode():
             result = model(torch.from_numpy(ids), output_hidden_states=True, use_cache=False)
         self.hidden = [*result.hidden_states[:-1], last[0]]
+        self.inputs["token_embd.weight" if whole.config.tie_word_embeddings else "output.weight"] = result[0]
 
     def _hook(self, key: str) -> Callable[..., None]:
         def keep(module: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -99,7 +101,8 @@ class OuterReference:
         model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # apart from the embedding
         wanted, first = self._run(model, ids)
-        self.output_kld = self._kld(wanted, self._with(model, {"lm_head": None}, ids)[0])
+        output = "token_embd.weight" if model.config.tie_word_embeddings else "output.weight"
+        self.output_kld = self._kld(wanted, self._with(model, {"lm_head": importance.mean(output)}, ids)[0])
         found = self._with(model, {"model.embed_tokens": None}, ids)[1]
         change = (found - first).double().square().sum(-1) / first.double().square().sum(-1)
         self.embedding_error = float(change.mean())

@@ -10,6 +10,7 @@ import torch
 
 from lieq_gguf.measure.layer_model import LayerModel
 from lieq_gguf.measure.observers import Observer, Observers, PassSetting
+from lieq_gguf.measure.output_head import OutputHead
 from lieq_gguf.records.importance import ImportanceMatrix
 
 _ROWS_AT_A_TIME = 256  # their squares stay in the processor's cache
@@ -26,6 +27,7 @@ class InputSums(Observer):
     def __init__(self, setting: PassSetting, others: Observers) -> None:
         super().__init__(setting, others)
         self._tokens = setting.tokens
+        self._output_matrix = setting.source.spec.output_matrix
         self._in_sum2: dict[str, npt.NDArray[np.float32]] = {}
         self._counts: dict[str, npt.NDArray[np.float32]] = {}
         self._sums: dict[str, torch.Tensor] = {}
@@ -35,8 +37,7 @@ class InputSums(Observer):
     def see_input(self, module: str, x: torch.Tensor) -> None:
         """Add a batch; a tensor that reaches several modules is squared once."""
         if self._last is None or self._last[0] is not x:
-            rows = torch.split(x.reshape(-1, x.shape[-1]), _ROWS_AT_A_TIME)
-            self._last = (x, torch.stack([some.float().square().sum(dim=0) for some in rows]).cpu().double().sum(dim=0))
+            self._last = (x, _sums_of_squares(x))
         sums = self._last[1]
         self._sums[module] = self._sums[module] + sums if module in self._sums else sums
         self._n_tokens[module] += x.numel() // x.shape[-1]
@@ -51,7 +52,18 @@ class InputSums(Observer):
                 self._counts[tensor.name] = np.array([self._n_tokens[module] for module in modules], dtype=np.float32)
         self._sums, self._n_tokens, self._last = {}, Counter(), None
 
+    def conclude(self, output_head: OutputHead, hidden: torch.Tensor) -> None:
+        """Add the output matrix, which may be the embedding too."""
+        sums = torch.stack([_sums_of_squares(output_head.inputs(sequence)) for sequence in hidden]).sum(dim=0)
+        self._in_sum2[self._output_matrix.name] = sums.numpy().astype(np.float32)
+
     def importance(self) -> ImportanceMatrix:
-        """Importance of the matrices of all layers that are done."""
+        """Importance of the matrices of all layers that are done, and in the end of the output matrix."""
         ids = self._tokens.ids
         return ImportanceMatrix(dict(self._in_sum2), ids.size, ids.shape[1], self._tokens.dataset, dict(self._counts))
+
+
+def _sums_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the rows of ``[…, n_in]`` of the square of each column, in float64 on the CPU."""
+    rows = torch.split(x.reshape(-1, x.shape[-1]), _ROWS_AT_A_TIME)
+    return torch.stack([some.float().square().sum(dim=0) for some in rows]).cpu().double().sum(dim=0)

@@ -1,8 +1,8 @@
-"""Second moments of the inputs of a layer's matrices, for error feedback, and what they lack of the intact model's."""
+"""Second moments of the inputs of matrices, for error feedback, and what they lack of the intact model's."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -107,3 +107,23 @@ class SecondMoments:
         modules = self._modules.setdefault(first, [])
         if module not in modules:
             modules.append(module)
+
+
+def output_moments(
+    inputs: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, intact: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The moments of the output matrix's input ``[d_model, d_model]``, and what it lacks of the intact model's.
+
+    Args:
+        inputs: From states behind the last layer to inputs of the matrix: the final norm.
+        states: Behind the last layer ``[n_chunks, chunk_size, state_width]``.
+        intact: The same states of the intact model; None for the same.
+    """
+    name = "output"
+    moments = SecondMoments({name}, in_bfloat16=False)
+    for row in range(len(states)):
+        if intact is not None:
+            moments.see_intact(name, inputs(intact[row]))
+        moments.see_input(name, inputs(states[row]))
+        moments.end_batch({})
+    return moments.take(name), moments.take_lack(name)
