@@ -111,7 +111,7 @@ class _Watcher:
         self._compares_layers = compares_layers
         self.in_sum2: dict[str, npt.NDArray[np.float64]] = {}
         self.counts: dict[str, npt.NDArray[np.float64]] = {}
-        self._names = {t.name for layer in spec.layer_matrices for t in layer}
+        self._names = {t.name for layer in spec.layer_matrices for t in layer} | {spec.output_matrix.name}
         self._last_layer = spec.n_layers - 1
         self._hidden: dict[int, npt.NDArray[np.float32]] = {}
         self._cosines: dict[int, float] = {}
