@@ -157,7 +157,7 @@ def imatrix_note(spec: ModelSpec, options: MeasuringOptions, importance: Importa
     file = options.imatrix_file.name if options.imatrix_file else "computed by lieq-gguf"
     if importance is not None:
         return ImatrixNote(file, importance.dataset, len(importance.in_sum2), importance.n_chunks)
-    return ImatrixNote(file, joined_name(options.text_files), sum(len(layer) for layer in spec.layer_matrices), 0)
+    return ImatrixNote(file, joined_name(options.text_files), 1 + sum(len(layer) for layer in spec.layer_matrices), 0)
 
 
 def _read_metadata(source: Source, request: Request, progress: Progress) -> SourceMetadata:

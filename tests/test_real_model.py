@@ -124,12 +124,12 @@ def test_error_feedback_brings_a_file_closer_to_the_model(first_layers: Path, tm
     """What each type gains in a matrix is in test_error_feedback."""
     exact = convert_plainly(first_layers, tmp_path / "exact.gguf")
     made = {fed: tmp_path / f"{fed}.gguf" for fed in (False, True)}
-    measuring = on_text(None, 1536)
+    measuring = on_text(None, 4096)  # what 1536 tokens tell of 768 columns is mostly chance
     for fed, file in made.items():
         convert(request_of(first_layers, 2.625, file, "Q2_K", measuring, error_feedback=fed))
     options = ComparisonOptions(256, 12, N_THREADS)  # with three sequences the ratio is chance by a tenth
     without, with_feedback = evaluate(list(made.values()), exact, read_text(None), options)
-    assert with_feedback.kld.value < 0.9 * without.kld.value
+    assert with_feedback.kld.value < 0.8 * without.kld.value
 
 
 @pytest.mark.parametrize("size", [45_000_000, 55_000_000, 66_000_000])

@@ -112,7 +112,7 @@ def test_measured_imatrix_is_in_the_metadata(conversion: pipeline.Conversion, ca
     found = keys(conversion.output)
     assert found["quantize.imatrix.file"] == "computed by lieq-gguf"
     assert found["quantize.imatrix.dataset"] == calibration_text.name
-    assert (found["quantize.imatrix.entries_count"], found["quantize.imatrix.chunks_count"]) == (21, 1)
+    assert (found["quantize.imatrix.entries_count"], found["quantize.imatrix.chunks_count"]) == (22, 1)
 
 
 def test_given_imatrix_is_named_in_the_metadata(
