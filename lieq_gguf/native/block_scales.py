@@ -18,13 +18,40 @@ _PLACES = {
 }  # fmt: skip
 """Where the scale of a block is, and the scale of its minima: bytes in the block."""
 
-_IQ1_M, _IQ1_M_SCALES, _IQ1_M_SHIFT = "IQ1_M", 48, 12
+_IQ1_M, _IQ1_M_SCALES, _IQ1_M_SHIFT, _IQ1_M_SHIFTS = "IQ1_M", 48, 12, np.arange(4, dtype=np.uint16) * 4
 """IQ1_M keeps four bits of its scale on top of each of four words, which begin at this byte, the lowest bits first."""
 
 
 def can_be_multiplied(quant_type: QuantType) -> bool:
     """Whether the type's blocks have such numbers. Plain numbers have none, and MXFP4 has powers of two."""
     return quant_type.name in _PLACES or quant_type.name == _IQ1_M
+
+
+def read(data: ByteArray, quant_type: QuantType) -> FloatArray:
+    """The numbers ``[n_blocks, 1 or 2]`` of encoded rows ``[n_rows, row_bytes]``."""
+    blocks = data.reshape(-1, quant_type.block_bytes)
+    if quant_type.name == _IQ1_M:
+        words = _words(blocks)
+        scales = ((words >> _IQ1_M_SHIFT) << _IQ1_M_SHIFTS).sum(axis=1, dtype=np.uint16).view(np.float16)
+        return np.array(scales[:, None], dtype=np.float32)
+    places = _PLACES[quant_type.name]
+    numbers = [np.ascontiguousarray(blocks[:, place : place + 2]).view(np.float16) for place in places]
+    return np.concatenate(numbers, axis=1, dtype=np.float32)
+
+
+def written(data: ByteArray, quant_type: QuantType, numbers: FloatArray) -> ByteArray:
+    """Encoded rows with other numbers ``[n_blocks, 1 or 2]``, to the nearest float16."""
+    blocks = data.reshape(-1, quant_type.block_bytes).copy()
+    limit = np.finfo(np.float16).max
+    halves: npt.NDArray[np.float16] = np.clip(numbers, -limit, limit).astype(np.float16)
+    if quant_type.name == _IQ1_M:
+        words = _words(blocks) & np.uint16((1 << _IQ1_M_SHIFT) - 1)
+        words |= ((halves.view(np.uint16) >> _IQ1_M_SHIFTS) & np.uint16(15)) << np.uint16(_IQ1_M_SHIFT)
+        blocks[:, _IQ1_M_SCALES:] = words.view(np.uint8)
+    else:
+        for i, place in enumerate(_PLACES[quant_type.name]):
+            blocks[:, place : place + 2] = halves[:, i : i + 1].view(np.uint8)
+    return blocks.reshape(data.shape)
 
 
 def multiplied(data: ByteArray, quant_type: QuantType, factors: FloatArray) -> ByteArray:
@@ -35,24 +62,8 @@ def multiplied(data: ByteArray, quant_type: QuantType, factors: FloatArray) -> B
         quant_type: Their type, which must be one that can be multiplied.
         factors: ``[n_rows, n_blocks]``.
     """
-    blocks = data.reshape(-1, quant_type.block_bytes).copy()
-    by_block = factors.reshape(-1)
-    if quant_type.name == _IQ1_M:
-        words = blocks[:, _IQ1_M_SCALES:].view(np.uint16)
-        shifts = np.arange(4, dtype=np.uint16) * 4
-        top = (words >> _IQ1_M_SHIFT).astype(np.uint16)
-        scales = (top << shifts).sum(axis=1, dtype=np.uint16)
-        changed = _scaled(scales.view(np.float16), by_block).view(np.uint16)
-        words &= np.uint16((1 << _IQ1_M_SHIFT) - 1)
-        words |= ((changed[:, None] >> shifts) & np.uint16(15)) << np.uint16(_IQ1_M_SHIFT)
-        blocks[:, _IQ1_M_SCALES:] = words.view(np.uint8)
-    for place in _PLACES.get(quant_type.name, ()):
-        scales = np.ascontiguousarray(blocks[:, place : place + 2]).view(np.float16)[:, 0]
-        blocks[:, place : place + 2] = _scaled(scales, by_block).view(np.uint8).reshape(-1, 2)
-    return blocks.reshape(data.shape)
+    return written(data, quant_type, read(data, quant_type) * factors.reshape(-1, 1))
 
 
-def _scaled(scales: npt.NDArray[np.float16], factors: FloatArray) -> npt.NDArray[np.float16]:
-    limit = np.finfo(np.float16).max
-    scaled: npt.NDArray[np.float16] = np.clip(scales.astype(np.float32) * factors, -limit, limit).astype(np.float16)
-    return scaled
+def _words(blocks: ByteArray) -> npt.NDArray[np.uint16]:
+    return np.ascontiguousarray(blocks[:, _IQ1_M_SCALES:]).view(np.uint16)

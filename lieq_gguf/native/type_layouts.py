@@ -15,7 +15,7 @@ import gguf.quants
 import numpy as np
 import numpy.typing as npt
 
-from lieq_gguf.native.code_layouts import CodebookLayout, CodeLayout, LevelLayout
+from lieq_gguf.native.code_layouts import CodeLayout
 from lieq_gguf.native.packed_numbers import Field, PackedNumbers
 from lieq_gguf.quant_types import QUANT_TYPES, QuantType
 
@@ -23,6 +23,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_IQ1_DELTA = 0.125
 _EIGHTS, _SIXTEENS = np.arange(8), np.arange(16)  # parts of a block with a scale each
 
 
@@ -73,14 +74,15 @@ def _level_layouts() -> Iterator[CodeLayout]:
         minima: Sequence[Field] = (),
         flipped_code: int = 0,
         flipped_scale: int = 0,
+        first_scale: int = 0,
     ) -> CodeLayout:
-        packed = PackedNumbers(QUANT_TYPES[name].block_bytes, tuple(codes), flipped_code)
-        return LevelLayout(
+        return CodeLayout(
             QUANT_TYPES[name],
-            packed,
-            _packed(name, scales, flipped_scale),
-            _packed(name, minima),
-            np.array(levels, dtype=np.float32),
+            PackedNumbers(QUANT_TYPES[name].block_bytes, tuple(codes), flipped_code),
+            np.array(levels, dtype=np.float32)[:, None],
+            scales=_packed(name, scales, flipped_scale),
+            first_scale=first_scale if scales else 1,
+            minima=_packed(name, minima),
         )
 
     small = np.arange(32)
@@ -92,9 +94,10 @@ def _level_layouts() -> Iterator[CodeLayout]:
     of_q4 = [_field(0, 4, 4, j + j // 4 * 4, 0), _field(4, 2, 4, j % 4, 4 + j // 4 * 2)]
     min_of_q4 = [_field(0, 4, 4, j + 4, j // 4 * 4), _field(4, 2, 4, j % 4 + 4, 4 + j // 4 * 2)]
     of_iq4 = [*_nibbles(4, j), _field(4, 2, 2, j // 4, j % 4 * 2)]
+    of_q3_codes = [_strided(32, 2, 32), _strided(0, 1, 32, first_bit=2)]
     yield from (
         layout("Q2_K", [_strided(16, 2, 32)], range(4), [_field(0, 4, 0, k, 0)], [_field(0, 4, 0, k, 4)]),
-        layout("Q3_K", [_strided(32, 2, 32), _strided(0, 1, 32, first_bit=2)], range(-4, 4), of_q3),
+        layout("Q3_K", of_q3_codes, range(-4, 4), of_q3, first_scale=-32),
         layout("Q4_K", [_strided(16, 4, 32)], range(16), of_q4, min_of_q4),
         layout("Q5_K", [_strided(48, 4, 32), _strided(16, 1, 32, first_bit=4)], range(32), of_q4, min_of_q4),
         layout(
@@ -103,6 +106,7 @@ def _level_layouts() -> Iterator[CodeLayout]:
             range(-32, 32),
             [_field(0, 8, 192, k, 0)],
             flipped_scale=0x80,
+            first_scale=-128,
         ),
         layout("Q2_0", [_field(0, 2, 2, np.arange(64) // 4, np.arange(64) % 4 * 2)], range(-1, 3)),
         layout("Q4_0", [_strided(2, 4, 16, block_size=32)], range(-8, 8)),
@@ -111,14 +115,30 @@ def _level_layouts() -> Iterator[CodeLayout]:
         layout("Q5_1", [_strided(8, 4, 16, block_size=32), high_of_5[1]], range(32)),
         layout("Q8_0", [_field(0, 8, 2, small, 0)], range(-128, 128), flipped_code=0x80),
         layout("IQ4_NL", [_strided(2, 4, 16, block_size=32)], _IQ4_LEVELS),
-        layout("IQ4_XS", [_strided(8, 4, 16)], _IQ4_LEVELS, of_iq4),
+        layout("IQ4_XS", [_strided(8, 4, 16)], _IQ4_LEVELS, of_iq4, first_scale=-32),
     )
 
 
 def _codebook_layouts() -> Iterator[CodeLayout]:
-    def layout(name: str, codes: Sequence[Field], n_signs: int, scales: Sequence[Field]) -> CodeLayout:
-        packed = PackedNumbers(QUANT_TYPES[name].block_bytes, tuple(codes))
-        return CodebookLayout(QUANT_TYPES[name], packed, _packed(name, scales), None, _codebook(name), n_signs)
+    def layout(
+        name: str,
+        codes: Sequence[Field],
+        n_signs: int,
+        scales: Sequence[Field],
+        unit: float,
+        deltas: Sequence[Field] = (),
+    ) -> CodeLayout:
+        return CodeLayout(
+            QUANT_TYPES[name],
+            PackedNumbers(QUANT_TYPES[name].block_bytes, tuple(codes)),
+            _codebook(name),
+            n_signs,
+            scales=_packed(name, scales),
+            unit=unit,
+            first_scale=0.5,
+            deltas=_packed(name, deltas),
+            delta=_IQ1_DELTA if deltas else 0,
+        )
 
     code = np.arange(32)  # of a block of 256 weights
     word, place = np.divmod(code, 4)
@@ -137,14 +157,16 @@ def _codebook_layouts() -> Iterator[CodeLayout]:
     iq3_xxs = [*indices(2, [0, 8]), *_bits(16, 7, 66, 4 * word, 7 * place)]
     high_of_iq3_s = [_field(8, 1, 66, word, 2 * place), _field(17, 1, 66, word, 2 * place + 1)]
     iq3_s = [*indices(2, [0, 9]), *high_of_iq3_s, _field(18, 8, 74, code, 0)]
+    delta_of_iq1_s = [_field(0, 1, 35, 2 * j, 7)]
+    delta_of_iq1_m = [_field(0, 1, 32, code // 2, code % 2 * 4 + 3)]
     yield from (
-        layout("IQ1_S", iq1_s, 0, [_field(0, 3, 35, 2 * j, 4)]),
-        layout("IQ1_M", iq1_m, 0, _bits(0, 3, 48, k // 4 * 2, k % 4 * 3)),
-        layout("IQ2_XXS", iq2_xxs, 7, [_field(0, 4, 9, 8 * j, 4)]),
-        layout("IQ2_XS", iq2_xs, 7, _nibbles(66, k)),
-        layout("IQ2_S", iq2_s, 8, _nibbles(74, k)),
-        layout("IQ3_XXS", iq3_xxs, 7, [_field(0, 4, 69, 4 * j, 4)]),
-        layout("IQ3_S", iq3_s, 8, _nibbles(106, j)),
+        layout("IQ1_S", iq1_s, 0, [_field(0, 3, 35, 2 * j, 4)], 2, delta_of_iq1_s),
+        layout("IQ1_M", iq1_m, 0, _bits(0, 3, 48, k // 4 * 2, k % 4 * 3), 2, delta_of_iq1_m),
+        layout("IQ2_XXS", iq2_xxs, 7, [_field(0, 4, 9, 8 * j, 4)], 0.25),
+        layout("IQ2_XS", iq2_xs, 7, _nibbles(66, k), 0.25),
+        layout("IQ2_S", iq2_s, 8, _nibbles(74, k), 0.25),
+        layout("IQ3_XXS", iq3_xxs, 7, [_field(0, 4, 69, 4 * j, 4)], 0.5),
+        layout("IQ3_S", iq3_s, 8, _nibbles(106, j), 2),
     )
 
 

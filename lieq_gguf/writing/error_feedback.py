@@ -2,9 +2,9 @@
 
 It minimises the change of the matrix's output, not that of its weights: ``tr(ΔW H ΔWᵀ)`` with the second moments
 ``H = mean(x xᵀ)`` of its input. With ``H = (A D) (A D)ᵀ``, ``A`` upper triangular with ones on its diagonal, column
-``k`` is best rounded from ``W_k + Σ_{i<k} (W_i − Ŵ_i) A_ik``. ggml's encoders get the corrected weights of a block.
-Then the codes are chosen again, column by column, or by eight where eight weights are one entry of a codebook; and the
-scales, before and after the codes (``scale_search``).
+``k`` is best rounded from ``W_k + Σ_{i<k} (W_i − Ŵ_i) A_ik``. Scales and codes of a
+block are chosen together (``native/block_encoder``), codes column by column, or by eight where eight weights are one
+entry of a codebook; ggml's encoders get the corrected weights of a block where a type has other codes.
 
 Source: OBQ and GPTQ, arXiv 2210.17323; without an inverse as in QuIP's LDLQ, arXiv 2307.13304, which gives the same; by
 eight as in QuIP#'s block LDLQ, arXiv 2402.04396.
@@ -25,11 +25,10 @@ from scipy.linalg.lapack import spotrf
 from threadpoolctl import ThreadpoolController
 
 from lieq_gguf.errors import CalibrationError
-from lieq_gguf.native import encoders, ggml
-from lieq_gguf.native.code_layouts import CodeLayout
+from lieq_gguf.native import block_encoder, encoders, ggml
+from lieq_gguf.native.block_encoder import Columns
 from lieq_gguf.native.type_layouts import code_layout
 from lieq_gguf.quant_types import QuantType
-from lieq_gguf.writing.scale_search import scales_for
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -41,8 +40,7 @@ _FLOOR = 1e-4  # added to the diagonal, times its mean, for columns that are nev
 
 _ATTEMPTS = 5
 _SWAPPED_NUMBERS = 1 << 20  # swapped per step, which bounds the copy
-_SUB_BLOCK = 32  # columns corrected one by one; errors reach later columns by products of matrices
-_LEAST_ROWS, _MOST_ROWS = 384, 1024  # rows per task of a thread: fewer are slow, more leave threads idle
+_LEAST_ROWS, _MOST_ROWS = 128, 512  # rows per task of a thread: fewer are slow, more leave threads idle
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,9 @@ def encode(matrices: Sequence[MatrixToEncode], coupled: Coupling, n_threads: int
     Raises:
         QuantizationError: as ``encoders.quantize``.
     """
+    block_encoder.require_library()
+    for matrix in matrices:
+        ggml.require_encodable(matrix.weights, matrix.quant_type, matrix.importance)
     results = [np.empty((len(m.weights), m.quant_type.row_bytes(m.weights.shape[1])), np.uint8) for m in matrices]
 
     def encode_slice(row_slice: tuple[int, slice]) -> None:
@@ -198,49 +199,18 @@ def _encode_rows(
         columns = slice(start, start + group)
         inside = Coupling(coupled.weights[columns, columns], coupled.pivots[columns])
         from_before = coupled.weights[:start, columns].T @ errors[:start]
-        moved = exact[columns] + solve_triangular(inside.weights, from_before, trans="T", unit_diagonal=True)
-        blocks = encoders.quantize(
-            np.ascontiguousarray(moved.T), quant_type, None if importance is None else importance[columns]
-        )
-        if layout is not None:
-            moments = inside.moments()
-            blocks = scales_for(blocks, layout, moved, moments)
-            blocks = _rounded_again(blocks, layout, exact[columns], from_before, inside)
-            blocks = scales_for(blocks, layout, moved, moments)
+        wanted = exact[columns] + solve_triangular(inside.weights, from_before, trans="T", unit_diagonal=True)
+
+        def by_ggml(wanted: FloatArray = wanted, columns: slice = columns) -> ByteArray:
+            some = None if importance is None else importance[columns]
+            return encoders.quantize(np.ascontiguousarray(wanted.T), quant_type, some)
+
+        if layout is None:
+            blocks = by_ggml()
+            decoded = ggml.dequantize(blocks, quant_type).T
+        else:
+            targets = Columns(exact[columns], from_before, wanted, inside.moments(), inside.weights, inside.pivots)
+            blocks, decoded = block_encoder.encode(layout, targets, None if layout.deltas is None else by_ggml())
         encoded.append(blocks)
-        errors[columns] = exact[columns] - ggml.dequantize(blocks, quant_type).T
+        errors[columns] = exact[columns] - decoded
     return np.concatenate(encoded, axis=1)
-
-
-def _rounded_again(
-    blocks: ByteArray, layout: CodeLayout, exact: FloatArray, from_before: FloatArray, inside: Coupling
-) -> ByteArray:
-    """The same scales with codes chosen in the order of the columns.
-
-    Args:
-        blocks: Encoded rows ``[n_rows, row_bytes]`` of one group of columns.
-        layout: How the type stores its codes.
-        exact: The weights ``[n_columns, n_rows]``.
-        from_before: Correction from the groups before, ``[n_columns, n_rows]``.
-        inside: Between the columns of the group.
-    """
-    base, step = (np.ascontiguousarray(values.T) for values in layout.grid(blocks))
-    per_step = np.divide(1, step, out=np.zeros_like(step), where=step != 0)
-    coupled, n_together = inside.weights, layout.n_together
-    codes = []
-    errors = np.empty_like(exact)
-    for start in range(0, len(exact), _SUB_BLOCK):
-        columns = slice(start, start + _SUB_BLOCK)
-        corrected = exact[columns] + from_before[columns] + coupled[:start, columns].T @ errors[:start]
-        for k in range(start, start + len(corrected), n_together):
-            some = slice(k, k + n_together)
-            importance = inside.pivots[some]
-            wanted = corrected[k - start : k - start + n_together] + coupled[start:k, some].T @ errors[start:k]
-            if n_together > 1:
-                among = coupled[some, some]
-                wanted = exact[some] + solve_triangular(among, wanted - exact[some], trans="T", unit_diagonal=True)
-                importance = np.square(among) @ importance
-            code, level = layout.nearest((wanted - base[some]) * per_step[some], importance)
-            codes.append(code)
-            errors[some] = exact[some] - (base[some] + step[some] * level)
-    return layout.codes.written(blocks, np.stack(codes, axis=1))
