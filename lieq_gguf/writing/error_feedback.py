@@ -40,7 +40,7 @@ _FLOOR = 1e-4  # added to the diagonal, times its mean, for columns that are nev
 
 _ATTEMPTS = 5
 _SWAPPED_NUMBERS = 1 << 20  # swapped per step, which bounds the copy
-_LEAST_ROWS, _MOST_ROWS = 128, 512  # rows per task of a thread: fewer are slow, more leave threads idle
+_LEAST_ROWS, _MOST_ROWS = 256, 1024  # rows per task of a thread: fewer are slow, more leave threads idle
 
 
 @dataclass(frozen=True)

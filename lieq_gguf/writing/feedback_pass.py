@@ -45,7 +45,7 @@ from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.sources.file_order import in_file_order
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writing import error_feedback
-from lieq_gguf.writing.moved_weights import moved
+from lieq_gguf.writing.moved_weights import correction, moved
 from lieq_gguf.writing.output_feedback import OutputFeedback
 from lieq_gguf.writing.writer import EncodedRows, encode_tensors
 
@@ -219,8 +219,10 @@ class FeedbackPass:
                 # a name would keep the moments alive: for a wide matrix they take hundreds of megabytes
                 coupled = error_feedback.coupling(moments.take(modules[0]), self._damping(modules[0], moments))
                 lack = moments.take_lack(modules[0])
+                lacking = None if lack is None else correction(lack, coupled)
+                del lack
                 for together in self._sharing(modules):
-                    encoded |= self._encode_matrices(together, coupled, lack, added)
+                    encoded |= self._encode_matrices(together, coupled, lacking, added)
             matrices = {tensor.name: self._joined(tensor, encoded) for tensor in layer.modules}
             quantized = layer.forward(states.quantized)
         some = slice(None, None, -(-len(intact) // _N_COMPARED))
@@ -272,15 +274,15 @@ class FeedbackPass:
                     yield list(of_expert)
 
     def _encode_matrices(
-        self, modules: list[str], coupled: error_feedback.Coupling, lack: torch.Tensor | None, added: Additions
+        self, modules: list[str], coupled: error_feedback.Coupling, lacking: FloatArray | None, added: Additions
     ) -> dict[str, ByteArray]:
         """Encode the matrices that share an input, and put the decoded matrices into the layer."""
         matrices = [self._matrix(module) for module in modules]
-        if lack is not None:
+        if lacking is not None:
             for i, module in enumerate(modules):
                 if matrices[i].quant_type.family == "trained":  # such weights lie on the type's grid already
                     continue
-                matrices[i] = replace(matrices[i], weights=moved(matrices[i].weights, lack, coupled, added.get(module)))
+                matrices[i] = replace(matrices[i], weights=moved(matrices[i].weights, lacking, added.get(module)))
         try:
             encoded = error_feedback.encode(matrices, coupled, self._n_threads)
         except QuantizationError as error:

@@ -17,18 +17,29 @@ _SHARE_MADE_GOOD = 0.5  # all of it would fit the calibration text too well
 _LARGEST_CHANGE = 0.3  # of the size of a row, so that a file stays the model, and rows of zeros stay zero
 
 
-def moved(weights: FloatArray, lack: torch.Tensor, coupled: Coupling, factor: float | None = None) -> FloatArray:
+def correction(lack: torch.Tensor, coupled: Coupling) -> FloatArray:
+    """What an input tells of what it lacks, or of what hidden states lack, as far as it is to be made good.
+
+    Args:
+        lack: ``mean(δ xᵀ)`` ``[n, n_in]``, ``δ`` what is lacking of the input ``x``, or of hidden states.
+        coupled: The second moments of ``x``.
+
+    Returns:
+        ``C`` ``[n, n_in]``: ``C x`` is to be added to what is lacking.
+    """
+    lacking: FloatArray = lack.numpy()
+    return np.float32(_SHARE_MADE_GOOD) * coupled.divided(lacking)
+
+
+def moved(weights: FloatArray, correction: FloatArray, factor: float | None = None) -> FloatArray:
     """Weights ``[n_out, n_in]`` that make good a share of what inputs lack, or of what hidden states lack.
 
     Args:
         weights: The weights.
-        lack: ``mean(δ xᵀ)``, of the input ``[n_in, n_in]``, or of the hidden states ``[n_out, n_in]``.
-        coupled: The second moments of the input ``x``.
+        correction: Of the input ``[n_in, n_in]``, or of the hidden states ``[n_out, n_in]``.
         factor: By what the output is multiplied before it is added to the hidden states; None if it is not added.
     """
-    lacking: FloatArray = lack.numpy()
-    products = weights @ lacking if factor is None else lacking / np.float32(factor)
-    change = np.float32(_SHARE_MADE_GOOD) * coupled.divided(products)
+    change = weights @ correction if factor is None else correction / np.float32(factor)
     of_weights, of_change = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (weights, change))
     allowed: FloatArray = np.float32(_LARGEST_CHANGE) * of_weights
     result: FloatArray = weights + change * np.minimum(1, allowed / np.maximum(of_change, np.finfo(np.float32).tiny))

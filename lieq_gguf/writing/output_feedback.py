@@ -18,7 +18,7 @@ from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.plan import QuantPlan
 from lieq_gguf.sources.source import Source
 from lieq_gguf.writing import error_feedback
-from lieq_gguf.writing.moved_weights import moved
+from lieq_gguf.writing.moved_weights import correction, moved
 from lieq_gguf.writing.writer import EncodedRows
 
 FloatArray = npt.NDArray[np.float32]
@@ -52,7 +52,7 @@ class OutputFeedback:
         self._importance = None if importance is None else importance.mean(self._tensor.name)
         self._source = source
         self._coupled = error_feedback.coupling(moments)
-        self._lack = lack
+        self._correction = None if lack is None else correction(lack, self._coupled)
 
     @staticmethod
     def applies(source: Source, plan: QuantPlan) -> bool:
@@ -67,8 +67,8 @@ class OutputFeedback:
         Raises:
             QuantizationError: if they cannot be encoded.
         """
-        if self._lack is not None and self._quant_type.family != "trained":
-            weights = moved(weights, self._lack, self._coupled)
+        if self._correction is not None and self._quant_type.family != "trained":
+            weights = moved(weights, self._correction)
         matrix = error_feedback.MatrixToEncode(weights, self._quant_type, self._importance)
         try:
             [encoded] = error_feedback.encode([matrix], self._coupled, n_threads)
