@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -182,7 +181,7 @@ def _cache_entry(task: MeasuringTask) -> CacheEntry:
         has_output=True,  # importance of the output matrix
         model=task.source.fingerprint,
         tokenizer=task.source.tokenizer_fingerprint,
-        texts=[(text.dataset, hashlib.sha256(text.content.encode()).hexdigest()) for text in task.texts],
+        texts=[(text.dataset, text.digest()) for text in task.texts],
         n_tokens=options.n_tokens,
         types=[t.name for t in task.needs.types] if task.measures_scores else None,
         importance=None if task.importance is None else task.importance.digest(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lieq_gguf.errors import CalibrationError
-from lieq_gguf.tokenizers import SourceTokenizer
+from lieq_gguf.tokenizers import Conversation, SourceTokenizer, render
 
 SHIPPED_TEXT = "shipped"
 CHUNK_SIZE = 512
@@ -27,10 +29,25 @@ class CalibrationText:
     Attributes:
         content: The text.
         dataset: Its name.
+        chats: Conversations that follow it, one JSON object a line; the model's own template renders them.
     """
 
     content: str
     dataset: str
+    chats: str = ""
+
+    @property
+    def conversations(self) -> tuple[Conversation, ...]:
+        """The conversations."""
+        return tuple(json.loads(line) for line in self.chats.splitlines())
+
+    def digest(self) -> str:
+        """A digest of text and conversations."""
+        return hashlib.sha256(f"{self.content}\0{self.chats}".encode()).hexdigest()
+
+    def as_read_by(self, tokenizer: SourceTokenizer) -> str:
+        """The whole text for a model."""
+        return "\n\n".join([self.content, *(render(chat, tokenizer.chat_template) for chat in self.conversations)])
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,10 @@ def joined_name(files: Sequence[Path]) -> str:
 
 def _read(file: Path) -> CalibrationText:
     if file == Path(SHIPPED_TEXT):
-        text = resources.files("lieq_gguf").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
-        return CalibrationText(text, SHIPPED_TEXT)
+        folder = resources.files("lieq_gguf").joinpath("data")
+        names = ("calibration.txt", "calibration_chats.jsonl")
+        text, chats = (folder.joinpath(name).read_text("utf-8") for name in names)
+        return CalibrationText(text, SHIPPED_TEXT, chats)
     try:
         text = file.read_bytes().decode("utf-8")  # bytes, since text mode would change line endings
     except FileNotFoundError:
@@ -86,7 +105,7 @@ def tokenize(texts: Sequence[CalibrationText], tokenizer: SourceTokenizer, n_tok
     Raises:
         CalibrationError: if a text is too short to fill one sequence, or ``n_tokens`` is less than one of each text.
     """
-    plain = [tokenizer.encode(text.content, add_special_tokens=False) for text in texts]
+    plain = [tokenizer.encode(text.as_read_by(tokenizer), add_special_tokens=False) for text in texts]
     bos = _first_token(texts[0].content[:64], tokenizer)
     chunk_size = min(CHUNK_SIZE, n_tokens, *map(len, plain))
     for text, tokens in zip(texts, plain, strict=True):

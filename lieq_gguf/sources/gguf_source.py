@@ -30,7 +30,7 @@ from lieq_gguf.sources.directory_metadata import INITIALIZER_RANGE
 from lieq_gguf.sources.file_order import CHUNK_WEIGHTS, ByteArray, FloatArray, in_model_form
 from lieq_gguf.sources.gguf_parts import model_name, open_parts, require_language_model
 from lieq_gguf.sources.source import SourceMetadata
-from lieq_gguf.tokenizers import SourceTokenizer
+from lieq_gguf.tokenizers import ChatTemplate, SourceTokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +93,8 @@ class GgufSource:
             )
         self._tokens = first.value("tokenizer.ggml.tokens", [])
         self._token_types = first.value("tokenizer.ggml.token_type", [])
+        self._chat_template = first.value("tokenizer.chat_template")
+        self._special_ids = {role: first.value(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos")}
         self._family, config, self.why_not_supported = self._transformers_model(first, tensors)
         config |= self._initializer_range(first, options.initializer_range)
         if self._family is None:
@@ -251,7 +253,9 @@ class GgufSource:
             raise TokenizerError(f"{self.path} has no tokens; expected a model with a vocabulary")
         in_text = {tokens[i]: i for i, kind in enumerate(self._token_types[: len(tokens)]) if kind in _IN_TEXT}
         loaded = load_vocabulary(self.path)
-        return SourceTokenizer(len(tokens), in_text, loaded.tokenize, lambda token_id: tokens[token_id])
+        special = {f"{role}_token": tokens[i] for role, i in self._special_ids.items() if i is not None}
+        template = None if self._chat_template is None else ChatTemplate(self._chat_template, special)
+        return SourceTokenizer(len(tokens), in_text, loaded.tokenize, lambda token_id: tokens[token_id], template)
 
     def transformers_ids(self, text: str, add_special_tokens: bool) -> None:
         """None: transformers does not read the tokenizer of the file."""

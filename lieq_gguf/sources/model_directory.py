@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _KEEPING = ", ".join(family.gguf_name for family in FAMILIES if family.keeps_mtp)
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tekken.json",
+    "tekken.json", "chat_template.jinja", "chat_template.json", "processor_config.json",
 )  # fmt: skip
 _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[0-9a-f]{40}")
 

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
 
 from lieq_gguf.errors import TokenizerError
-from lieq_gguf.tokenizers.model_files import TokenizerFiles, open_tokenizer, read_tokenizer_files
+from lieq_gguf.tokenizers.chat_rendering import ChatTemplate
+from lieq_gguf.tokenizers.chat_templates import read_chat_templates
+from lieq_gguf.tokenizers.model_files import ROLES, TokenizerFiles, open_tokenizer, read_tokenizer_files
 from lieq_gguf.tokenizers.sentencepiece_model import open_sentencepiece
 from lieq_gguf.tokenizers.special_tokens import automatic_tokens
 
@@ -20,12 +22,14 @@ class SourceTokenizer:
     Attributes:
         vocab_size: one more than its largest id.
         added_tokens: text to id of the tokens that are recognised in a text, such as ``<|im_start|>``.
+        chat_template: the model's default template for conversations, if it has one.
     """
 
     vocab_size: int
     added_tokens: Mapping[str, int]
     _encode: Callable[[str, bool], list[int]]
     _piece: Callable[[int], str | None]
+    chat_template: ChatTemplate | None = None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; added tokens written in the text are recognised.
@@ -53,7 +57,12 @@ def load_source_tokenizer(model_dir: Path) -> SourceTokenizer:
         TokenizerError: if there are no tokenizer files or a library refuses them.
     """
     files = read_tokenizer_files(model_dir)
-    return _from_sentencepiece(files) if files.tokenizer_json is None else _from_tokenizer_json(files)
+    tokenizer = _from_sentencepiece(files) if files.tokenizer_json is None else _from_tokenizer_json(files)
+    template = read_chat_templates(files).default
+    if template is None:
+        return tokenizer
+    texts = {f"{role}_token": text for role in ROLES if (text := files.role_text(role)) is not None}
+    return replace(tokenizer, chat_template=ChatTemplate(template, texts))
 
 
 def _from_tokenizer_json(files: TokenizerFiles) -> SourceTokenizer:

@@ -53,7 +53,6 @@ ByteArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 
 _N_COMPARED = 4  # sequences whose outputs are compared for the block errors
-_FEEDBACK_SECONDS = 4e-7  # per weight, besides its encoder
 _RUNS_OF_LAYER = 3  # intact, intact with quantised input, and quantised
 
 
@@ -130,8 +129,7 @@ class FeedbackPass:
         for tensor in (t for t in spec.tensors if t.is_matrix):
             n_weights[self._plan.types[tensor.name]] += tensor.n_weights
         of_types = sum(_seconds_per_weight(QUANT_TYPES[name]) * n for name, n in n_weights.items())
-        n_corrected = spec.n_layer_weights + spec.output_matrix.n_weights
-        return of_pass + (of_types + _FEEDBACK_SECONDS * n_corrected) / self._n_threads
+        return of_pass + of_types / self._n_threads
 
     def encoded(self) -> Iterator[EncodedRows]:
         """All tensors of the file, in file order.
@@ -336,9 +334,10 @@ def _takes_own_input(tensor: TensorSpec) -> bool:
 
 def _seconds_per_weight(quant_type: QuantType) -> float:
     """Seconds that a thread needs to encode a weight."""
-    rows = np.random.default_rng(0).standard_normal((16, 1024), dtype=np.float32)
-    importance = np.ones(rows.shape[1], dtype=np.float32)
-    encoders.quantize(rows[:1], quant_type, importance)  # the first call may compute the encoder's tables
+    weights = np.random.default_rng(0).standard_normal((256, 512), dtype=np.float32)
+    given = error_feedback.MatrixToEncode(weights, quant_type, np.ones(512, dtype=np.float32))
+    coupled = error_feedback.coupling(torch.eye(512))
+    error_feedback.encode([replace(given, weights=weights[:1])], coupled)  # the first call may compute tables
     start = time.perf_counter()
-    encoders.quantize(rows, quant_type, importance)
-    return (time.perf_counter() - start) / rows.size
+    error_feedback.encode([given], coupled)
+    return (time.perf_counter() - start) / weights.size
