@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lieq_gguf import __version__
 from lieq_gguf.allocation.allocate import allocate
 from lieq_gguf.errors import BudgetError, ScoringError, TokenizerError, VerificationError
 from lieq_gguf.job import Job, open_model, resolve, shown_scorer
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from lieq_gguf.writing.differences import Equality
     from lieq_gguf.writing.feedback_pass import FeedbackPass
     from lieq_gguf.writing.model_tuning import ModelTuning
+    from lieq_gguf.writing.unfinished import Unfinished
 
 _COMPARED_CHARACTERS = 2000  # more than the tokens that are compared
 
@@ -134,11 +138,17 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
     if job.plan is not None:
         ggml.prepare([QUANT_TYPES[name] for name in sorted(set(job.plan.types.values()))])
     prepared = prepare(job, progress)
-    feedback = _feedback_pass(prepared, progress) if prepared.plan.error_feedback else None
-    tuning = _tuning(prepared, progress) if prepared.is_tuned else None
-    with replaced_when_complete(job.output) as temporary:
-        checksums = _write(temporary, prepared, feedback, tuning, progress)
-        equality = _verify(temporary, prepared, checksums, progress)
+    unfinished = _unfinished(prepared) if prepared.plan.error_feedback and job.measuring.options.use_cache else None
+
+    def tell_what_is_kept() -> None:
+        progress.note("interrupted; what is done is kept, and the same command goes on there")
+
+    with nullcontext() if unfinished is None else unfinished.until_done(tell_what_is_kept):
+        feedback = _feedback_pass(prepared, unfinished, progress) if prepared.plan.error_feedback else None
+        tuning = _tuning(prepared, progress) if prepared.is_tuned else None
+        with replaced_when_complete(job.output) as temporary:
+            checksums = _write(temporary, prepared, feedback, tuning, progress)
+            equality = _verify(temporary, prepared, checksums, progress)
     block_errors = () if feedback is None else tuple(feedback.block_errors)
     divergences = None if tuning is None else tuning.divergences
     return Conversion(job.output, prepared, dict(progress.seconds), block_errors, divergences, equality)
@@ -233,16 +243,39 @@ def _check_size(job: Job, chosen: QuantPlan, header: Header, progress: Progress)
     progress.warn(f"{excess}, the target of {job.request.target}")
 
 
-def _feedback_pass(prepared: PreparedFile, progress: Progress) -> FeedbackPass:
+def _unfinished(prepared: PreparedFile) -> Unfinished:
+    """Where the second pass keeps what it has done."""
+    import torch
+
+    from lieq_gguf.writing.unfinished import Unfinished
+
+    task, importance = prepared.job.measuring, prepared.measured.importance
+    return Unfinished.of(
+        versions=[__version__, torch.__version__],
+        model=task.source.fingerprint,
+        types=dict(prepared.plan.types),
+        tokens=hashlib.sha256(task.tokens.ids.tobytes()).hexdigest(),
+        importance=None if importance is None else importance.digest(),
+        device=task.compute.device,
+        in_float32=task.compute.in_float32,
+    )
+
+
+def _feedback_pass(prepared: PreparedFile, unfinished: Unfinished | None, progress: Progress) -> FeedbackPass:
     """Prepare the second pass and say how long it will take."""
     from lieq_gguf.writing.feedback_pass import FeedbackPass
 
     task = prepared.job.measuring
     measured = prepared.measured
     feedback = FeedbackPass(
-        task.source, prepared.plan, task.tokens, measured.importance, task.compute, measured.output_moments
+        task.source, prepared.plan, task.tokens, measured.importance, task.compute, measured.output_moments, unfinished
     )
-    if not progress.silent:
+    if feedback.n_finished:
+        progress.note(
+            f"goes on at layer {feedback.n_finished} of {task.source.spec.n_layers}, where it was interrupted; "
+            "--no-cache begins anew"
+        )
+    elif not progress.silent:
         progress.note(
             f"error feedback takes about {feedback.expected_seconds():.0f} s and "
             f"{feedback.expected_bytes() / 1e6:.0f} MB; --no-error-feedback skips it"

@@ -259,6 +259,11 @@ class LayerModel:
         self._rounded_weights.pop(module, None)
 
     @property
+    def has_token_inputs(self) -> bool:
+        """Whether tokens give something to every layer besides the hidden states."""
+        return self._carried.has_tokens
+
+    @property
     def token_table(self) -> torch.Tensor | None:
         """Rows ``[n_tokens, n_in]`` of the second table of tokens that occur; None if the model has one table only."""
         return None if self._token_inputs is None else self._token_inputs.table

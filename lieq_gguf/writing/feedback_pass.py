@@ -47,6 +47,7 @@ from lieq_gguf.sources.source import Source
 from lieq_gguf.writing import error_feedback
 from lieq_gguf.writing.moved_weights import correction, moved
 from lieq_gguf.writing.output_feedback import OutputFeedback
+from lieq_gguf.writing.unfinished import Unfinished
 from lieq_gguf.writing.writer import EncodedRows, encode_tensors
 
 ByteArray = npt.NDArray[np.uint8]
@@ -72,6 +73,7 @@ class FeedbackPass:
         importance: ImportanceMatrix | None,
         compute: ComputeOptions,
         output_moments: torch.Tensor | None = None,
+        unfinished: Unfinished | None = None,
     ) -> None:
         """Prepare the pass.
 
@@ -83,11 +85,11 @@ class FeedbackPass:
             compute: Device, threads and precision.
             output_moments: Second moments of the output matrix's input in the intact model, if they are known;
                 overwritten.
+            unfinished: Where to keep what is done, and to find what an interrupted pass has done.
 
         Raises:
             CalibrationError: if the device is not available.
         """
-        self.block_errors: list[float] = []
         self._source = source
         self._plan = plan
         self._ids = tokens.ids
@@ -97,6 +99,14 @@ class FeedbackPass:
         self._layer = LayerModel.of(source, compute)
         self._output_moments = output_moments
         self._corrects_output = OutputFeedback.applies(source, plan)
+        self._unfinished = None if self._layer.has_token_inputs else unfinished  # states are not all there is then
+        self._finished = None if self._unfinished is None else self._unfinished.open()
+        self.block_errors = [] if self._finished is None else list(self._finished.numbers)
+
+    @property
+    def n_finished(self) -> int:
+        """Layers that an interrupted pass has finished."""
+        return 0 if self._finished is None else len(self._finished.numbers)
 
     def expected_bytes(self) -> int:
         """Memory of second moments and hidden states."""
@@ -139,24 +149,47 @@ class FeedbackPass:
             QuantizationError: if a tensor cannot be encoded.
         """
         keep_freed_memory()
-        spec = self._source.spec
-        embedded = self._layer.embed(self._source, self._ids)
-        # the embedding is needed before the layers
-        output = self._early_output(embedded) if self._output_comes_first else None
-        states = _States(embedded, self._embedded(output))
-        for index, group in groupby(spec.tensors, key=lambda tensor: tensor.layer):
+        output = None
+        if self._finished is None:
+            embedded = self._layer.embed(self._source, self._ids)
+            # the embedding is needed before the layers
+            output = self._early_output(embedded) if self._output_comes_first else None
+            states = _States(embedded, self._embedded(output))
+        else:
+            states = _States(*map(torch.from_numpy, self._finished.states))
+        n_finished = 0 if self._finished is None else self._finished.n_groups
+        for number, (index, group) in enumerate(groupby(self._source.spec.tensors, key=lambda tensor: tensor.layer)):
             tensors = tuple(group)
+            if self._unfinished is not None and number < n_finished:
+                yield from self._unfinished.rows(number, tensors, [self._row_bytes(tensor) for tensor in tensors])
+                continue
             matrices: dict[str, ByteArray] = {}
             if index is not None:
                 matrices, states = self._encode_layer(index, states)
-            for tensor in tensors:
-                if tensor.name in matrices:
-                    yield EncodedRows(tensor, matrices.pop(tensor.name), is_last=True)
-                elif tensor is spec.output_matrix and self._corrects_output:
-                    output = output or self._output(*self._behind(states.quantized, states.intact))
-                    yield from output.encoded(self._n_threads)
-                else:
-                    yield from encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
+            rows = self._rows(tensors, matrices, states, output)
+            yield from rows if self._unfinished is None else self._unfinished.keep(number, rows)
+            if index is not None and self._unfinished is not None:
+                self._unfinished.finish(number + 1, self.block_errors, states.arrays())
+
+    def _rows(
+        self,
+        tensors: Sequence[TensorSpec],
+        matrices: dict[str, ByteArray],
+        states: _States,
+        output: OutputFeedback | None,
+    ) -> Iterator[EncodedRows]:
+        """The rows of neighbouring tensors: matrices of a layer that are encoded, and others."""
+        for tensor in tensors:
+            if tensor.name in matrices:
+                yield EncodedRows(tensor, matrices.pop(tensor.name), is_last=True)
+            elif tensor is self._source.spec.output_matrix and self._corrects_output:
+                output = output or self._output(*self._behind(states.quantized, states.intact))
+                yield from output.encoded(self._n_threads)
+            else:
+                yield from encode_tensors(self._source, (tensor,), self._plan, self._importance, self._n_threads)
+
+    def _row_bytes(self, tensor: TensorSpec) -> int:
+        return QUANT_TYPES[self._plan.types[tensor.name]].row_bytes(tensor.shape[-1])
 
     @property
     def _output_comes_first(self) -> bool:
@@ -326,6 +359,10 @@ class _States:
 
     intact: torch.Tensor
     quantized: torch.Tensor
+
+    def arrays(self) -> tuple[FloatArray, FloatArray]:
+        """Both as arrays."""
+        return self.intact.numpy(), self.quantized.numpy()
 
 
 def _takes_own_input(tensor: TensorSpec) -> bool:
