@@ -12,6 +12,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path("lieq_gguf", "native")
 _SOURCE, _LIBRARY = _FOLDER / "block_encoder.cpp", _FOLDER / "_block_encoder.so"
+_COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden")
 _FOR_THIS_PROCESSOR = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 """Tried in turn, since compilers differ."""
@@ -32,17 +33,15 @@ class CompiledPart(BuildHookInterface):
 
 
 def _compile(source: Path, library: Path) -> None:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    failure = ""
-    for flags in _FOR_THIS_PROCESSOR:
-        command = [*compiler, *_FLAGS, *flags, str(source), "-o", str(library)]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise RuntimeError(
-                f"the C++ compiler '{compiler[0]}' was not found; install one (g++ or clang), or name it in CXX"
-            ) from None
-        if result.returncode == 0:
-            return
-        failure = result.stderr
-    raise RuntimeError(f"{source.name} cannot be compiled with {compiler[0]}:\n{failure}")
+    failure = "no C++ compiler was found; install g++ or clang, or name one in CXX"
+    for compiler in [os.environ["CXX"]] if os.environ.get("CXX") else _COMPILERS:
+        for flags in _FOR_THIS_PROCESSOR:
+            command = [*shlex.split(compiler), *_FLAGS, *flags, str(source), "-o", str(library)]
+            try:
+                result = subprocess.run(command, capture_output=True, text=True, check=False)
+            except FileNotFoundError:
+                break
+            if result.returncode == 0:
+                return
+            failure = f"{source.name} cannot be compiled with {compiler}:\n{result.stderr}"
+    raise RuntimeError(failure)

@@ -98,11 +98,15 @@ class Encoder {
           n_together_(layout.entry_width > 1 ? TOGETHER : 1),
           has_minima_(layout.n_factors > 1),
           tile_(new Tile()),
-          weighted_(layout.entry_width > 1 ? layout.n_entries * (layout.entry_width + 1) : 0),
+          columns_(layout.n_entries * layout.entry_width),
+          weighted_(layout.n_entries * (layout.entry_width + 1)),
           sums_(layout.n_parts) {
         while (1 << index_bits_ < layout.n_entries) ++index_bits_;
         is_even_ = layout.entry_width == 1;
         for (int e = 1; e < layout.n_entries && is_even_; ++e) is_even_ = entry(e) - entry(e - 1) == 1;
+        for (int e = 0; e < layout.n_entries; ++e)
+            for (int j = 0; j < layout.entry_width; ++j)
+                columns_[j * layout.n_entries + e] = entry(e * layout.entry_width + j);
         for (int part = 0; part < layout.n_parts; ++part)
             for (int i = part * width_; i < (part + 1) * width_; ++i)
                 for (int j = part * width_; j < (part + 1) * width_; ++j) sums_[part] += problem.moments[i * n_ + j];
@@ -132,7 +136,8 @@ class Encoder {
     int index_bits_ = 0;
     bool is_even_;
     std::unique_ptr<Tile> tile_;
-    std::vector<float> weighted_;  // entries of the codebook times importance, and half of what they weigh
+    std::vector<float> columns_;   // of the codebook, [entry_width][n_entries]
+    std::vector<float> weighted_;  // the same times importance, and minus half of what each entry weighs
     std::vector<float> sums_;      // of the moments inside each part
 
     float entry(int e) const { return layout_.entries[e]; }
@@ -324,11 +329,11 @@ class Encoder {
                 const float importance = problem_.importance[c + j];
                 weight += importance;
                 for (int r = 0; r < N_LANES; ++r) {
-                    const float level = t.level[c + j][r], number = t.wanted[c + j][r];
+                    const float level = t.level[c + j][r], exact = t.wanted[c + j][r];
                     levels[r] += importance * level;
                     squares[r] += importance * level * level;
-                    wanted[r] += importance * number;
-                    products[r] += importance * level * number;
+                    wanted[r] += importance * exact;
+                    products[r] += importance * level * exact;
                 }
             }
         }
@@ -634,23 +639,26 @@ class Encoder {
     // Indices of the nearest entries: those of the largest  Σ w v e − ½ Σ w e².
     template <int WIDTH>
     void nearest(const float* importance, const Lanes* values, int32_t* index) {
-        for (int e = 0; e < layout_.n_entries; ++e) {
-            float* numbers = &weighted_[e * (WIDTH + 1)];
-            numbers[WIDTH] = 0;
-            for (int j = 0; j < WIDTH; ++j) {
-                numbers[j] = importance[j] * entry(e * WIDTH + j);
-                numbers[WIDTH] -= 0.5f * numbers[j] * entry(e * WIDTH + j);
+        const int n = layout_.n_entries;
+        float* constants = &weighted_[WIDTH * n];
+        std::fill(constants, constants + n, 0.0f);
+        for (int j = 0; j < WIDTH; ++j)
+            for (int e = 0; e < n; ++e) {
+                const float number = columns_[j * n + e];
+                weighted_[j * n + e] = importance[j] * number;
+                constants[e] -= 0.5f * importance[j] * number * number;
             }
-        }
         Lanes best;
         for (int r = 0; r < N_LANES; ++r) {
             best[r] = -INFINITY;
             index[r] = 0;
         }
-        for (int e = 0; e < layout_.n_entries; ++e) {
-            const float* numbers = &weighted_[e * (WIDTH + 1)];
+        for (int e = 0; e < n; ++e) {
+            float numbers[WIDTH];
+            for (int j = 0; j < WIDTH; ++j) numbers[j] = weighted_[j * n + e];
+            const float constant = constants[e];
             for (int r = 0; r < N_LANES; ++r) {
-                float closeness = numbers[WIDTH];
+                float closeness = constant;
                 for (int j = 0; j < WIDTH; ++j) closeness += numbers[j] * values[j][r];
                 const bool is_better = closeness > best[r];
                 best[r] = is_better ? closeness : best[r];
