@@ -34,7 +34,7 @@ from lieq_gguf.writing.writer import EncodedRows
 
 FloatArray = npt.NDArray[np.float32]
 
-SECONDS_BETWEEN = 20.0
+SECONDS_BETWEEN = 10.0
 """Layers are finished this often at most: a state takes as long to write as some layers of a small model."""
 
 _KEPT_DAYS = 14
