@@ -156,5 +156,5 @@ def _library() -> ctypes.CDLL:
     except OSError:
         raise QuantizationError(
             f"{LIBRARY} is missing or does not fit this machine; expected what the installation compiles: "
-            "install again with pip install --force-reinstall --no-deps lieq-gguf, or use --no-error-feedback"
+            "install lieq-gguf again, or use --no-error-feedback"
         ) from None
