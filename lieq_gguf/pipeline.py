@@ -16,7 +16,7 @@ from lieq_gguf.errors import BudgetError, ScoringError, TokenizerError, Verifica
 from lieq_gguf.job import Job, open_model, resolve, shown_scorer
 from lieq_gguf.measure.measuring import Measured, MeasuringNeeds, measure, resolve_measuring
 from lieq_gguf.measure.text import CalibrationText, read_calibration_texts
-from lieq_gguf.native import ggml
+from lieq_gguf.native import block_encoder, ggml
 from lieq_gguf.progress import Progress
 from lieq_gguf.quant_types import QUANT_TYPES
 from lieq_gguf.records.files import SCHEMA_VERSION, replaced_when_complete
@@ -135,6 +135,9 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
     """
     progress = progress or Progress()
     job = resolve(request, progress)
+    decided = job.plan or job.problem
+    if decided is not None and decided.error_feedback:
+        block_encoder.require_library()
     if job.plan is not None:
         ggml.prepare([QUANT_TYPES[name] for name in sorted(set(job.plan.types.values()))])
     prepared = prepare(job, progress)

@@ -1,11 +1,13 @@
 """Blocks encoded by compiled code, against a plain implementation, and against all neighbouring scales."""
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.command import RunCli, assert_refused
 from support.plain_blocks import LAYOUTS, grid, nearest, with_scales
 
-from lieq_gguf.errors import QuantizationError
 from lieq_gguf.native import block_encoder, block_scales, ggml
 from lieq_gguf.native.block_encoder import Columns
 from lieq_gguf.native.code_layouts import CodeLayout
@@ -164,11 +166,15 @@ def test_rows_do_not_depend_on_their_neighbours(layout: CodeLayout) -> None:
         assert np.array_equal(alone, together[some])
 
 
-def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_missing_library_is_named_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, run_cli: RunCli, tiny_model: Path, tmp_path: Path
+) -> None:
     block_encoder._library.cache_clear()
-    monkeypatch.setattr(block_encoder, "LIBRARY", f"{tmp_path}/nothing.so")
-    with pytest.raises(QuantizationError, match="--no-error-feedback"):
-        block_encoder.require_library()
+    monkeypatch.setattr(block_encoder, "LIBRARY", tmp_path / "nothing.so")
+    command = ("convert", tiny_model, "--bits", "4.5", "--n-tokens", "512", "-o", tmp_path / "out.gguf")
+    done = run_cli(*command)
+    assert_refused(done, "or use --no-error-feedback", tmp_path)  # one line, so nothing was measured
+    assert run_cli(*command, "--no-error-feedback").exit_code == 0
     monkeypatch.undo()
     block_encoder._library.cache_clear()
     block_encoder.require_library()
