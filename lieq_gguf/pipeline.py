@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from lieq_gguf.sources.model_directory import ModelDirectory
 from lieq_gguf.sources.source import Source
 from lieq_gguf.tokenizers import Vocabulary, known_deviation, tokenizer_differences
 from lieq_gguf.writing.header import Header, make_header
+from lieq_gguf.writing.unfinished import Unfinished
 from lieq_gguf.writing.verification import verify
 from lieq_gguf.writing.writer import encode_tensors, write_file
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from lieq_gguf.writing.differences import Equality
     from lieq_gguf.writing.feedback_pass import FeedbackPass
     from lieq_gguf.writing.model_tuning import ModelTuning
-    from lieq_gguf.writing.unfinished import Unfinished
 
 _COMPARED_CHARACTERS = 2000  # more than the tokens that are compared
 
@@ -141,12 +140,12 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
     if job.plan is not None:
         ggml.prepare([QUANT_TYPES[name] for name in sorted(set(job.plan.types.values()))])
     prepared = prepare(job, progress)
-    unfinished = _unfinished(prepared) if prepared.plan.error_feedback and job.measuring.options.use_cache else None
+    unfinished = _unfinished(prepared)
 
     def tell_what_is_kept() -> None:
         progress.note("interrupted; what is done is kept, and the same command goes on there")
 
-    with nullcontext() if unfinished is None else unfinished.until_done(tell_what_is_kept):
+    with unfinished.until_done(tell_what_is_kept):
         feedback = _feedback_pass(prepared, unfinished, progress) if prepared.plan.error_feedback else None
         tuning = _tuning(prepared, progress) if prepared.is_tuned else None
         with replaced_when_complete(job.output) as temporary:
@@ -247,12 +246,12 @@ def _check_size(job: Job, chosen: QuantPlan, header: Header, progress: Progress)
 
 
 def _unfinished(prepared: PreparedFile) -> Unfinished:
-    """Where the second pass keeps what it has done."""
+    """Where the second pass keeps what it has done; without one, or a cache, nowhere."""
+    task, importance = prepared.job.measuring, prepared.measured.importance
+    if not (prepared.plan.error_feedback and task.options.use_cache):
+        return Unfinished()
     import torch
 
-    from lieq_gguf.writing.unfinished import Unfinished
-
-    task, importance = prepared.job.measuring, prepared.measured.importance
     return Unfinished.of(
         versions=[__version__, torch.__version__],
         model=task.source.fingerprint,
@@ -264,7 +263,7 @@ def _unfinished(prepared: PreparedFile) -> Unfinished:
     )
 
 
-def _feedback_pass(prepared: PreparedFile, unfinished: Unfinished | None, progress: Progress) -> FeedbackPass:
+def _feedback_pass(prepared: PreparedFile, unfinished: Unfinished, progress: Progress) -> FeedbackPass:
     """Prepare the second pass and say how long it will take."""
     from lieq_gguf.writing.feedback_pass import FeedbackPass
 

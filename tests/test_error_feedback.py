@@ -127,8 +127,9 @@ def test_codes_are_those_of_the_published_algorithm(name: str) -> None:
     [data] = encode([MatrixToEncode(weights, quant_type, importance)], coupling(moments.clone()))
     expected = Published(quant_type, importance, damped).encoded(weights)
     rows_that_differ = (data != expected).any(axis=1)  # a tie in float32 moves all that follows in its row
-    assert rows_that_differ.sum() <= 8
-    assert (data == expected).mean() > 0.95
+    fine = name == "Q8_0"  # its many levels have more ties, and codes are chosen twice
+    assert rows_that_differ.sum() <= (8 if fine else 3)
+    assert (data == expected).mean() > (0.95 if fine else 0.97)
 
 
 def test_coupling_is_a_factor_of_the_moments() -> None:

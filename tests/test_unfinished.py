@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ def every_layer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unfinished, "SECONDS_BETWEEN", 0.0)
 
 
-def converted(model: Path, output: Path, text: Path) -> Conversion:
-    options = replace(on_text(text, 1024), use_cache=True)
+def converted(model: Path, output: Path, text: Path, *, use_cache: bool = True) -> Conversion:
+    options = replace(on_text(text, 1024), use_cache=use_cache)
     return convert(request_of(model, 2.8, output, "Q2_K,IQ3_XXS", options))
 
 
@@ -106,6 +108,11 @@ def test_nothing_is_kept_of_a_failure_or_without_cache(
     with pytest.raises(QuantizationError):
         converted(tiny_model, tmp_path / "model.gguf", calibration_text)
     assert list(folder.iterdir()) == []
+    folder.rmdir()
+    encoded.failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        converted(tiny_model, tmp_path / "model.gguf", calibration_text, use_cache=False)
+    assert not folder.exists()
 
 
 def test_another_process_with_the_same_work_is_left_alone() -> None:
@@ -141,13 +148,28 @@ def test_what_nobody_went_on_with_is_removed_after_weeks(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["1" * 32, "notes"]
 
 
+def on_a_full_disk(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``mkstemp`` that fails for one file."""
+
+    def mkstemp(*arguments: Any, prefix: str, **named: Any) -> Any:
+        if name in prefix:
+            raise OSError(28, "No space left on device")
+        return original(*arguments, prefix=prefix, **named)
+
+    return mkstemp
+
+
+@pytest.mark.parametrize("where", ["_append", "_save", "state.json"])
 def test_a_full_disk_costs_no_conversion(
-    tiny_model: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+    tiny_model: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, where: str
 ) -> None:
-    def save(*_arguments: object) -> None:
+    def write(*_arguments: object, **_named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Unfinished, "_save", save)
+    if where == "state.json":
+        monkeypatch.setattr(tempfile, "mkstemp", on_a_full_disk(where, tempfile.mkstemp))
+    else:
+        monkeypatch.setattr(Unfinished, where, write)
     output = tmp_path / "model.gguf"
     converted(tiny_model, output, calibration_text)
     assert output.is_file()

@@ -7,8 +7,6 @@ ever removed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from contextlib import suppress
@@ -18,12 +16,11 @@ from typing import Any
 
 from lieq_gguf.errors import LieqError
 from lieq_gguf.formats.imatrix_file import load_importance, save_importance
-from lieq_gguf.records.folders import cache_root
+from lieq_gguf.records.folders import cache_root, digest_name, is_digest_name
 from lieq_gguf.records.importance import ImportanceMatrix
 from lieq_gguf.records.scores import LayerScores
 
 _MAX_ENTRIES = 40
-_ENTRY_NAME = re.compile(r"[0-9a-f]{32}")
 _SIGNATURES = {"scores.json": b'"kind": "scores"', "imatrix.gguf": b"imatrix"}  # these are among the first bytes
 _UNFINISHED = re.compile(r"\.(scores\.json|imatrix\.gguf)\.\w+\.partial")  # left by a killed process
 _N_SIGNATURE_BYTES = 256
@@ -47,8 +44,7 @@ class CacheEntry:
     @classmethod
     def of(cls, **depends_on: Any) -> CacheEntry:
         """The entry of a pass; ``depends_on`` are JSON values of everything its result depends on."""
-        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
-        return cls(passes_folder() / key)
+        return cls(passes_folder() / digest_name(**depends_on))
 
     def load(self) -> tuple[LayerScores | None, ImportanceMatrix] | None:
         """What was saved, or None if there is no entry or it is damaged."""
@@ -120,7 +116,7 @@ def _entry_files(folder: Path) -> list[Path]:
 def _is_entry_folder(folder: Path) -> bool:
     """Whether it is a real folder, in a real folder, with the name of an entry."""
     is_linked = folder.is_symlink() or folder.parent.is_symlink()
-    return not is_linked and folder.is_dir() and _ENTRY_NAME.fullmatch(folder.name) is not None
+    return not is_linked and folder.is_dir() and is_digest_name(folder.name)
 
 
 def _is_own_file(file: Path) -> bool:

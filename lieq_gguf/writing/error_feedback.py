@@ -153,7 +153,6 @@ def encode(matrices: Sequence[MatrixToEncode], coupled: Coupling, n_threads: int
     Raises:
         QuantizationError: as ``encoders.quantize``.
     """
-    block_encoder.require_library()
     for matrix in matrices:
         ggml.require_encodable(matrix.weights, matrix.quant_type, matrix.importance)
     results = [np.empty((len(m.weights), m.quant_type.row_bytes(m.weights.shape[1])), np.uint8) for m in matrices]
@@ -200,17 +199,19 @@ def _encode_rows(
         inside = Coupling(coupled.weights[columns, columns], coupled.pivots[columns])
         from_before = coupled.weights[:start, columns].T @ errors[:start]
         wanted = exact[columns] + solve_triangular(inside.weights, from_before, trans="T", unit_diagonal=True)
-
-        def by_ggml(wanted: FloatArray = wanted, columns: slice = columns) -> ByteArray:
-            some = None if importance is None else importance[columns]
-            return encoders.quantize(np.ascontiguousarray(wanted.T), quant_type, some)
-
+        some = None if importance is None else importance[columns]
         if layout is None:
-            blocks = by_ggml()
+            blocks = _by_ggml(wanted, quant_type, some)
             decoded = ggml.dequantize(blocks, quant_type).T
         else:
             targets = Columns(exact[columns], from_before, wanted, inside.moments(), inside.weights, inside.pivots)
-            blocks, decoded = block_encoder.encode(layout, targets, None if layout.deltas is None else by_ggml())
+            start_blocks = None if layout.deltas is None else _by_ggml(wanted, quant_type, some)
+            blocks, decoded = block_encoder.encode(layout, targets, start_blocks)
         encoded.append(blocks)
         errors[columns] = exact[columns] - decoded
     return np.concatenate(encoded, axis=1)
+
+
+def _by_ggml(wanted: FloatArray, quant_type: QuantType, importance: FloatArray | None) -> ByteArray:
+    """Ggml's blocks of weights ``[n_columns, n_rows]``."""
+    return encoders.quantize(np.ascontiguousarray(wanted.T), quant_type, importance)

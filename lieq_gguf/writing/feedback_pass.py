@@ -99,8 +99,9 @@ class FeedbackPass:
         self._layer = LayerModel.of(source, compute)
         self._output_moments = output_moments
         self._corrects_output = OutputFeedback.applies(source, plan)
-        self._unfinished = None if self._layer.has_token_inputs else unfinished  # states are not all there is then
-        self._finished = None if self._unfinished is None else self._unfinished.open()
+        # with a second table of tokens, states are not all that is needed to go on
+        self._unfinished = Unfinished() if unfinished is None or self._layer.has_token_inputs else unfinished
+        self._finished = self._unfinished.open()
         self.block_errors = [] if self._finished is None else list(self._finished.numbers)
 
     @property
@@ -160,15 +161,14 @@ class FeedbackPass:
         n_finished = 0 if self._finished is None else self._finished.n_groups
         for number, (index, group) in enumerate(groupby(self._source.spec.tensors, key=lambda tensor: tensor.layer)):
             tensors = tuple(group)
-            if self._unfinished is not None and number < n_finished:
+            if number < n_finished:
                 yield from self._unfinished.rows(number, tensors, [self._row_bytes(tensor) for tensor in tensors])
                 continue
             matrices: dict[str, ByteArray] = {}
             if index is not None:
                 matrices, states = self._encode_layer(index, states)
-            rows = self._rows(tensors, matrices, states, output)
-            yield from rows if self._unfinished is None else self._unfinished.keep(number, rows)
-            if index is not None and self._unfinished is not None:
+            yield from self._unfinished.keep(number, self._rows(tensors, matrices, states, output))
+            if index is not None:
                 self._unfinished.finish(number + 1, self.block_errors, states.arrays())
 
     def _rows(

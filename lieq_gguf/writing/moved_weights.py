@@ -25,21 +25,20 @@ def correction(lack: torch.Tensor, coupled: Coupling) -> FloatArray:
         coupled: The second moments of ``x``.
 
     Returns:
-        ``C`` ``[n, n_in]``: ``C x`` is to be added to what is lacking.
+        ``C`` ``[n, n_in]``: ``C x`` is to be added to the input, or to the hidden states.
     """
-    lacking: FloatArray = lack.numpy()
-    return np.float32(_SHARE_MADE_GOOD) * coupled.divided(lacking)
+    return np.float32(_SHARE_MADE_GOOD) * coupled.divided(lack.numpy())
 
 
-def moved(weights: FloatArray, correction: FloatArray, factor: float | None = None) -> FloatArray:
+def moved(weights: FloatArray, lacking: FloatArray, factor: float | None = None) -> FloatArray:
     """Weights ``[n_out, n_in]`` that make good a share of what inputs lack, or of what hidden states lack.
 
     Args:
         weights: The weights.
-        correction: Of the input ``[n_in, n_in]``, or of the hidden states ``[n_out, n_in]``.
+        lacking: ``correction`` of the input ``[n_in, n_in]``, or of the hidden states ``[n_out, n_in]``.
         factor: By what the output is multiplied before it is added to the hidden states; None if it is not added.
     """
-    change = weights @ correction if factor is None else correction / np.float32(factor)
+    change = weights @ lacking if factor is None else lacking / np.float32(factor)
     of_weights, of_change = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (weights, change))
     allowed: FloatArray = np.float32(_LARGEST_CHANGE) * of_weights
     result: FloatArray = weights + change * np.minimum(1, allowed / np.maximum(of_change, np.finfo(np.float32).tiny))

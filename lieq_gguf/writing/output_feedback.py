@@ -52,7 +52,7 @@ class OutputFeedback:
         self._importance = None if importance is None else importance.mean(self._tensor.name)
         self._source = source
         self._coupled = error_feedback.coupling(moments)
-        self._correction = None if lack is None else correction(lack, self._coupled)
+        self._lacking = None if lack is None else correction(lack, self._coupled)
 
     @staticmethod
     def applies(source: Source, plan: QuantPlan) -> bool:
@@ -67,8 +67,8 @@ class OutputFeedback:
         Raises:
             QuantizationError: if they cannot be encoded.
         """
-        if self._correction is not None and self._quant_type.family != "trained":
-            weights = moved(weights, self._correction)
+        if self._lacking is not None and self._quant_type.family != "trained":
+            weights = moved(weights, self._lacking)
         matrix = error_feedback.MatrixToEncode(weights, self._quant_type, self._importance)
         try:
             [encoded] = error_feedback.encode([matrix], self._coupled, n_threads)

@@ -8,10 +8,8 @@ state. The folder is removed when the file is complete.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from lieq_gguf.errors import LieqError
+from lieq_gguf.errors import LieqError, OutputError
 from lieq_gguf.records.files import replaced_when_complete
-from lieq_gguf.records.folders import cache_root
+from lieq_gguf.records.folders import cache_root, digest_name, is_digest_name
 from lieq_gguf.records.spec import TensorSpec
 from lieq_gguf.writing.writer import EncodedRows
 
@@ -39,7 +37,6 @@ SECONDS_BETWEEN = 10.0
 
 _KEPT_DAYS = 14
 _READ_BYTES = 1 << 26
-_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -60,21 +57,24 @@ class Finished:
 class Unfinished:
     """The folder of one conversion. If it cannot be used, for instance on a full disk, nothing is kept."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._is_ours = False
+    def __init__(self, folder: Path | None = None) -> None:
+        """Without a folder, nothing is ever kept."""
+        self._folder = folder or Path()
+        self._is_wanted = folder is not None
+        self._is_ours = False  # locked by this process
+        self._is_open = False  # ours, and nothing failed so far
         self._checksums: dict[str, int] = {}
         self._last = time.monotonic()
-        self._is_open = False
 
     @classmethod
     def of(cls, **depends_on: Any) -> Unfinished:
         """The folder for a conversion; ``depends_on`` are JSON values of everything that its bytes depend on."""
-        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
-        return cls(cache_root() / "unfinished" / key)
+        return cls(cache_root() / "unfinished" / digest_name(**depends_on))
 
     def open(self) -> Finished | None:
         """Take the folder, and return what is finished; None if nothing is, or another process works on the same."""
+        if not self._is_wanted:
+            return None
         with suppress(OSError):
             _remove_old(self._folder.parent)
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class Unfinished:
     def _trying(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except OSError:  # the conversion is worth more than going on with it
+        except (OSError, OutputError):  # the conversion is worth more than going on with it
             self._is_open = False
 
     def _append(self, group: int, data: npt.NDArray[np.uint8]) -> None:
@@ -153,8 +153,7 @@ class Unfinished:
             self._remove()
             raise
         except BaseException:
-            self._leave()
-            if (self._folder / "state.json").is_file():
+            if self._leave():
                 when_kept()
             raise
         self._remove()
@@ -164,10 +163,13 @@ class Unfinished:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._is_ours = self._is_open = False
 
-    def _leave(self) -> None:
+    def _leave(self) -> bool:
+        """Let another process have the folder; whether there is something to go on with."""
+        is_kept = self._is_ours and (self._folder / "state.json").is_file()
         if self._is_ours:
             self._lock.unlink(missing_ok=True)
         self._is_ours = self._is_open = False
+        return is_kept
 
     @property
     def _lock(self) -> Path:
@@ -216,6 +218,6 @@ def _checksum(file: Path) -> int:
 def _remove_old(parent: Path) -> None:
     """Remove what nobody went on with for weeks."""
     for folder in parent.glob("*"):
-        is_ours = _NAME.fullmatch(folder.name) and not folder.is_symlink() and (folder / "state.json").is_file()
+        is_ours = is_digest_name(folder.name) and not folder.is_symlink() and (folder / "state.json").is_file()
         if is_ours and time.time() - folder.stat().st_mtime > _KEPT_DAYS * 86400:
             shutil.rmtree(folder, ignore_errors=True)
